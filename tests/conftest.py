@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by all tests: the virtual clock, in-memory telemetry, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.clock import VirtualClockLoop
+from support.recorder import Recorder
+
+from traced_retry import guard
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """Run async tests on the virtual clock, unless they say ``real_time``."""
+    if item.get_closest_marker("real_time"):
+        return {"real": asyncio.new_event_loop}
+    return {"virtual": VirtualClockLoop}
+
+
+@pytest.fixture
+def recorder():
+    """In-memory providers, with the spans and metrics read back as plain data."""
+    recorder = Recorder()
+    yield recorder
+    recorder.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def fresh_guard():
+    """What is logged once per process is logged once per test; a test that expects nothing sees it."""
+    guard._logged.clear()
+    yield
+    guard._logged.clear()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.scripted import ProviderError
+
+from traced_retry.failure import CODES, KNOWN_ERROR_TYPES, RECOVERABLE, explain, failure
+
+
+class WithStatus(Exception):
+    def __init__(self, status=None, *, retryable=None):
+        self.status_code = status
+        self.retryable = retryable
+
+
+class TestExplain:
+    @pytest.mark.parametrize(
+        ("code", "kind", "recoverable"),
+        [
+            ("server_error", "server_error", True),
+            ("engine_overloaded", "overloaded", True),
+            ("rate_limit_exceeded", "rate_limit", True),
+            ("conversation_already_has_active_response", "active_response", True),
+            ("insufficient_quota", "quota", False),
+            ("billing_hard_limit_reached", "quota", False),
+            ("invalid_api_key", "authentication", False),
+            ("invalid_value", "invalid_request", False),
+            ("never_seen_before", "unknown", True),
+        ],
+    )
+    def test_by_code(self, code, kind, recoverable):
+        """The provider's code decides; an unknown one is taken as recoverable."""
+        why = explain(ProviderError(code))
+
+        assert (code, kind, recoverable) == (why.code, why.kind, why.recoverable)
+
+    @pytest.mark.parametrize(
+        ("status", "kind"),
+        [
+            (401, "authentication"),
+            (403, "authentication"),
+            (402, "quota"),
+            (429, "rate_limit"),
+            (408, "timeout"),
+            (404, "invalid_request"),
+            (418, "invalid_request"),
+            (500, "server_error"),
+            (503, "overloaded"),
+            (599, "server_error"),
+        ],
+    )
+    def test_by_status(self, status, kind):
+        """An HTTP status is as good as a code."""
+        assert kind == explain(WithStatus(status)).kind
+
+    def test_retryable_false_is_believed(self):
+        """LiveKit's APIError says so itself; True adds nothing to what the table says."""
+        assert explain(WithStatus(500)).recoverable
+        assert not explain(WithStatus(500, retryable=False)).recoverable
+        assert not explain(WithStatus(401, retryable=True)).recoverable
+
+    @pytest.mark.parametrize(
+        ("error", "kind"),
+        [
+            (TimeoutError(), "timeout"),
+            (asyncio.TimeoutError(), "timeout"),
+            (ConnectionResetError(), "connection_lost"),
+            (EOFError(), "connection_lost"),
+            (OSError("no route"), "connection_lost"),
+            (TypeError(), "bug"),
+            (KeyError("x"), "bug"),
+            (NotImplementedError(), "bug"),
+            (RuntimeError("loop closed"), "bug"),
+            (Exception("anything"), "unknown"),
+            (ProviderError(), "unknown"),
+        ],
+    )
+    def test_by_class(self, error, kind):
+        """Python's own errors are mistakes in the code, but for those of the network."""
+        why = explain(error)
+
+        assert (kind, RECOVERABLE[kind], error) == (why.kind, why.recoverable, why.error)
+
+    @pytest.mark.parametrize("seconds", ["5", -1, float("nan"), float("inf"), None])
+    def test_nonsense_retry_after(self, seconds):
+        """A retry_after that cannot be is as none."""
+        assert explain(ProviderError("rate_limit_exceeded", retry_after=seconds)).retry_after is None
+
+    def test_retry_after(self):
+        """Seconds the provider asked for."""
+        assert 2.0 == explain(ProviderError("rate_limit_exceeded", retry_after=2)).retry_after
+
+
+class TestErrorType:
+    def test_known_code(self):
+        """A known code is its own error.type."""
+        assert "rate_limit_exceeded" == explain(ProviderError("rate_limit_exceeded")).error_type
+
+    def test_unknown_code(self):
+        """An unknown one is _OTHER, for the set is bounded; the code stays exact."""
+        why = explain(ProviderError("weird_new_code"))
+
+        assert ("_OTHER", "weird_new_code") == (why.error_type, why.code)
+
+    def test_bug(self):
+        """A programming error shows its class."""
+        assert "NotImplementedError" == explain(NotImplementedError()).error_type
+
+    def test_a_code_that_is_text_is_hidden(self):
+        """What does not look like a code may be what a caller said; it goes nowhere."""
+        why = explain(ProviderError("the caller said: my PIN is 1234"))
+
+        assert ("_OTHER", "_OTHER") == (why.error_type, why.code)
+
+    @given(st.one_of(st.none(), st.text(max_size=30), st.sampled_from(sorted(CODES))))
+    def test_is_bounded(self, code):
+        """Whatever the provider sends, error.type is of the known set."""
+        assert explain(ProviderError(code)).error_type in KNOWN_ERROR_TYPES
+
+
+def test_repr_hides_the_error():
+    """A failure that is logged or shown must not carry the exception's text."""
+    assert "SECRET" not in repr(failure(ProviderError(), "unknown"))

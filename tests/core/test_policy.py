@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from traced_retry import Failure, PolicyError, RetryPolicy
+from traced_retry.failure import failure
+
+FAILURE = failure(Exception(), "unknown")
+
+
+def waits(policy, count, *, jitter=lambda bound: bound, why=FAILURE):
+    """The first waits of a reply."""
+    delays = policy.delays(jitter)
+    return [delays.next(why) for _ in range(count)]
+
+
+class TestRetryPolicy:
+    def test_defaults(self):
+        """The defaults are those of the upstream proposal, with a deadline."""
+        policy = RetryPolicy()
+
+        assert (3, 1.0, 10.0, 20.0) == (
+            policy.max_retries,
+            policy.base_delay,
+            policy.max_delay,
+            policy.deadline,
+        )
+        assert (None, True, None, None) == (
+            policy.attempt_timeout,
+            policy.retry_rate_limits,
+            policy.on_silence,
+            policy.classify,
+        )
+
+    def test_is_frozen(self):
+        """A policy in use cannot change under a reply."""
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            RetryPolicy().deadline = 5.0
+
+    @pytest.mark.parametrize("value", ["3", -1, 1.5, True, None, math.nan])
+    def test_bad_max_retries(self, value):
+        """Only a whole number of retries is one."""
+        with pytest.raises(PolicyError, match=r"max_retries is .*whole number, 0 or more"):
+            RetryPolicy(max_retries=value)
+
+    @pytest.mark.parametrize(
+        "name", ["base_delay", "max_delay", "deadline", "attempt_timeout"]
+    )
+    @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "2", True])
+    def test_bad_seconds(self, name, value):
+        """Seconds are finite numbers, and not negative."""
+        with pytest.raises(PolicyError, match=rf"{name} is .*finite number"):
+            RetryPolicy(**{name: value})
+
+    @pytest.mark.parametrize("name", ["deadline", "attempt_timeout"])
+    def test_no_time_at_all(self, name):
+        """A limit of zero would fail each reply before it is asked for."""
+        with pytest.raises(PolicyError, match=f"{name} is 0"):
+            RetryPolicy(**{name: 0})
+
+    def test_base_above_max(self):
+        """The first wait cannot be longer than the longest."""
+        with pytest.raises(PolicyError, match=r"base_delay is 5, above max_delay, 2"):
+            RetryPolicy(base_delay=5, max_delay=2)
+
+    def test_unknown_word(self):
+        """on_silence takes three words, and the error tells them."""
+        with pytest.raises(PolicyError, match=r"on_silence is 'maybe'.*restart, listen, resend"):
+            RetryPolicy(on_silence="maybe")
+
+    def test_classify_must_be_callable(self):
+        """A classify that cannot be called is refused at once, not at the first failure."""
+        with pytest.raises(PolicyError, match="classify is 'x'"):
+            RetryPolicy(classify="x")
+
+
+class TestFromEnv:
+    def test_empty(self):
+        """Nothing set, nothing changed; blank counts as not set."""
+        assert RetryPolicy() == RetryPolicy.from_env({})
+        assert RetryPolicy() == RetryPolicy.from_env({"TRACED_RETRY_DEADLINE": "  "})
+
+    def test_reads_the_process_environment(self, monkeypatch):
+        """Without an argument it reads os.environ."""
+        monkeypatch.setenv("LIVEKIT_REALTIME_MAX_RETRIES", "7")
+
+        assert 7 == RetryPolicy.from_env().max_retries
+
+    def test_all(self):
+        """Each variable reaches its field."""
+        policy = RetryPolicy.from_env(
+            {
+                "LIVEKIT_REALTIME_MAX_RETRIES": "5",
+                "LIVEKIT_REALTIME_RETRY_BASE_DELAY": "0.5",
+                "LIVEKIT_REALTIME_RETRY_MAX_DELAY": "4",
+                "TRACED_RETRY_DEADLINE": "12",
+                "TRACED_RETRY_ATTEMPT_TIMEOUT": "3",
+                "TRACED_RETRY_RETRY_RATE_LIMITS": "No",
+                "TRACED_RETRY_ON_SILENCE": "listen",
+            }
+        )
+
+        assert policy == RetryPolicy(5, 0.5, 4.0, 12.0, 3.0, False, "listen")  # noqa: FBT003
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "allowed"),
+        [
+            ("LIVEKIT_REALTIME_MAX_RETRIES", "many", "whole number"),
+            ("LIVEKIT_REALTIME_MAX_RETRIES", "2.5", "whole number"),
+            ("LIVEKIT_REALTIME_MAX_RETRIES", "-1", "whole number"),
+            ("LIVEKIT_REALTIME_RETRY_BASE_DELAY", "1s", "finite number"),
+            ("LIVEKIT_REALTIME_RETRY_BASE_DELAY", "nan", "finite number"),
+            ("LIVEKIT_REALTIME_RETRY_MAX_DELAY", "inf", "finite number"),
+            ("TRACED_RETRY_DEADLINE", "-3", "above 0"),
+            ("TRACED_RETRY_DEADLINE", "0", "above 0"),
+            ("TRACED_RETRY_ATTEMPT_TIMEOUT", "soon", "above 0"),
+            ("TRACED_RETRY_RETRY_RATE_LIMITS", "perhaps", "true or false"),
+            ("TRACED_RETRY_ON_SILENCE", "Restart!", "restart, listen, resend"),
+        ],
+    )
+    def test_bad_value(self, variable, value, allowed):
+        """The error names the variable, the value and what is allowed; nothing falls back."""
+        with pytest.raises(PolicyError, match=f"{variable} is '{value}'.*{allowed}"):
+            RetryPolicy.from_env({variable: value})
+
+    def test_base_above_the_default_max(self):
+        """Two values that do not fit each other name both variables."""
+        with pytest.raises(PolicyError, match=r"BASE_DELAY and .*MAX_DELAY.*base_delay is 30"):
+            RetryPolicy.from_env({"LIVEKIT_REALTIME_RETRY_BASE_DELAY": "30"})
+
+
+class TestDelays:
+    def test_doubles_up_to_the_maximum(self):
+        """The bounds are backoff's exponential ones."""
+        assert [1, 2, 4, 5, 5] == waits(RetryPolicy(max_delay=5.0), 5)
+
+    def test_no_base_no_wait(self):
+        """A base of zero never waits, not even after a thousand retries (2.2.1 would overflow)."""
+        assert {0} == set(waits(RetryPolicy(base_delay=0.0), 2000))
+
+    def test_retry_after_is_a_floor(self):
+        """Jitter may lengthen what the provider asked for, never undercut it."""
+        asked = failure(Exception(), "rate_limit", retry_after=3.0)
+
+        assert [3.0] == waits(RetryPolicy(), 1, jitter=lambda _: 0.1, why=asked)
+        assert [1, 2, 4.0] == waits(
+            RetryPolicy(), 3, why=failure(Exception(), "rate_limit", retry_after=0.5)
+        )
+
+    def test_retry_after_may_pass_the_maximum(self):
+        """max_delay bounds our own waits; the provider knows better."""
+        asked = failure(Exception(), "rate_limit", retry_after=15.0)
+
+        assert [15.0] == waits(RetryPolicy(), 1, why=asked)
+
+    @given(
+        st.floats(0, 5),
+        st.floats(5, 60),
+        st.one_of(st.none(), st.floats(0, 100)),
+        st.integers(0, 40),
+    )
+    def test_full_jitter_stays_within_its_bounds(self, base, top, asked, count):
+        """Whatever the policy, a wait is at least what was asked and at most the bound or that."""
+        policy = RetryPolicy(base_delay=base, max_delay=top)
+        delays = policy.delays()
+        why = Failure(Exception(), "rate_limit", recoverable=True, retry_after=asked)
+        for n in range(count):
+            wait = delays.next(why)
+
+            assert (asked or 0) <= wait <= max(asked or 0, min(base * 2**n, top))

@@ -1,0 +1,596 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The telemetry contract: the exact attributes of each span and instrument, for each outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from opentelemetry import context, trace
+from opentelemetry.instrumentation.utils import suppress_instrumentation
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import SpanKind, StatusCode
+from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
+
+from traced_retry import RetryPolicy, semconv
+from traced_retry.decorator import CallRequest, start
+from traced_retry.loop import Reply
+from traced_retry.telemetry import Target, Telemetry
+
+TARGET = Target("openai", "gpt-realtime", "api.openai.com", 443)
+KNOWN = {
+    "gen_ai.provider.name": "openai",
+    "gen_ai.request.model": "gpt-realtime",
+    "server.address": "api.openai.com",
+    "server.port": 443,
+}
+
+
+def ask(recorder, *steps, cancel_after=None, in_livekit=False, **policy):
+    """Ask for one reply; ``cancel_after`` seconds it is cancelled."""
+    script = Scripted(*steps)
+    telemetry = Telemetry(**recorder.providers, in_livekit=in_livekit)
+    reply = start(
+        Reply(
+            CallRequest(script.future),
+            RetryPolicy(**policy),
+            telemetry.reply(TARGET),
+            jitter=lambda bound: bound,
+        )
+    )
+    if cancel_after is not None:
+        asyncio.get_running_loop().call_later(cancel_after, reply.cancel)
+    return reply
+
+
+async def ended(reply):
+    """Wait for the reply, whatever becomes of it."""
+    await asyncio.wait({reply})
+    if not reply.cancelled():
+        reply.exception()
+
+
+def failed(code, error_type, *, recoverable=True, **more):
+    """What a failed attempt's span says about its failure."""
+    said = {
+        "traced_retry.result": "failed",
+        "error.type": error_type,
+        "traced_retry.recoverable": recoverable,
+        **more,
+    }
+    return said if code is None else {**said, "traced_retry.error_code": code}
+
+
+RATE_LIMIT = ProviderError("rate_limit_exceeded")
+CASES = {
+    # name: (steps, options, attempts' attributes beyond the known ones, the reply's, status)
+    "success": (
+        ["hello"],
+        {},
+        [{"traced_retry.delay": 0.0, "traced_retry.result": "succeeded"}],
+        {
+            "traced_retry.outcome": "succeeded",
+            "traced_retry.attempts": 1,
+            "traced_retry.delay.total": 0.0,
+        },
+        StatusCode.UNSET,
+    ),
+    "recovery": (
+        [RATE_LIMIT, "hello"],
+        {},
+        [
+            {
+                "traced_retry.delay": 0.0,
+                "traced_retry.decision": "retry",
+                "traced_retry.next_delay": 1.0,
+                **failed("rate_limit_exceeded", "rate_limit_exceeded"),
+            },
+            {"traced_retry.delay": 1.0, "traced_retry.result": "succeeded"},
+        ],
+        {
+            "traced_retry.outcome": "recovered",
+            "traced_retry.attempts": 2,
+            "traced_retry.delay.total": 1.0,
+        },
+        StatusCode.UNSET,
+    ),
+    "exhaustion": (
+        [ProviderError("brand_new_code")],
+        {"max_retries": 1},
+        [
+            {
+                "traced_retry.delay": 0.0,
+                "traced_retry.decision": "retry",
+                "traced_retry.next_delay": 1.0,
+                **failed("brand_new_code", "_OTHER"),
+            },
+            {
+                "traced_retry.delay": 1.0,
+                "traced_retry.decision": "stop",
+                **failed("brand_new_code", "_OTHER"),
+            },
+        ],
+        {
+            "traced_retry.outcome": "exhausted",
+            "traced_retry.stop_reason": "max_attempts",
+            "traced_retry.attempts": 2,
+            "traced_retry.delay.total": 1.0,
+            "error.type": "_OTHER",
+        },
+        StatusCode.ERROR,
+    ),
+    "deadline": (
+        [HANG],
+        {},
+        [
+            {
+                "traced_retry.delay": 0.0,
+                "traced_retry.decision": "stop",
+                **failed(None, "timeout"),
+            }
+        ],
+        {
+            "traced_retry.outcome": "exhausted",
+            "traced_retry.stop_reason": "deadline",
+            "traced_retry.attempts": 1,
+            "traced_retry.delay.total": 0.0,
+            "error.type": "timeout",
+        },
+        StatusCode.ERROR,
+    ),
+    "not recoverable": (
+        [ProviderError("insufficient_quota")],
+        {},
+        [
+            {
+                "traced_retry.delay": 0.0,
+                "traced_retry.decision": "stop",
+                **failed("insufficient_quota", "insufficient_quota", recoverable=False),
+            }
+        ],
+        {
+            "traced_retry.outcome": "not_recoverable",
+            "traced_retry.stop_reason": "not_recoverable",
+            "traced_retry.attempts": 1,
+            "traced_retry.delay.total": 0.0,
+            "error.type": "insufficient_quota",
+        },
+        StatusCode.ERROR,
+    ),
+    "interrupted in the attempt": (
+        [HANG],
+        {"cancel_after": 2.0},
+        [{"traced_retry.delay": 0.0, "traced_retry.result": "interrupted"}],
+        {
+            "traced_retry.outcome": "interrupted",
+            "traced_retry.stop_reason": "interrupted",
+            "traced_retry.attempts": 1,
+            "traced_retry.delay.total": 0.0,
+        },
+        StatusCode.UNSET,
+    ),
+    "interrupted in the wait": (
+        [RATE_LIMIT],
+        {"cancel_after": 0.25},
+        [
+            {
+                "traced_retry.delay": 0.0,
+                "traced_retry.decision": "retry",
+                "traced_retry.next_delay": 1.0,
+                **failed("rate_limit_exceeded", "rate_limit_exceeded"),
+            }
+        ],
+        {
+            "traced_retry.outcome": "interrupted",
+            "traced_retry.stop_reason": "interrupted",
+            "traced_retry.attempts": 1,
+            "traced_retry.delay.total": 0.25,
+        },
+        StatusCode.UNSET,
+    ),
+    "superseded": (
+        [SUPERSEDED],
+        {},
+        [{"traced_retry.delay": 0.0, "traced_retry.result": "superseded"}],
+        {
+            "traced_retry.outcome": "superseded",
+            "traced_retry.stop_reason": "superseded",
+            "traced_retry.attempts": 1,
+            "traced_retry.delay.total": 0.0,
+        },
+        StatusCode.UNSET,
+    ),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+async def case(request, recorder):
+    """One reply of each kind, ended."""
+    steps, options, *expected = request.param
+    await ended(ask(recorder, *steps, **options))
+    return expected
+
+
+class TestSpans:
+    async def test_attempts(self, case, recorder):
+        """Each attempt's span has exactly the attributes of the contract."""
+        expected = [
+            {
+                **KNOWN,
+                "traced_retry.attempt": n,
+                "traced_retry.action": "send",
+                **attempt,
+            }
+            for n, attempt in enumerate(case[0], 1)
+        ]
+
+        assert expected == recorder.attempts
+
+    async def test_reply(self, case, recorder):
+        """The reply's span has exactly the attributes of the contract."""
+        assert [{**KNOWN, **case[1]}] == recorder.replies
+
+    async def test_status(self, case, recorder):
+        """A recovered or interrupted reply is no error; each failed attempt is, by itself."""
+        (reply,) = recorder.spans("generate_reply")
+        statuses = {
+            (s.attributes["traced_retry.result"] == "failed", s.status.status_code)
+            for s in recorder.spans("generate_reply.attempt")
+        }
+
+        assert case[2] == reply.status.status_code
+        assert statuses <= {(True, StatusCode.ERROR), (False, StatusCode.UNSET)}
+        assert not any(s.status.description or s.events for s in recorder.spans())
+
+    async def test_shape(self, case, recorder):
+        """Attempts are CLIENT children of the INTERNAL reply, in order, and all have ended."""
+        reply, *attempts = recorder.spans()
+
+        assert ("generate_reply", SpanKind.INTERNAL) == (reply.name, reply.kind)
+        assert {("generate_reply.attempt", SpanKind.CLIENT, reply.context.span_id)} == {
+            (a.name, a.kind, a.parent.span_id) for a in attempts
+        }
+        assert all(a.end_time <= b.start_time for a, b in zip(attempts, attempts[1:], strict=False))
+        assert 0 == recorder.open_spans
+
+    async def test_what_samplers_see(self, case, recorder):
+        """What is known at the start is given at the start."""
+        (name, at_start), (_, first), *_ = recorder.at_start
+
+        assert ("generate_reply", KNOWN) == (name, at_start)
+        assert {
+            **KNOWN,
+            "traced_retry.attempt": 1,
+            "traced_retry.action": "send",
+            "traced_retry.delay": 0.0,
+        } == first
+
+    async def test_livekits_own_attribute(self, recorder):
+        """Inside LiveKit an attempt is counted from 0 as well, as its LLM and TTS attempts are."""
+        await ask(recorder, RATE_LIMIT, "hello", in_livekit=True)
+
+        assert [0, 1] == [a["lk.retry_count"] for a in recorder.attempts]
+
+    async def test_nests_under_the_callers_span(self, recorder):
+        """Our span is a child of whatever span is current, and leaves it current."""
+        tracer = recorder.tracer_provider.get_tracer("agent")
+        with tracer.start_as_current_span("agent_session") as session:
+            reply = ask(recorder, RATE_LIMIT, "hello")
+            assert session is trace.get_current_span()
+        await reply
+
+        assert session.context.span_id == recorder.spans("generate_reply")[0].parent.span_id
+
+    async def test_the_attempt_is_current_in_the_call(self, recorder):
+        """What the plugin traces itself is a child of the attempt."""
+        seen = []
+
+        async def asks():
+            seen.append(trace.get_current_span())
+            await asyncio.sleep(0.1)
+            seen.append(trace.get_current_span())
+
+        telemetry = Telemetry(**recorder.providers)
+        await start(Reply(CallRequest(asks), RetryPolicy(), telemetry.reply(TARGET)))
+
+        assert ["generate_reply.attempt"] * 2 == [s.name for s in seen]
+
+    async def test_scope(self, recorder):
+        """Tracer and schema are ours."""
+        await ask(recorder, "hello")
+        scope = recorder.spans()[0].instrumentation_scope
+
+        assert ("traced_retry", semconv.SCHEMA_URL) == (scope.name, scope.schema_url)
+        assert scope.version
+
+
+EXPECTED_COUNTS = {
+    "success": ({("send", "succeeded", None, None): 1}, ("succeeded", None)),
+    "recovery": (
+        {
+            ("send", "failed", "rate_limit_exceeded", True): 1,
+            ("send", "succeeded", None, None): 1,
+        },
+        ("recovered", None),
+    ),
+    "exhaustion": (
+        {("send", "failed", "_OTHER", True): 2},
+        ("exhausted", "max_attempts"),
+    ),
+    "deadline": ({("send", "failed", "timeout", True): 1}, ("exhausted", "deadline")),
+    "not recoverable": (
+        {("send", "failed", "insufficient_quota", False): 1},
+        ("not_recoverable", "not_recoverable"),
+    ),
+    "interrupted in the attempt": (
+        {("send", "interrupted", None, None): 1},
+        ("interrupted", "interrupted"),
+    ),
+    "interrupted in the wait": (
+        {("send", "failed", "rate_limit_exceeded", True): 1},
+        ("interrupted", "interrupted"),
+    ),
+    "superseded": (
+        {("send", "superseded", None, None): 1},
+        ("superseded", "superseded"),
+    ),
+}
+
+
+def exactly(**attributes):
+    """Metric attributes as the recorder shows them; None is not there."""
+    names = {
+        "provider": semconv.PROVIDER,
+        "action": semconv.ACTION,
+        "result": semconv.RESULT,
+        "error_type": semconv.ERROR_TYPE,
+        "recoverable": semconv.RECOVERABLE,
+        "outcome": semconv.OUTCOME,
+        "stop_reason": semconv.STOP_REASON,
+    }
+    return frozenset((names[k], v) for k, v in attributes.items() if v is not None)
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("name", CASES)
+    async def test_counters(self, name, recorder):
+        """Each counter has exactly the attributes of the contract, and the right sums."""
+        steps, options, *_ = CASES[name]
+        await ended(ask(recorder, *steps, **options))
+        attempts, (outcome, stop_reason) = EXPECTED_COUNTS[name]
+
+        assert {
+            exactly(
+                provider="openai", action=action, result=result, error_type=why, recoverable=again
+            ): count
+            for (action, result, why, again), count in attempts.items()
+        } == recorder.points("traced_retry.attempts")
+        assert {
+            exactly(provider="openai", outcome=outcome, stop_reason=stop_reason): 1
+        } == recorder.points("traced_retry.replies")
+
+    async def test_durations(self, recorder):
+        """Histograms are in seconds: attempt, reply (the silence), and the wait between."""
+        await ask(recorder, (0.5, RATE_LIMIT), (0.25, "hello"))
+
+        assert {
+            exactly(
+                provider="openai",
+                action="send",
+                result="failed",
+                error_type="rate_limit_exceeded",
+            ): (1, 0.5),
+            exactly(provider="openai", action="send", result="succeeded"): (1, 0.25),
+        } == recorder.points("traced_retry.attempt.duration")
+        assert {exactly(provider="openai", outcome="recovered"): (1, 1.75)} == recorder.points(
+            "traced_retry.reply.duration"
+        )
+        assert {exactly(provider="openai"): (1, 1.0)} == recorder.points("traced_retry.delay")
+
+    async def test_in_flight(self, recorder):
+        """One while it lasts, none afterwards, however it ended."""
+        reply = ask(recorder, HANG)
+        assert {exactly(provider="openai"): 1} == recorder.points("traced_retry.in_flight")
+        reply.cancel()
+        await ended(reply)
+
+        assert {exactly(provider="openai"): 0} == recorder.points("traced_retry.in_flight")
+
+    async def test_instruments(self, recorder):
+        """Names, units and kinds, all of them."""
+        await ask(recorder, RATE_LIMIT, "hello")
+
+        assert {
+            "traced_retry.attempts",
+            "traced_retry.replies",
+            "traced_retry.attempt.duration",
+            "traced_retry.reply.duration",
+            "traced_retry.delay",
+            "traced_retry.in_flight",
+        } == recorder.metric_names()
+
+    async def test_zero_initialised(self, recorder):
+        """Each outcome and stop reason starts at 0, so that its first count is an increase."""
+        telemetry = Telemetry(**recorder.providers)
+        telemetry.zero("openai")
+        telemetry.zero("openai")
+
+        replies = recorder.points("traced_retry.replies")
+        assert {
+            *(exactly(provider="openai", outcome=o) for o in ("succeeded", "recovered")),
+            *(
+                exactly(provider="openai", outcome=o, stop_reason=r)
+                for r, o in semconv.OUTCOME_OF.items()
+            ),
+        } == set(replies)
+        assert {0} == set(replies.values()) == set(recorder.points("traced_retry.attempts").values())
+
+    async def test_exemplars_link_to_the_trace(self, recorder):
+        """Metrics are recorded inside the span, so a point leads to its trace."""
+        await ask(recorder, "hello")
+        data = recorder._reader.get_metrics_data()
+        exemplars = {
+            (m.name, e.span_id)
+            for m in data.resource_metrics[0].scope_metrics[0].metrics
+            for p in m.data.data_points
+            for e in p.exemplars
+        }
+        ids = {s.name: s.context.span_id for s in recorder.spans()}
+
+        assert ("traced_retry.reply.duration", ids["generate_reply"]) in exemplars
+        assert ("traced_retry.attempt.duration", ids["generate_reply.attempt"]) in exemplars
+
+
+class TestLog:
+    async def test_recovered(self, recorder, caplog):
+        """One INFO record per retry, none for a success."""
+        with caplog.at_level(logging.INFO, logger="traced_retry"):
+            await ask(recorder, RATE_LIMIT, ProviderError("server_error"), "hello")
+
+        assert ["INFO", "INFO"] == [r.levelname for r in caplog.records]
+        assert (
+            "openai attempt failed (rate_limit_exceeded), send in 1.00 s"
+            == caplog.records[0].getMessage()
+        )
+
+    async def test_failed(self, recorder, caplog):
+        """One WARN record with the trace id, whatever the number of attempts."""
+        with caplog.at_level(logging.WARNING, logger="traced_retry"):
+            await ended(ask(recorder, ProviderError("server_error"), max_retries=2))
+
+        (record,) = caplog.records
+        trace_id = format(recorder.spans()[0].context.trace_id, "032x")
+        assert "WARNING" == record.levelname
+        assert trace_id == record.trace_id
+        assert (
+            "openai reply failed (server_error) after 3 attempt(s) and 3.00 s: exhausted, "
+            f"stopped by max_attempts, trace {trace_id}"
+        ) == record.getMessage()
+
+    async def test_is_made_inside_the_span(self, recorder):
+        """So that OpenTelemetry's logging handler relates it to the trace."""
+        seen = []
+
+        class Handler(logging.Handler):
+            def emit(self, record):
+                seen.append(trace.get_current_span().name)
+
+        handler = Handler()
+        logging.getLogger("traced_retry").addHandler(handler)
+        try:
+            await ended(ask(recorder, RATE_LIMIT, ProviderError("insufficient_quota")))
+        finally:
+            logging.getLogger("traced_retry").removeHandler(handler)
+
+        assert "generate_reply" == seen[-1]
+
+    async def test_interruption_is_not_worth_a_record(self, recorder, caplog):
+        """The caller wanted it so."""
+        with caplog.at_level(logging.INFO, logger="traced_retry"):
+            await ended(ask(recorder, HANG, cancel_after=1.0))
+
+        assert [] == caplog.records
+
+
+class TestLeaks:
+    async def test_no_text_of_an_exception_anywhere(self, recorder, caplog):
+        """Not in spans, metrics or log: it may hold a transcript or a key."""
+        with caplog.at_level(logging.DEBUG, logger="traced_retry"):
+            await ended(
+                ask(recorder, ProviderError("code"), ProviderError("the caller said SECRET"))
+            )
+        told = [
+            repr([s.to_json() for s in recorder.spans()]),
+            repr([recorder.points(m) for m in recorder.metric_names()]),
+            repr([(r.getMessage(), vars(r)) for r in caplog.records]),
+        ]
+
+        assert not [t for t in told if "SECRET" in t or "sk-key" in t]
+
+
+class Broken:
+    """A tracer, a meter and their products, all of which fail."""
+
+    def __getattr__(self, name):
+        def fail(*_, **__):
+            raise RuntimeError("SECRET telemetry is down")
+
+        return fail
+
+
+class TestHarmless:
+    @pytest.mark.parametrize("part", ["tracer", "attempts", "replies", "reply_duration"])
+    async def test_a_failing_sdk(self, recorder, caplog, part):
+        """Is logged once and never changes the result."""
+        telemetry = Telemetry(**recorder.providers)
+        setattr(telemetry, part, Broken())
+        for _ in range(2):
+            script = Scripted(ProviderError("server_error"), "hello")
+            reply = Reply(CallRequest(script.future), RetryPolicy(), telemetry.reply(TARGET))
+            assert "hello" == await start(reply)
+
+        records = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert records
+        assert len(records) == len({r.getMessage() for r in records})
+        assert not any("SECRET" in r.getMessage() for r in records)
+        assert 0 == recorder.open_spans
+
+    async def test_suppressed(self, recorder):
+        """Under suppress_instrumentation retries go on, untold."""
+        with suppress_instrumentation():
+            assert "hello" == await ask(recorder, RATE_LIMIT, "hello")
+
+        assert [] == recorder.spans()
+        assert set() == recorder.metric_names()
+
+    async def test_without_an_sdk(self):
+        """The API alone is enough."""
+        script = Scripted(RATE_LIMIT, "hello")
+        reply = Reply(CallRequest(script.future), RetryPolicy(), Telemetry().reply(TARGET))
+
+        assert "hello" == await start(reply)
+        assert context.get_current() == {}
+
+    async def test_a_sampled_out_reply(self, recorder):
+        """A sampler that drops it leaves nothing half-recorded, and metrics exact."""
+        from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+        telemetry = Telemetry(
+            TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False), recorder.meter_provider
+        )
+        script = Scripted(RATE_LIMIT, "hello")
+        await start(Reply(CallRequest(script.future), RetryPolicy(), telemetry.reply(TARGET)))
+
+        assert {"recovered": 1} == recorder.counted("traced_retry.replies", "traced_retry.outcome")
+
+
+class TestVocabulary:
+    def test_outcomes_partition(self):
+        """Each stop reason leads to one outcome, and each failed outcome has a stop reason."""
+        assert {*semconv.OUTCOMES} - {"succeeded", "recovered"} == {*semconv.OUTCOME_OF.values()}
+
+    def test_stop_reasons(self):
+        """The table covers the type, no more and no less."""
+        from typing import get_args
+
+        assert set(get_args(semconv.StopReason)) == set(semconv.OUTCOME_OF)
+
+    def test_own_names_are_ours(self):
+        """Names outside traced_retry.* belong to OpenTelemetry or LiveKit; none is invented."""
+        names = {
+            v
+            for k, v in vars(semconv).items()
+            if k.isupper() and isinstance(v, str) and "." in v and "://" not in v
+        }
+        foreign = {n for n in names if not n.startswith("traced_retry.")}
+
+        assert {
+            "gen_ai.provider.name",
+            "gen_ai.request.model",
+            "server.address",
+            "server.port",
+            "error.type",
+            "lk.retry_count",
+            "generate_reply.attempt",
+        } == foreign

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retries for LiveKit realtime replies: each heard exactly once, or its failure known at once.
+
+>>> import traced_retry
+>>> model = traced_retry.wrap(openai.realtime.RealtimeModel())  # doctest: +SKIP
+
+Importing this pulls in neither LiveKit nor the OpenTelemetry SDK.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from traced_retry._version import __version__
+from traced_retry.decorator import RetryingRealtimeSession, retry
+from traced_retry.failure import Failure
+from traced_retry.loop import FailedReply
+from traced_retry.policy import PolicyError, RetryPolicy
+
+if TYPE_CHECKING:
+    from traced_retry.livekit import instrument, uninstrument, wrap
+
+__all__ = [
+    "FailedReply",
+    "Failure",
+    "PolicyError",
+    "RetryPolicy",
+    "RetryingRealtimeSession",
+    "__version__",
+    "instrument",
+    "retry",
+    "uninstrument",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("instrument", "uninstrument", "wrap"):
+        from traced_retry import livekit  # noqa: PLC0415 - only who asks for it pays for LiveKit
+
+        return getattr(livekit, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop around any callable: ``@retry``, and the seed shape for plugin authors."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+from opentelemetry import metrics, trace
+
+from traced_retry import semconv
+from traced_retry.failure import Failure, explain, failure
+from traced_retry.loop import Reply
+from traced_retry.policy import RetryPolicy
+from traced_retry.telemetry import Target, Telemetry
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class CallRequest(Generic[T]):
+    """A plain callable as a :class:`~traced_retry.loop.Request`: sent again after each failure.
+
+    Args:
+        call: returns a future, or a coroutine to run.
+        resend_after_timeout: whether a request that got no answer may be sent again. False
+            where the late answer to the first could still be heard.
+    """
+
+    def __init__(
+        self, call: Callable[[], Awaitable[T]], *, resend_after_timeout: bool = True
+    ) -> None:
+        self._call = call
+        self._resend_after_timeout = resend_after_timeout
+
+    def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
+        """Call it; a coroutine becomes a task, so that it can be cancelled by itself."""
+        result: Any = self._call()
+        if asyncio.isfuture(result):
+            return result
+        if inspect.iscoroutine(result):
+            return _start(result)
+        if inspect.isawaitable(result):
+            return asyncio.ensure_future(result)
+        raise TypeError(
+            f"{self._call!r} returned a {type(result).__name__}, and only a function that is "
+            "async or returns a future can be retried"
+        )
+
+    def explain(self, error: BaseException) -> Failure:
+        """Classify by the default table."""
+        return explain(error)
+
+    def timed_out(self, seconds: float) -> Failure:
+        """A ``TimeoutError`` of ours."""
+        error = TimeoutError(f"no answer within {seconds:.1f} s")
+        return failure(error, "timeout", provoked=True)
+
+    def next_action(self, why: Failure) -> semconv.Action | None:
+        """Send again, unless the first may still be answered."""
+        unanswered = why.kind in ("timeout", "connection_lost")
+        return None if unanswered and not self._resend_after_timeout else "send"
+
+    def ready(self) -> bool:
+        """Always."""
+        return True
+
+    def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
+        """Cancel what still runs."""
+        attempt.cancel()
+
+    def cancel(self, attempt: asyncio.Future[T]) -> None:
+        """Carry the caller's cancel inward."""
+        attempt.cancel()
+
+
+if sys.version_info >= (3, 12):
+
+    def _start(coroutine: Any) -> asyncio.Future[Any]:
+        # A call that need not wait then costs no turn of the event loop.
+        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
+
+else:
+
+    def _start(coroutine: Any) -> asyncio.Future[Any]:
+        return asyncio.ensure_future(coroutine)
+
+
+def start(reply: Reply[T]) -> asyncio.Future[T]:
+    """Make the first attempt now and return the future of the reply.
+
+    Raises:
+        Exception: a programming error of the request, untouched.
+    """
+    reply.begin()
+    task = asyncio.ensure_future(reply.run())
+    # A task cancelled before its first step never enters run(), nor its clean-up.
+    task.add_done_callback(lambda _: reply.interrupt())
+    return task
+
+
+def retry(
+    *,
+    provider: str,
+    model: str | None = None,
+    policy: RetryPolicy | None = None,
+    tracer_provider: trace.TracerProvider | None = None,
+    meter_provider: metrics.MeterProvider | None = None,
+) -> Callable[[F], F]:
+    """Retry an async function, or a plain one that returns a future, with a span per attempt.
+
+    The decorated function returns and raises what the function itself does. Each attempt that
+    fails is cancelled before the next; decorate only what may safely be asked again.
+
+    Args:
+        provider: ``gen_ai.provider.name`` of the telemetry, such as ``"openai"``.
+        model: ``gen_ai.request.model``, where it is known.
+        policy: default: :meth:`RetryPolicy.from_env`.
+        tracer_provider: default: the global one.
+        meter_provider: default: the global one.
+
+    Raises:
+        PolicyError: the environment holds a value that cannot be.
+        TypeError: what is decorated cannot be retried (an async generator).
+    """
+    policy = policy or RetryPolicy.from_env()
+    telemetry = Telemetry(tracer_provider, meter_provider)
+    target = Target(provider, model)
+
+    def decorate(function: F) -> F:
+        call = getattr(function, "__call__", function)  # noqa: B004 - an object may be async too
+        if inspect.isasyncgenfunction(function) or inspect.isasyncgenfunction(call):
+            raise TypeError(f"{function!r} is an async generator, which cannot be retried")
+
+        def reply_to(args: Any, kwargs: Any) -> Reply[Any]:
+            telemetry.zero(provider)
+            request = CallRequest[Any](functools.partial(function, *args, **kwargs))
+            return Reply(request, policy, telemetry.reply(target))
+
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
+
+            @functools.wraps(function)
+            async def retried(*args: Any, **kwargs: Any) -> Any:
+                reply = reply_to(args, kwargs)
+                reply.begin()
+                return await reply.run()
+        else:
+
+            @functools.wraps(function)
+            def retried(*args: Any, **kwargs: Any) -> Any:
+                return start(reply_to(args, kwargs))
+
+        return retried  # type: ignore[return-value]
+
+    return decorate
+
+
+class RetryingRealtimeSession(ABC):
+    """Base for a plugin's session: write ``_do_generate_reply``, get ``generate_reply``.
+
+    Put it before LiveKit's class: ``class MySession(RetryingRealtimeSession,
+    llm.RealtimeSession)``. The model's ``provider`` and ``model`` name the telemetry.
+    """
+
+    retry_policy: RetryPolicy | None = None
+    """Default: :meth:`RetryPolicy.from_env`."""
+    retry_telemetry: Telemetry | None = None
+    """Default: one on the global providers."""
+    resend_after_timeout: bool = False
+    """Set it True only if the provider's replies carry the id of their request, and a late
+    reply to an abandoned one is dropped. Else the caller may hear two."""
+
+    def generate_reply(self, **kwargs: Any) -> asyncio.Future[Any]:
+        """Ask for a reply; the keyword arguments are those of ``_do_generate_reply``.
+
+        Raises:
+            Exception: a programming error of ``_do_generate_reply``, untouched.
+        """
+        if self.retry_policy is None:
+            self.retry_policy = RetryPolicy.from_env()
+        if self.retry_telemetry is None:
+            self.retry_telemetry = Telemetry()
+        of = getattr(self, "realtime_model", None)
+        target = Target(
+            str(getattr(of, "provider", type(self).__name__)).lower(), getattr(of, "model", None)
+        )
+        self.retry_telemetry.zero(target.provider)
+        request = CallRequest[Any](
+            functools.partial(self._do_generate_reply, **kwargs),
+            resend_after_timeout=self.resend_after_timeout,
+        )
+        return start(Reply(request, self.retry_policy, self.retry_telemetry.reply(target)))
+
+    @abstractmethod
+    def _do_generate_reply(self, **kwargs: Any) -> asyncio.Future[Any]:
+        """Send one request; the future resolves with its ``GenerationCreatedEvent``."""

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Code beside the reply (telemetry, a user's callback, an adapter's clean-up) that fails is
+logged once and never changes the reply's result."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+
+from traced_retry import semconv
+
+logger = logging.getLogger(semconv.SCOPE)
+
+_logged: set[str] = set()
+
+
+def log_once(message: str) -> None:
+    """Log ``message`` as an ERROR, the first time in this process."""
+    if message not in _logged:
+        _logged.add(message)
+        logger.error(message)
+
+
+def log_swallowed(what: str, error: BaseException) -> None:
+    """Log once that ``what`` raised ``error``: its class and place.
+
+    Never its text: that may hold what a caller said, or an API key.
+    """
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    where = f"{at.tb_frame.f_code.co_filename}:{at.tb_lineno}" if at is not None else "?"
+    log_once(f"{what} raised {type(error).__name__} at {where}; the reply goes on without it")
+
+
+class harmless:  # noqa: N801 - used as a statement, like contextlib.suppress
+    """``with harmless("what"):`` swallows an exception of the block and logs it once."""
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log_swallowed(self._what, error)
+        return True

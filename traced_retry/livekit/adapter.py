@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hook needs to know of a provider: :class:`Adapter`, one per session.
+
+An adapter says what was sent, how it can fail, and what is safe to do next. It alone touches
+private attributes of its plugin, names them in :attr:`Adapter.needs`, and is replaced by
+:class:`ObserveOnly` where one of them is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+from livekit.agents import APIConnectionError, llm
+
+from traced_retry import semconv
+from traced_retry.failure import CODES, Failure, Kind, explain, failure, plain_code
+from traced_retry.loop import Request
+from traced_retry.telemetry import Target
+
+Generation = llm.GenerationCreatedEvent
+Call = Callable[[], "asyncio.Future[Generation]"]
+
+
+class Replies(Protocol):
+    """The session's open replies, as an adapter sees them."""
+
+    def wake(self) -> None:
+        """Have each look again at :meth:`Request.ready`."""
+
+    def interject(
+        self,
+        why: Failure,
+        stop: semconv.StopReason | None = None,
+        *,
+        only: Request[Any] | None = None,
+    ) -> None:
+        """Tell them (or the one of request ``only``) that their request is lost."""
+
+
+class Adapter:
+    """One session's provider. Subclasses override what differs."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Private attributes of the session that it relies on."""
+
+    def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
+        self.session = session
+        self.replies = replies
+
+    def missing(self) -> list[str]:
+        """Those of :attr:`needs` that this plugin's session does not have."""
+        return [name for name in self.needs if not hasattr(self.session, name)]
+
+    def target(self) -> Target:
+        """Whom a reply is asked of."""
+        model = self.session.realtime_model
+        return Target(plain_provider(model.provider), model.model)
+
+    def request(self, call: Call) -> Request[Generation]:
+        """One reply's request; ``call`` is the plugin's own ``generate_reply``, arguments bound."""
+        return ObservedRequest(call)
+
+
+class ObservedRequest:
+    """A request to a provider of which nothing is known: traced, never sent again."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
+        """Send it, as the plugin does."""
+        return self._call()
+
+    def explain(self, error: BaseException) -> Failure:
+        """Classify by the default table; the plugins' own time-outs carry no code."""
+        why = explain(error)
+        if why.kind == "unknown" and why.code is None and "timed out" in str(error):
+            return failure(error, "timeout")
+        return why
+
+    def timed_out(self, seconds: float) -> Failure:
+        """A ``RealtimeError``, for LiveKit catches nothing else."""
+        return unanswered(seconds)
+
+    def next_action(self, why: Failure) -> semconv.Action | None:
+        """Nothing is known to be safe."""
+        return None
+
+    def ready(self) -> bool:
+        """Always."""
+        return True
+
+    def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
+        """Cancel it, as the agent itself would on giving up."""
+        attempt.cancel()
+
+    def cancel(self, attempt: asyncio.Future[Generation]) -> None:
+        """Carry the caller's cancel inward."""
+        attempt.cancel()
+
+
+def unanswered(seconds: float, kind: Kind = "timeout") -> Failure:
+    """The failure of an attempt that we ended ourselves."""
+    error = llm.RealtimeError(f"generate_reply got no answer within {seconds:.1f} s")
+    return failure(error, kind, provoked=True)
+
+
+def told(kind: Kind, what: str, code: str | None = None) -> Failure:
+    """A failure that only an event told of, with an error LiveKit catches and no foreign text."""
+    error = llm.RealtimeError(f"{what} ({code or kind})", code=code)
+    return failure(error, kind, code=code)
+
+
+def of_event(event: llm.RealtimeModelError) -> Failure:
+    """What a session's ``error`` event means, by the provider's code or an HTTP status."""
+    what, error = "the realtime session failed", event.error
+    body = getattr(error, "body", None)
+    code = plain_code(getattr(body, "code", None)) or plain_code(getattr(body, "type", None))
+    if code is not None:
+        return told(CODES.get(code, "unknown"), what, code)
+    for source in (error.__cause__, error):
+        if source is not None and (kind := explain(source).kind) not in ("unknown", "bug"):
+            return told(kind, what)
+    return told("connection_lost" if isinstance(error, APIConnectionError) else "unknown", what)
+
+
+def plain_provider(provider: str) -> str:
+    """A provider's name as ``gen_ai.provider.name``: plain, lower-case, no URL and no port."""
+    host = provider.lower().rsplit("/", 1)[-1].split(":", 1)[0]
+    return "_".join(host.split()) or "unknown"

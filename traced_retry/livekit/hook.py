@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``wrap`` one model, or ``instrument`` them all: their sessions get a ``generate_reply`` that retries.
+
+The session object stays what it was: only two attributes of the instance are replaced
+(``generate_reply``, ``aclose``), so identity, ``isinstance``, labels, events and private state of
+the plugin are untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncio
+
+from livekit.agents import llm
+from livekit.agents import telemetry as livekit_telemetry
+from opentelemetry import metrics, trace
+
+from traced_retry import semconv
+from traced_retry.decorator import start
+from traced_retry.failure import Failure
+from traced_retry.guard import harmless, log_once
+from traced_retry.livekit.adapter import Adapter, Call, Generation, of_event, told
+from traced_retry.livekit.registry import adapter_class
+from traced_retry.loop import FailedReply, Reply, Request
+from traced_retry.policy import RetryPolicy
+from traced_retry.telemetry import Telemetry
+
+logger = logging.getLogger(semconv.SCOPE)
+
+OnExhausted = Callable[[FailedReply], "Awaitable[None] | None"]
+
+_HOOK = "_traced_retry"
+"""Name of the attribute that our hook leaves on what it is installed on."""
+
+
+@dataclass(frozen=True)
+class _Config:
+    policy: RetryPolicy
+    telemetry: Telemetry
+    on_exhausted: OnExhausted | None = None
+
+
+def _config(
+    policy: RetryPolicy | None,
+    tracer_provider: trace.TracerProvider | None,
+    meter_provider: metrics.MeterProvider | None,
+    on_exhausted: OnExhausted | None,
+) -> _Config:
+    # LiveKit's own tracer follows livekit.agents.telemetry.set_tracer_provider, which does not
+    # set the global provider; without that call it follows the global one.
+    tracer = livekit_telemetry.tracer if tracer_provider is None else None
+    telemetry = Telemetry(tracer_provider, meter_provider, tracer=tracer, in_livekit=True)
+    return _Config(policy or RetryPolicy.from_env(), telemetry, on_exhausted)
+
+
+class SessionHook:
+    """Our side of one session: its adapter, its open replies, and what ends them early."""
+
+    def __init__(self, session: llm.RealtimeSession[Any], config: _Config) -> None:
+        self._config = config
+        self._session = session
+        # A session that brings a retry of its own around `_do_generate_reply` (the shape of
+        # livekit/agents#6242) is called at that inner method: one loop, not two.
+        inner = getattr(session, "_do_generate_reply", None)
+        self._generate_reply = session.generate_reply if inner is None else inner
+        self._aclose = session.aclose
+        self._open: dict[Reply[Generation], Request[Generation]] = {}
+        self._callbacks: set[asyncio.Future[None]] = set()
+        self._dead: tuple[Failure, semconv.StopReason] | None = None
+        self._checked = False
+        self._adapter = adapter_class(session)(session, self)
+        setattr(session, _HOOK, self)
+        session.generate_reply = self.generate_reply  # type: ignore[method-assign]
+        session.aclose = self.aclose  # type: ignore[method-assign]
+        session.on("error", self._on_error)
+
+    def configure(self, config: _Config) -> None:
+        """Use ``config`` from the next reply on."""
+        self._config = config
+
+    # --- what the session's user calls ---------------------------------------------------------
+
+    def generate_reply(self, **kwargs: Any) -> asyncio.Future[Generation]:
+        """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
+        adapter = self._adapter_in_force()
+        telemetry, target = self._config.telemetry, adapter.target()
+        telemetry.zero(target.provider)
+        request = adapter.request(functools.partial(self._generate_reply, **kwargs))
+        reply = Reply(
+            request,
+            self._config.policy,
+            telemetry.reply(target),
+            on_failed=self._tell if self._config.on_exhausted is not None else None,
+        )
+        if self._dead is not None:
+            reply.interject(*self._dead)
+        self._open[reply] = request
+        try:
+            future = start(reply)
+        except BaseException:
+            del self._open[reply]
+            raise
+        future.add_done_callback(lambda _: self._open.pop(reply, None))
+        return future
+
+    async def aclose(self) -> None:
+        """Close the session; what is still asked of it ends as ``session_closed``."""
+        self._die(told("session_closed", "the realtime session was closed"), "session_closed")
+        await self._aclose()
+
+    # --- Replies, for the adapter --------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Have each open reply look again."""
+        for reply in list(self._open):
+            reply.wake()
+
+    def interject(
+        self,
+        why: Failure,
+        stop: semconv.StopReason | None = None,
+        *,
+        only: Request[Any] | None = None,
+    ) -> None:
+        """Tell the open replies that their request is lost."""
+        for reply, request in list(self._open.items()):
+            if only is None or request is only:
+                reply.interject(why, stop)
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _adapter_in_force(self) -> Adapter:
+        # Looked at with the first reply: when the hook is installed by instrument(), the
+        # plugin's own __init__ has not run yet.
+        if not self._checked:
+            self._checked = True
+            if missing := self._adapter.missing():
+                log_once(
+                    f"{type(self._session).__module__} has no {', '.join(missing)} any more: its "
+                    "replies are traced and not retried; look for a newer traced-retry"
+                )
+                self._adapter = Adapter(self._session, self)
+        return self._adapter
+
+    def _on_error(self, event: llm.RealtimeModelError) -> None:
+        if not event.recoverable:
+            with harmless("reading an error event"):
+                self._die(of_event(event), "not_recoverable")
+
+    def _die(self, why: Failure, stop: semconv.StopReason) -> None:
+        if self._dead is None:
+            self._dead = (why, stop)
+        self.interject(why, stop)
+
+    def _tell(self, failed: FailedReply) -> None:
+        assert self._config.on_exhausted is not None
+        result = self._config.on_exhausted(failed)
+        if inspect.isawaitable(result):
+            task = asyncio.ensure_future(_harmlessly(result))
+            self._callbacks.add(task)
+            task.add_done_callback(self._callbacks.discard)
+
+
+async def _harmlessly(awaitable: Awaitable[None]) -> None:
+    with harmless("on_exhausted"):
+        await awaitable
+
+
+def _install(session: llm.RealtimeSession[Any], config: _Config, *, explicit: bool) -> None:
+    """Hook ``session``; a hook that is there already is only told of an explicit config."""
+    if isinstance(session.realtime_model, llm.RealtimeModelFallbackAdapter):
+        return  # it passes the future of its active child through, and the child has the hook
+    hook = getattr(session, _HOOK, None)
+    if hook is None:
+        SessionHook(session, config)
+    elif explicit:
+        hook.configure(config)
+
+
+def wrap(
+    model: llm.RealtimeModel,
+    *,
+    policy: RetryPolicy | None = None,
+    tracer_provider: trace.TracerProvider | None = None,
+    meter_provider: metrics.MeterProvider | None = None,
+    on_exhausted: OnExhausted | None = None,
+) -> llm.RealtimeModel:
+    """Have every session of ``model`` retry and trace its replies; returns the same ``model``.
+
+    Args:
+        model: any LiveKit realtime model. One without an adapter is traced and never re-sent.
+        policy: default: :meth:`RetryPolicy.from_env`.
+        tracer_provider: default: the one given to ``livekit.agents.telemetry``, else the global.
+        meter_provider: default: the global one.
+        on_exhausted: called (or awaited) with a :class:`FailedReply` whenever a reply has failed
+            for good. What it raises is logged once and changes nothing.
+
+    Raises:
+        PolicyError: the environment holds a value that cannot be.
+        TypeError: ``model`` is no LiveKit realtime model.
+    """
+    if not isinstance(model, llm.RealtimeModel):
+        raise TypeError(
+            f"wrap() takes a livekit.agents.llm.RealtimeModel, and this is a {type(model).__name__}; "
+            "the pipeline's LLM, STT and TTS retry by themselves"
+        )
+    if hasattr(model.session, _HOOK):
+        warnings.warn(
+            f"{model.label} is wrapped already; the second wrap() does nothing",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return model
+    config = _config(policy, tracer_provider, meter_provider, on_exhausted)
+    if isinstance(model, llm.RealtimeModelFallbackAdapter):
+        for child in _children(model):
+            _wrap_session(child, config)
+    _wrap_session(model, config)
+    return model
+
+
+def _wrap_session(model: llm.RealtimeModel, config: _Config) -> None:
+    original = model.session
+
+    @functools.wraps(original)
+    def session(*args: Any, **kwargs: Any) -> llm.RealtimeSession[Any]:
+        made = original(*args, **kwargs)
+        _install(made, config, explicit=True)
+        return made
+
+    setattr(session, _HOOK, config)
+    model.session = session  # type: ignore[method-assign]
+
+
+def _children(adapter: llm.RealtimeModelFallbackAdapter) -> list[llm.RealtimeModel]:
+    children = getattr(adapter, "_models", None)
+    if children is None:
+        log_once(
+            "this RealtimeModelFallbackAdapter does not tell its models: wrap() each of them "
+            "before they are given to it"
+        )
+    return list(children or ())
+
+
+_original_init: Callable[..., None] | None = None
+
+
+def instrument(
+    *,
+    policy: RetryPolicy | None = None,
+    tracer_provider: trace.TracerProvider | None = None,
+    meter_provider: metrics.MeterProvider | None = None,
+    on_exhausted: OnExhausted | None = None,
+) -> None:
+    """Do what :func:`wrap` does for every realtime session created from now on.
+
+    The arguments are those of :func:`wrap`. Calling it again changes nothing, with a warning. A
+    model that was wrapped keeps the policy it was wrapped with.
+
+    Raises:
+        PolicyError: the environment holds a value that cannot be.
+    """
+    global _original_init  # noqa: PLW0603 - there is one RealtimeSession class to instrument
+    if _original_init is not None:
+        warnings.warn(
+            "LiveKit is instrumented already; the second instrument() does nothing",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    config = _config(policy, tracer_provider, meter_provider, on_exhausted)
+    _original_init = original = llm.RealtimeSession.__init__
+
+    @functools.wraps(original)
+    def __init__(  # noqa: N807
+        self: llm.RealtimeSession[Any], *args: Any, **kwargs: Any
+    ) -> None:
+        original(self, *args, **kwargs)
+        with harmless("instrumenting a session"):
+            _install(self, config, explicit=False)
+
+    llm.RealtimeSession.__init__ = __init__  # type: ignore[method-assign]
+
+
+def uninstrument() -> None:
+    """Undo :func:`instrument` for sessions created from now on; without it, do nothing."""
+    global _original_init  # noqa: PLW0603
+    if _original_init is not None:
+        llm.RealtimeSession.__init__ = _original_init  # type: ignore[method-assign]
+        _original_init = None

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI Realtime, and what shares its engine: Azure OpenAI, xAI, LiveKit inference.
+
+Each request carries an id that its response echoes. So a request may be abandoned safely: its id
+goes into the plugin's set of discarded ones, and the plugin then cancels the late response by id
+instead of speaking it.
+
+Facts (livekit-plugins-openai 1.8.9, ``livekit/agents/llm/_realtime/openai.py``):
+
+* Cancelling the plugin's future sends ``response.cancel`` *without* an id, which would stop any
+  response; setting an exception on it sends nothing. So we never cancel to cut a wait short.
+* A reconnect clears the discarded ids, but leaves a request still queued to be sent after it. So
+  we keep our own set, and hand an id over just before the plugin looks at its response.
+* A request that fails with an ``error`` event of no code (``server_error``) and one discarded at a
+  reconnect reach the future alike, as a bare ``RealtimeError``. The raw events tell them apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any, ClassVar
+
+from livekit.agents import APIConnectionError, llm
+
+from traced_retry import semconv
+from traced_retry.failure import CODES, Failure, explain, failure, plain_code
+from traced_retry.guard import harmless
+from traced_retry.livekit.adapter import (
+    Adapter,
+    Call,
+    Generation,
+    Replies,
+    of_event,
+    told,
+    unanswered,
+)
+from traced_retry.telemetry import Target
+
+_TRY_AGAIN = re.compile(r"try again in (\d+(?:\.\d+)?)(ms|s|m)\b")
+_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0}
+_REMEMBERED = 256
+"""Abandoned ids kept per session, at most; the server answers a request or forgets it."""
+
+
+class OpenAIAdapter(Adapter):
+    """What one session's server said, as far as its replies are concerned."""
+
+    needs: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_discarded_event_ids")
+
+    def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
+        super().__init__(session, replies)
+        self.losses = 0
+        """Connections lost so far."""
+        self.connected = True
+        self.errors: dict[str, dict[str, Any]] = {}
+        """The ``error`` events that answered a request, by its id, until it asks."""
+        self.open: list[OpenAIRequest] = []
+        """Requests sent and not yet answered."""
+        self._active: set[str] = set()
+        self._abandoned: dict[str, None] = {}
+        session.on("openai_server_event_received", self._on_server_event)
+        session.on("session_reconnected", self._on_connected)
+        session.on("error", self._on_error)
+
+    def target(self) -> Target:
+        """The server is in the plugin's ``provider``, which is a host and port, not a name."""
+        model = self.session.realtime_model
+        host, _, port = model.provider.partition(":")
+        named = "." in host or host == "localhost"
+        return Target(
+            _provider(model),
+            model.model,
+            host if named else None,
+            (int(port) if port.isdigit() else 443) if named else None,
+        )
+
+    def request(self, call: Call) -> OpenAIRequest:
+        """One reply's request."""
+        return OpenAIRequest(self, call)
+
+    def ready(self) -> bool:
+        """The socket is up, and no response is active: a second one would be rejected."""
+        return self.connected and not self._active
+
+    def pending(self) -> set[str]:
+        """Ids of the requests that the plugin waits for."""
+        return set(self.session._response_created_futures)  # type: ignore[attr-defined]
+
+    def discard(self, ids: set[str]) -> None:
+        """Have the responses to these requests cancelled by id when they come."""
+        self._abandoned.update(dict.fromkeys(ids))
+        while len(self._abandoned) > _REMEMBERED:
+            del self._abandoned[next(iter(self._abandoned))]
+        self.session._discarded_event_ids.update(ids)  # type: ignore[attr-defined]
+
+    # --- what the server says ------------------------------------------------------------------
+
+    def _on_server_event(self, event: dict[str, Any]) -> None:
+        with harmless("reading a server event"):
+            kind = event.get("type")
+            if not self.connected:
+                self._on_connected()
+            if kind == "response.created":
+                self._on_response_created(event["response"])
+            elif kind == "response.done":
+                self._active.discard(event["response"]["id"])
+                self.replies.wake()
+            elif kind == "error":
+                self._on_server_error(event["error"])
+
+    def _on_response_created(self, response: dict[str, Any]) -> None:
+        self._active.add(response["id"])
+        asked_by = (response.get("metadata") or {}).get("client_event_id")
+        if asked_by in self._abandoned:
+            # The plugin looks at its own set right after this event, and a reconnect emptied it.
+            del self._abandoned[asked_by]
+            self.session._discarded_event_ids.add(asked_by)  # type: ignore[attr-defined]
+
+    def _on_server_error(self, error: dict[str, Any]) -> None:
+        asked_by = error.get("event_id")
+        if asked_by is not None:
+            if any(asked_by in request.ids for request in self.open):
+                self.errors[asked_by] = error
+        elif error.get("type") != "invalid_request_error" and len(self.open) == 1:
+            # The server failed and does not say at what. Where just one request is open it is
+            # that one, and asking again is safe: should it be answered after all, that response
+            # is cancelled by its id. An invalid request names its own event, or is not ours.
+            code = plain_code(error.get("code")) or plain_code(error.get("type"))
+            why = told(CODES.get(code or "", "unknown"), "the provider reported an error", code)
+            self.replies.interject(why, only=self.open[0])
+
+    def _on_connected(self) -> None:
+        # A first connection that failed emits no session_reconnected when it comes up after all;
+        # any event of the server tells as well.
+        self.connected = True
+        self.replies.wake()
+
+    def _on_error(self, event: llm.RealtimeModelError) -> None:
+        if not (event.recoverable and isinstance(event.error, APIConnectionError)):
+            return
+        self.losses += 1
+        self.connected = False
+        self._active.clear()
+        why = of_event(event)
+        if why.kind in ("authentication", "quota"):
+            # The plugin tries the same key again for seconds; the caller would hear silence.
+            self.replies.interject(why, "not_recoverable")
+
+
+class OpenAIRequest:
+    """One reply's request to an OpenAI-like server."""
+
+    def __init__(self, adapter: OpenAIAdapter, call: Call) -> None:
+        self._adapter = adapter
+        self._call = call
+        self.ids: set[str] = set()
+        """The ids under which the current attempt was sent."""
+        self._losses = 0
+
+    def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
+        """Send it, and learn its id."""
+        before = self._adapter.pending()
+        self._losses = self._adapter.losses
+        attempt = self._call()
+        self.ids = self._adapter.pending() - before
+        self._adapter.open.append(self)
+        attempt.add_done_callback(lambda _: self._close())
+        return attempt
+
+    def explain(self, error: BaseException) -> Failure:
+        """Use the raw event where there was one: the future's error may have lost its code."""
+        raw = next((self._adapter.errors.pop(i) for i in self.ids if i in self._adapter.errors), {})
+        why = explain(error)
+        if why.code is None and isinstance(error, llm.RealtimeError):
+            code = plain_code(raw.get("code")) or plain_code(raw.get("type"))
+            if code is not None:
+                why = failure(error, CODES.get(code, "unknown"), code=code)
+            elif self._adapter.losses > self._losses:
+                why = failure(error, "connection_lost")
+            else:
+                why = failure(error, "timeout")
+        if why.kind == "rate_limit" and (asked := _TRY_AGAIN.search(str(error))):
+            seconds = float(asked[1]) * _UNIT[asked[2]]
+            why = failure(error, why.kind, code=why.code, retry_after=seconds)
+        return why
+
+    def timed_out(self, seconds: float) -> Failure:
+        """Our own time-out; it was the connection's fault where that is down."""
+        return unanswered(seconds, "timeout" if self._adapter.connected else "connection_lost")
+
+    def next_action(self, why: Failure) -> semconv.Action | None:
+        """The id makes sending again safe."""
+        return "send"
+
+    def ready(self) -> bool:
+        """See :meth:`OpenAIAdapter.ready`."""
+        return self._adapter.ready()
+
+    def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
+        """Discard the id; end the plugin's future as its own time-out does, without a cancel."""
+        self._adapter.discard(self.ids)
+        self._close()
+        if not attempt.done():
+            attempt.set_exception(llm.RealtimeError("abandoned by traced_retry"))
+
+    def cancel(self, attempt: asyncio.Future[Generation]) -> None:
+        """Barge-in: what the agent alone would do, and the id stays discarded over a reconnect."""
+        self._close()
+        if not attempt.done():
+            self._adapter.discard(self.ids)
+            attempt.cancel()
+        elif not attempt.cancelled() and attempt.exception() is None:
+            # The response was created in the very moment of the cancel: nobody will read it.
+            self._adapter.session.interrupt()
+
+    def _close(self) -> None:
+        if self in self._adapter.open:
+            self._adapter.open.remove(self)
+
+
+def _provider(model: llm.RealtimeModel) -> str:
+    modules = [cls.__module__ for cls in type(model).__mro__]
+    if any(name.startswith("livekit.plugins.xai") for name in modules):
+        return "x_ai"
+    if any(name.startswith("livekit.agents.inference") for name in modules):
+        return "livekit"
+    if getattr(getattr(model, "_opts", None), "is_azure", False):
+        return "azure.ai.openai"
+    return "openai"

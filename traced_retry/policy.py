@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often, how long and how far apart: :class:`RetryPolicy`, from code or environment."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, get_args
+
+import backoff
+
+from traced_retry.failure import Failure
+
+OnSilence = Literal["restart", "listen", "resend"]
+
+_ENV: Final = {
+    "LIVEKIT_REALTIME_MAX_RETRIES": "max_retries",
+    "LIVEKIT_REALTIME_RETRY_BASE_DELAY": "base_delay",
+    "LIVEKIT_REALTIME_RETRY_MAX_DELAY": "max_delay",
+    "TRACED_RETRY_DEADLINE": "deadline",
+    "TRACED_RETRY_ATTEMPT_TIMEOUT": "attempt_timeout",
+    "TRACED_RETRY_RETRY_RATE_LIMITS": "retry_rate_limits",
+    "TRACED_RETRY_ON_SILENCE": "on_silence",
+}
+
+
+class PolicyError(ValueError):
+    """A setting that cannot be. The message names the setting, its value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """What may be spent on one reply. All times are seconds.
+
+    Raises:
+        PolicyError: a value that is not a number, negative, NaN or infinite, or a ``base_delay``
+            above ``max_delay``.
+    """
+
+    max_retries: int = 3
+    """Attempts after the first; 0 means one attempt, still traced."""
+    base_delay: float = 1.0
+    """Upper bound of the first wait; it doubles with each retry. The wait itself is drawn
+    evenly from zero to the bound (full jitter), so that agents do not come back in step."""
+    max_delay: float = 10.0
+    """No bound grows past this. A provider's own ``retry_after`` may."""
+    deadline: float = 20.0
+    """For the whole reply, from the call on. A wait that would pass it is not begun."""
+    attempt_timeout: float | None = None
+    """For one attempt; None leaves it to the plugin (5 to 10 s) and the deadline."""
+    retry_rate_limits: bool = True
+    """Whether a rate limit is worth another attempt."""
+    on_silence: OnSilence | None = None
+    """What follows when a request seems lost on a live connection and the provider's replies
+    carry no id of the request; None is the provider's safe default. With ``"resend"`` the caller
+    may hear two replies. No meaning for OpenAI and its kin, whose replies carry the id."""
+    classify: Callable[[Failure], Failure | None] | None = None
+    """Overrules the default table for one failure; None leaves it as it is. For instance
+    ``lambda f: dataclasses.replace(f, recoverable=True) if f.code == "busy" else None``."""
+
+    def __post_init__(self) -> None:
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            check = _CHECKS.get(name)
+            if check is not None and (allowed := check(value)):
+                raise PolicyError(f"{name} is {value!r}; {allowed}.")
+        if self.base_delay > self.max_delay:
+            raise PolicyError(
+                f"base_delay is {self.base_delay!r}, above max_delay, {self.max_delay!r}; "
+                "lower the one or raise the other."
+            )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> RetryPolicy:
+        """Read the policy from the environment; what is not set keeps its default.
+
+        Numbers: ``LIVEKIT_REALTIME_MAX_RETRIES``, ``LIVEKIT_REALTIME_RETRY_BASE_DELAY``,
+        ``LIVEKIT_REALTIME_RETRY_MAX_DELAY``, ``TRACED_RETRY_DEADLINE``,
+        ``TRACED_RETRY_ATTEMPT_TIMEOUT``. Booleans (``true``/``false``, ``1``/``0``, ``yes``/``no``):
+        ``TRACED_RETRY_RETRY_RATE_LIMITS``. Words: ``TRACED_RETRY_ON_SILENCE``.
+
+        Raises:
+            PolicyError: a value that cannot be; the message names the variable.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for variable, name in _ENV.items():
+            text = environ.get(variable, "").strip()
+            if not text:
+                continue
+            try:
+                values[name] = _PARSERS.get(name, float)(text)
+            except ValueError:
+                values[name] = text  # which the check then refuses, saying what is allowed
+            if allowed := _CHECKS[name](values[name]):
+                raise PolicyError(f"{variable} is {text!r}; {allowed}.")
+        try:
+            return cls(**values)
+        except PolicyError as error:  # each value may be, only not beside the others
+            raise PolicyError(
+                f"LIVEKIT_REALTIME_RETRY_BASE_DELAY and LIVEKIT_REALTIME_RETRY_MAX_DELAY: {error}"
+            ) from None
+
+    def delays(self, jitter: Callable[[float], float] = backoff.full_jitter) -> Delays:
+        """The waits of one reply; ``jitter`` turns an upper bound into a wait, both seconds."""
+        return Delays(self, jitter)
+
+
+class Delays:
+    """The waits between the attempts of one reply, in seconds."""
+
+    __slots__ = ("_bounds", "_jitter")
+
+    def __init__(self, policy: RetryPolicy, jitter: Callable[[float], float]) -> None:
+        self._bounds: Generator[float, Any, None] = (
+            backoff.expo(factor=policy.base_delay, max_value=policy.max_delay)
+            if policy.base_delay > 0
+            else backoff.constant(0)  # 2.2.1's expo would overflow on its way up from zero
+        )
+        # backoff's generators spend their first value on nothing, in 2.2.1 and in its fork alike.
+        self._bounds.send(None)
+        self._jitter = jitter
+
+    def next(self, failure: Failure) -> float:
+        """The wait before the next attempt: jittered, but never less than ``retry_after``."""
+        return max(self._jitter(next(self._bounds)), failure.retry_after or 0.0)
+
+
+def _boolean(text: str) -> bool:
+    word = text.lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(text)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(value: Any) -> str | None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return None if ok else "it must be a whole number, 0 or more"
+
+
+def _check_seconds(value: Any) -> str | None:
+    return None if _number(value) and value >= 0 else "it must be seconds, a finite number >= 0"
+
+
+def _check_positive(value: Any) -> str | None:
+    return None if _number(value) and value > 0 else "it must be seconds, a finite number above 0"
+
+
+def _check_optional(value: Any) -> str | None:
+    if value is None or (_number(value) and value > 0):
+        return None
+    return "it must be seconds, a finite number above 0, or left unset for the plugin's own"
+
+
+def _check_boolean(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "it must be true or false"
+
+
+def _check_silence(value: Any) -> str | None:
+    if value is None or value in get_args(OnSilence):
+        return None
+    return f"it must be one of {', '.join(get_args(OnSilence))}, or left unset"
+
+
+def _check_callable(value: Any) -> str | None:
+    return None if value is None or callable(value) else "it must be a function of one Failure"
+
+
+_PARSERS: Final[dict[str, Callable[[str], object]]] = {
+    "max_retries": int,
+    "retry_rate_limits": _boolean,
+    "on_silence": str,
+}
+
+_CHECKS: Final[dict[str, Callable[[Any], str | None]]] = {
+    "max_retries": _check_count,
+    "base_delay": _check_seconds,
+    "max_delay": _check_seconds,
+    "deadline": _check_positive,
+    "attempt_timeout": _check_optional,
+    "retry_rate_limits": _check_boolean,
+    "on_silence": _check_silence,
+    "classify": _check_callable,
+}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every span, attribute, metric and value name of this project, once.
+
+Code, dashboards, alert rules, documentation and tests read names from here, so that none of
+them can drift from what is emitted. Names of OpenTelemetry's and LiveKit's own vocabularies
+keep their spelling; all others begin with ``traced_retry.`` (semantic conventions reserve
+``gen_ai.*`` and ``otel.*``).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.40.0"
+SCOPE: Final = "traced_retry"
+"""Name of the tracer, the meter and the logger."""
+
+# --- spans ------------------------------------------------------------------------------------
+
+SPAN_REPLY: Final = "generate_reply"
+"""INTERNAL. One ``generate_reply`` call by the agent, from the call to its outcome."""
+SPAN_ATTEMPT: Final = "generate_reply.attempt"
+"""CLIENT. One effort to get that reply; a child of the above."""
+
+# --- attributes of others ---------------------------------------------------------------------
+
+PROVIDER: Final = "gen_ai.provider.name"
+MODEL: Final = "gen_ai.request.model"
+SERVER_ADDRESS: Final = "server.address"
+SERVER_PORT: Final = "server.port"
+ERROR_TYPE: Final = "error.type"
+LK_RETRY_COUNT: Final = "lk.retry_count"
+"""0-based, as on LiveKit's own ``llm_request_run`` and ``tts_request_run`` spans."""
+
+OTHER: Final = "_OTHER"
+"""Semantic conventions' word for an ``error.type`` outside the known, bounded set."""
+
+# --- attributes of ours -----------------------------------------------------------------------
+
+OUTCOME: Final = "traced_retry.outcome"
+ATTEMPTS: Final = "traced_retry.attempts"
+"""How many attempts the reply took (int, 1 or more)."""
+DELAY_TOTAL: Final = "traced_retry.delay.total"
+"""Seconds spent waiting between attempts, summed (float)."""
+STOP_REASON: Final = "traced_retry.stop_reason"
+
+ATTEMPT: Final = "traced_retry.attempt"
+"""Number of the attempt (int, from 1)."""
+ACTION: Final = "traced_retry.action"
+DELAY: Final = "traced_retry.delay"
+"""Seconds really waited before this attempt (float, 0.0 for the first)."""
+ERROR_CODE: Final = "traced_retry.error_code"
+"""The provider's own error code, exact. On spans only: it is not bounded."""
+RECOVERABLE: Final = "traced_retry.recoverable"
+DECISION: Final = "traced_retry.decision"
+NEXT_DELAY: Final = "traced_retry.next_delay"
+"""Seconds the next attempt is planned to wait (float). A reconnect may make it longer; what was
+really waited is ``traced_retry.delay`` of that attempt."""
+RESULT: Final = "traced_retry.result"
+TRACE_ID: Final = "trace_id"
+"""On log records: 32 lower-case hex digits."""
+
+# --- values -----------------------------------------------------------------------------------
+
+Action = Literal["send", "listen", "restart"]
+"""``send``: a request goes out. ``listen``: none does, the wait for the one already sent goes
+on. ``restart``: a fresh session, then a request."""
+ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
+
+Decision = Literal["retry", "stop"]
+
+Result = Literal["succeeded", "failed", "interrupted", "superseded"]
+"""How one attempt ended."""
+RESULTS: Final[tuple[Result, ...]] = get_args(Result)
+
+Outcome = Literal[
+    "succeeded", "recovered", "exhausted", "not_recoverable", "interrupted", "superseded"
+]
+"""How one reply ended. The outcomes partition replies: their counts sum to the number asked."""
+OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
+
+StopReason = Literal[
+    "max_attempts",
+    "deadline",
+    "budget",
+    "unsafe_to_resend",
+    "output_started",
+    "not_recoverable",
+    "session_closed",
+    "interrupted",
+    "superseded",
+]
+"""Why no further attempt was made."""
+
+OUTCOME_OF: Final[dict[StopReason, Outcome]] = {
+    "max_attempts": "exhausted",
+    "deadline": "exhausted",
+    "budget": "exhausted",
+    "unsafe_to_resend": "exhausted",
+    "output_started": "not_recoverable",
+    "not_recoverable": "not_recoverable",
+    "session_closed": "not_recoverable",
+    "interrupted": "interrupted",
+    "superseded": "superseded",
+}
+"""The one outcome each stop reason leads to."""
+STOP_REASONS: Final[tuple[StopReason, ...]] = tuple(OUTCOME_OF)
+
+# --- metrics ----------------------------------------------------------------------------------
+
+METRIC_ATTEMPTS: Final = "traced_retry.attempts"
+METRIC_REPLIES: Final = "traced_retry.replies"
+METRIC_ATTEMPT_DURATION: Final = "traced_retry.attempt.duration"
+METRIC_REPLY_DURATION: Final = "traced_retry.reply.duration"
+METRIC_DELAY: Final = "traced_retry.delay"
+METRIC_IN_FLIGHT: Final = "traced_retry.in_flight"
+
+DURATION_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0)
+"""Seconds. Floats, for Prometheus writes an int bound as ``le="1"`` and a float as ``le="1.0"``.
+5 and 10 are the plugins' own timeouts, 20 is the default deadline."""
+
+# --- the tracer provider's view ---------------------------------------------------------------
+
+REPLY_START: Final = frozenset({PROVIDER, MODEL, SERVER_ADDRESS, SERVER_PORT})
+"""Attributes given when the reply span starts, so that samplers see them."""

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop's events as spans, metrics and one log record. OpenTelemetry API only.
+
+The contract is in ``docs/design.md``; every name is in :mod:`traced_retry.semconv`. Nothing here
+reads the text of an exception.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from opentelemetry import context as otel_context
+from opentelemetry import metrics, trace
+from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.util.types import AttributeValue
+
+from traced_retry import semconv
+from traced_retry._version import __version__
+from traced_retry.failure import Failure
+from traced_retry.guard import harmless, log_swallowed
+
+logger = logging.getLogger(semconv.SCOPE)
+
+Attributes = dict[str, AttributeValue]
+T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., object])
+
+_SUPPRESSED = "suppress_instrumentation"
+"""The context key that ``opentelemetry.instrumentation.utils.suppress_instrumentation`` sets."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom a reply is asked of: known at its start, on both spans and every metric."""
+
+    provider: str
+    """``gen_ai.provider.name``: semantic conventions' value, or a plain lower-case name."""
+    model: str | None = None
+    server_address: str | None = None
+    server_port: int | None = None
+
+    @functools.cached_property
+    def labels(self) -> Attributes:
+        """What every metric says of the target."""
+        return {semconv.PROVIDER: self.provider}
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - targets are few, and equal ones share a row
+    def attempt_labels(self, action: semconv.Action, result: semconv.Result) -> Attributes:
+        """The labels of one attempt on metrics, but for why it failed."""
+        return {**self.labels, semconv.ACTION: action, semconv.RESULT: result}
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def reply_labels(self, outcome: semconv.Outcome) -> Attributes:
+        """The labels of one reply on metrics, but for why it stopped."""
+        return {**self.labels, semconv.OUTCOME: outcome}
+
+    @functools.cached_property
+    def attributes(self) -> Attributes:
+        """What is known of the target, as span attributes."""
+        known = {
+            semconv.PROVIDER: self.provider,
+            semconv.MODEL: self.model,
+            semconv.SERVER_ADDRESS: self.server_address,
+            semconv.SERVER_PORT: self.server_port,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+
+class Telemetry:
+    """The tracer and the instruments; one per set of providers, shared by all replies.
+
+    Args:
+        tracer_provider: default: the global one, at the time of each span.
+        meter_provider: default: the global one, likewise.
+        tracer: instead of ``tracer_provider``: a tracer to use as it is.
+        in_livekit: put LiveKit's ``lk.retry_count`` on attempt spans.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+        *,
+        tracer: trace.Tracer | None = None,
+        in_livekit: bool = False,
+    ) -> None:
+        self.in_livekit = in_livekit
+        self.tracer = tracer or trace.get_tracer(
+            semconv.SCOPE, __version__, tracer_provider, semconv.SCHEMA_URL
+        )
+        meter = metrics.get_meter(
+            semconv.SCOPE, __version__, meter_provider, schema_url=semconv.SCHEMA_URL
+        )
+        self.attempts = meter.create_counter(
+            semconv.METRIC_ATTEMPTS, "{attempt}", "Attempts to get a reply that have ended."
+        )
+        self.replies = meter.create_counter(
+            semconv.METRIC_REPLIES, "{reply}", "Replies asked for that have ended, by outcome."
+        )
+        self.attempt_duration = _seconds(
+            meter, semconv.METRIC_ATTEMPT_DURATION, "From an attempt's start to its end."
+        )
+        self.reply_duration = _seconds(
+            meter,
+            semconv.METRIC_REPLY_DURATION,
+            "From asking for a reply to its first sign or its failure: the caller's silence.",
+        )
+        self.delay = _seconds(
+            meter, semconv.METRIC_DELAY, "Waited before an attempt after the first."
+        )
+        self.in_flight = meter.create_up_down_counter(
+            semconv.METRIC_IN_FLIGHT, "{reply}", "Replies asked for that have not ended."
+        )
+        self._zeroed: set[str] = set()
+
+    def reply(self, target: Target) -> ReplyTrace:
+        """The telemetry of one reply."""
+        return ReplyTrace(self, target)
+
+    def zero(self, provider: str, actions: tuple[semconv.Action, ...] = ("send",)) -> None:
+        """Start the counters of ``provider`` at 0, once.
+
+        A counter born at 1 has no increase: Prometheus would miss the first failure.
+        """
+        if provider in self._zeroed:
+            return
+        self._zeroed.add(provider)
+        with harmless("zero-initialising the counters"):
+            for outcome in ("succeeded", "recovered"):
+                self.replies.add(0, {semconv.PROVIDER: provider, semconv.OUTCOME: outcome})
+            for reason, outcome in semconv.OUTCOME_OF.items():
+                self.replies.add(
+                    0,
+                    {
+                        semconv.PROVIDER: provider,
+                        semconv.OUTCOME: outcome,
+                        semconv.STOP_REASON: reason,
+                    },
+                )
+            for action in actions:
+                of = {semconv.PROVIDER: provider, semconv.ACTION: action}
+                self.attempts.add(0, {**of, semconv.RESULT: "succeeded"})
+                for kind in ("timeout", "connection_lost", "server_error", "rate_limit_exceeded"):
+                    self.attempts.add(
+                        0,
+                        {
+                            **of,
+                            semconv.RESULT: "failed",
+                            semconv.ERROR_TYPE: kind,
+                            semconv.RECOVERABLE: True,
+                        },
+                    )
+
+
+def _seconds(meter: metrics.Meter, name: str, description: str) -> metrics.Histogram:
+    return meter.create_histogram(
+        name, "s", description, explicit_bucket_boundaries_advisory=semconv.DURATION_BUCKETS
+    )
+
+
+def _harmless(method: M) -> M:
+    """A failure inside telemetry is logged once and never changes the reply's result."""
+
+    @functools.wraps(method)
+    def guarded(*args: object) -> object:
+        try:
+            return method(*args)
+        except Exception as error:  # noqa: BLE001 - whatever an SDK, exporter or sampler raises
+            log_swallowed(f"telemetry ({method.__name__})", error)
+            return None
+
+    return guarded  # type: ignore[return-value]
+
+
+def _attempt_end(
+    result: semconv.Result,
+    failure: Failure | None,
+    then: semconv.Action | None,
+    next_delay: float,
+) -> Attributes:
+    """What is known once an attempt has ended."""
+    attributes: Attributes = {semconv.RESULT: result}
+    if failure is not None:
+        attributes[semconv.ERROR_TYPE] = failure.error_type
+        attributes[semconv.RECOVERABLE] = failure.recoverable
+        attributes[semconv.DECISION] = "stop" if then is None else "retry"
+        if failure.code is not None:
+            attributes[semconv.ERROR_CODE] = failure.code
+        if then is not None:
+            attributes[semconv.NEXT_DELAY] = next_delay
+    return attributes
+
+
+def _reply_end(
+    outcome: semconv.Outcome,
+    stop: semconv.StopReason | None,
+    attempts: int,
+    waited: float,
+    failure: Failure | None,
+) -> Attributes:
+    """What is known once a reply has ended."""
+    attributes: Attributes = {
+        semconv.OUTCOME: outcome,
+        semconv.ATTEMPTS: attempts,
+        semconv.DELAY_TOTAL: waited,
+    }
+    if stop is not None:
+        attributes[semconv.STOP_REASON] = stop
+    if failure is not None:
+        attributes[semconv.ERROR_TYPE] = failure.error_type
+    return attributes
+
+
+@contextmanager
+def _current(context: otel_context.Context | None) -> Iterator[None]:
+    """Make ``context`` the current one, so that a log record carries its span; None: as it is."""
+    token = None if context is None else otel_context.attach(context)
+    try:
+        yield
+    finally:
+        if token is not None:
+            otel_context.detach(token)
+
+
+class ReplyTrace:
+    """One reply's spans, metrics and log records. No method of it ever raises.
+
+    Arguments are positional, and where nothing traces no attribute is put together: this is on
+    the path of every reply.
+    """
+
+    __slots__ = (
+        "_action",
+        "_attempt",
+        "_attempt_context",
+        "_live",
+        "_reply",
+        "_reply_context",
+        "_silent",
+        "_telemetry",
+        "target",
+    )
+
+    def __init__(self, telemetry: Telemetry, target: Target) -> None:
+        self._telemetry = telemetry
+        self.target = target
+        # Retries go on where instrumentation is suppressed; they are just not told of.
+        self._silent = bool(otel_context.get_value(_SUPPRESSED))
+        self._live = False
+        self._reply: trace.Span = trace.INVALID_SPAN
+        self._attempt: trace.Span = trace.INVALID_SPAN
+        self._reply_context: otel_context.Context | None = None
+        self._attempt_context: otel_context.Context | None = None
+        self._action: semconv.Action = "send"
+
+    @property
+    def trace_id(self) -> str | None:
+        """32 hex digits, or None where nothing traces."""
+        context = self._reply.get_span_context()
+        return trace.format_trace_id(context.trace_id) if self._live else None
+
+    @_harmless
+    def begin(self) -> None:
+        """The agent asked for a reply."""
+        if self._silent:
+            return
+        self._reply = self._telemetry.tracer.start_span(
+            semconv.SPAN_REPLY, kind=SpanKind.INTERNAL, attributes=self.target.attributes
+        )
+        # Without an SDK the span has no context of its own: nothing to nest, nothing to describe.
+        self._live = self._reply.get_span_context().is_valid
+        if self._live:
+            self._reply_context = trace.set_span_in_context(self._reply)
+        self._telemetry.in_flight.add(1, self.target.labels, self._reply_context)
+
+    @_harmless
+    def attempt_began(self, number: int, action: semconv.Action, delay: float) -> None:
+        """An attempt begins, after ``delay`` seconds of waiting."""
+        self._action = action
+        if not self._live:
+            return
+        attributes = {
+            **self.target.attributes,
+            semconv.ATTEMPT: number,
+            semconv.ACTION: action,
+            semconv.DELAY: delay,
+        }
+        if self._telemetry.in_livekit:
+            attributes[semconv.LK_RETRY_COUNT] = number - 1
+        self._attempt = self._telemetry.tracer.start_span(
+            semconv.SPAN_ATTEMPT,
+            context=self._reply_context,
+            kind=SpanKind.CLIENT,
+            attributes=attributes,
+        )
+        self._attempt_context = trace.set_span_in_context(self._attempt, self._reply_context)
+
+    def call(self, function: Callable[[semconv.Action], T], action: semconv.Action) -> T:
+        """Call ``function`` with the attempt's span as the current one.
+
+        Raises:
+            BaseException: what ``function`` raises, untouched.
+        """
+        if self._attempt_context is None:
+            return function(action)
+        token = otel_context.attach(self._attempt_context)
+        try:
+            return function(action)
+        finally:
+            otel_context.detach(token)
+
+    @_harmless
+    def attempt_ended(
+        self,
+        result: semconv.Result,
+        seconds: float,
+        failure: Failure | None = None,
+        then: semconv.Action | None = None,
+        next_delay: float = 0.0,
+    ) -> None:
+        """The attempt ended; where it failed, ``then`` follows after ``next_delay`` seconds."""
+        if failure is not None and then is not None:
+            self._log_retry(failure, then, next_delay)
+        if self._silent:
+            return
+        telemetry, context = self._telemetry, self._attempt_context
+        labels = self.target.attempt_labels(self._action, result)
+        if failure is not None:
+            labels = {**labels, semconv.ERROR_TYPE: failure.error_type}
+        try:
+            if self._live:
+                self._attempt.set_attributes(_attempt_end(result, failure, then, next_delay))
+                if failure is not None:
+                    self._attempt.set_status(StatusCode.ERROR)
+            telemetry.attempt_duration.record(seconds, labels, context)
+            if failure is not None:
+                labels = {**labels, semconv.RECOVERABLE: failure.recoverable}
+            telemetry.attempts.add(1, labels, context)
+        finally:
+            self._attempt.end()
+
+    @_harmless
+    def waited(self, seconds: float) -> None:
+        """A wait between two attempts ended (or was cut short)."""
+        if not self._silent:
+            self._telemetry.delay.record(seconds, self.target.labels, self._reply_context)
+
+    @_harmless
+    def end(
+        self,
+        stop: semconv.StopReason | None,
+        attempts: int,
+        waited: float,
+        seconds: float,
+        failure: Failure | None = None,
+    ) -> None:
+        """The reply ended: ``stop`` is None where it is there, ``failure`` what the agent is told."""
+        if stop is not None:
+            outcome = semconv.OUTCOME_OF[stop]
+        else:
+            outcome = "succeeded" if attempts == 1 else "recovered"
+        if failure is not None and stop is not None:
+            self._log_failed(failure, outcome, stop, attempts, seconds)
+        if self._silent:
+            return
+        telemetry, context = self._telemetry, self._reply_context
+        labels = self.target.reply_labels(outcome)
+        try:
+            if self._live:
+                self._reply.set_attributes(_reply_end(outcome, stop, attempts, waited, failure))
+                if failure is not None:
+                    self._reply.set_status(StatusCode.ERROR)
+            telemetry.in_flight.add(-1, self.target.labels, context)
+            telemetry.reply_duration.record(seconds, labels, context)
+            if stop is not None:
+                labels = {**labels, semconv.STOP_REASON: stop}
+            telemetry.replies.add(1, labels, context)
+        finally:
+            self._reply.end()
+
+    # --- log records ---------------------------------------------------------------------------
+
+    def _log_retry(self, failure: Failure, then: semconv.Action, next_delay: float) -> None:
+        with _current(self._attempt_context):
+            logger.info(
+                "%s attempt failed (%s), %s in %.2f s",
+                self.target.provider,
+                failure.code or failure.error_type,
+                then,
+                next_delay,
+                extra={
+                    semconv.PROVIDER: self.target.provider,
+                    semconv.ERROR_TYPE: failure.error_type,
+                    semconv.ACTION: then,
+                    semconv.NEXT_DELAY: next_delay,
+                    semconv.TRACE_ID: self.trace_id or "",
+                },
+            )
+
+    def _log_failed(
+        self,
+        failure: Failure,
+        outcome: semconv.Outcome,
+        stop: semconv.StopReason,
+        attempts: int,
+        seconds: float,
+    ) -> None:
+        with _current(self._reply_context):
+            logger.warning(
+                "%s reply failed (%s) after %d attempt(s) and %.2f s: %s, stopped by %s, trace %s",
+                self.target.provider,
+                failure.code or failure.error_type,
+                attempts,
+                seconds,
+                outcome,
+                stop,
+                self.trace_id or "none",
+                extra={
+                    semconv.PROVIDER: self.target.provider,
+                    semconv.OUTCOME: outcome,
+                    semconv.STOP_REASON: stop,
+                    semconv.ERROR_TYPE: failure.error_type,
+                    semconv.ATTEMPTS: attempts,
+                    semconv.TRACE_ID: self.trace_id or "",
+                },
+            )
