@@ -78,6 +78,9 @@ class CallRequest(Generic[T]):
         """Carry the caller's cancel inward."""
         attempt.cancel()
 
+    def delivery(self, result: T) -> None:
+        """A call that has returned is all there is."""
+
 
 if sys.version_info >= (3, 12):
 
@@ -89,19 +92,6 @@ else:
 
     def _start(coroutine: Any) -> asyncio.Future[Any]:
         return asyncio.ensure_future(coroutine)
-
-
-def start(reply: Reply[T]) -> asyncio.Future[T]:
-    """Make the first attempt now and return the future of the reply.
-
-    Raises:
-        Exception: a programming error of the request, untouched.
-    """
-    reply.begin()
-    task = asyncio.ensure_future(reply.run())
-    # A task cancelled before its first step never enters run(), nor its clean-up.
-    task.add_done_callback(lambda _: reply.interrupt())
-    return task
 
 
 def retry(
@@ -147,13 +137,16 @@ def retry(
             @functools.wraps(function)
             async def retried(*args: Any, **kwargs: Any) -> Any:
                 reply = reply_to(args, kwargs)
-                reply.begin()
-                return await reply.run()
+                try:
+                    return await reply.start()
+                except asyncio.CancelledError:
+                    reply.interrupt()  # now, for this may be the event loop's last turn
+                    raise
         else:
 
             @functools.wraps(function)
             def retried(*args: Any, **kwargs: Any) -> Any:
-                return start(reply_to(args, kwargs))
+                return reply_to(args, kwargs).start()
 
         return retried  # type: ignore[return-value]
 
@@ -194,7 +187,7 @@ class RetryingRealtimeSession(ABC):
             functools.partial(self._do_generate_reply, **kwargs),
             resend_after_timeout=self.resend_after_timeout,
         )
-        return start(Reply(request, self.retry_policy, self.retry_telemetry.reply(target)))
+        return Reply(request, self.retry_policy, self.retry_telemetry.reply(target)).start()
 
     @abstractmethod
     def _do_generate_reply(self, **kwargs: Any) -> asyncio.Future[Any]:

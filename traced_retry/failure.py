@@ -77,6 +77,7 @@ CODES: Final[dict[str, Kind]] = {
     "unknown_parameter": "invalid_request",
     "model_not_found": "invalid_request",
     "content_filter": "invalid_request",
+    "max_output_tokens": "invalid_request",
     "context_length_exceeded": "invalid_request",
 }
 """Provider codes whose meaning is known. A known code is its own ``error.type``."""
@@ -193,5 +194,8 @@ def _retry_after(error: BaseException) -> float | None:
 
 
 def _attribute(error: BaseException, name: str, kind: type[T]) -> T | None:
-    value = getattr(error, name, None)
+    try:
+        value = getattr(error, name, None)
+    except Exception:  # noqa: BLE001 - a property may do anything; aiohttp's `code` warns
+        return None
     return value if isinstance(value, kind) else None

@@ -2,7 +2,13 @@
 """The loop: attempt, decide, wait, stop. Knows no LiveKit and no OpenTelemetry SDK.
 
 :class:`Reply` is one reply from the call to its outcome. What it repeats stands behind
-:class:`Request`; a provider's adapter implements that, and says what is safe to do next.
+:class:`~traced_retry.request.Request`, which says what is safe to do next.
+
+The loop is a generator (:meth:`Reply._life`) that yields the time until which it has nothing to
+do. It is resumed in the very call that changes something: when an attempt ends, a timer fires or
+an adapter has news. A task would need several turns of the event loop for each of these, and in
+those turns LiveKit closes a session whose agent has not been told yet why its reply failed. Nor
+can a generator be cancelled before its first step, as a task can, with its clean-up skipped.
 
 Its only clock is the running event loop's, so a test runs it on a virtual one.
 """
@@ -10,9 +16,10 @@ Its only clock is the running event loop's, so a test runs it on a virtual one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextvars
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Generic, NoReturn, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import backoff
 
@@ -20,37 +27,13 @@ from traced_retry import semconv
 from traced_retry.failure import Failure, explain
 from traced_retry.guard import harmless, log_once
 from traced_retry.policy import Delays, RetryPolicy
+from traced_retry.request import Delivery, Request
 from traced_retry.telemetry import ReplyTrace
 
 T = TypeVar("T")
 
-
-class Request(Protocol[T]):
-    """The request behind one reply, as the loop sees it. One object per reply."""
-
-    def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
-        """Begin one attempt; the future is its result. What this raises fails the attempt."""
-
-    def explain(self, error: BaseException) -> Failure:
-        """Say why the attempt failed with ``error``."""
-
-    def timed_out(self, seconds: float) -> Failure:
-        """Say that the attempt was ended by us after ``seconds`` without an answer."""
-
-    def next_action(self, failure: Failure) -> semconv.Action | None:
-        """What is safe to do next; None where nothing is."""
-
-    def ready(self) -> bool:
-        """Whether a request sent now could be answered; :meth:`Reply.wake` when that changes."""
-
-    def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
-        """The attempt failed and ``then`` follows (None: nothing, the agent is told of failure).
-
-        Makes sure that what was asked is not heard later.
-        """
-
-    def cancel(self, attempt: asyncio.Future[T]) -> None:
-        """The caller no longer wants the reply (barge-in); the attempt may just have succeeded."""
+Life = Generator["float | None", None, None]
+"""Yields the loop time until which nothing need be done; None: until something happens."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +58,13 @@ class FailedReply:
 class Reply(Generic[T]):
     """One reply: attempts, until one succeeds or none may follow.
 
-    :meth:`begin` makes the first attempt at once, as the call without us would; :meth:`run`
-    awaits the outcome. Every path ends the spans and leaves the request harmless.
+    Args:
+        request: what is asked, and what is safe to do next.
+        policy: what may be spent on it.
+        trace: its telemetry.
+        jitter: turns the upper bound of a wait into the wait; both seconds.
+        on_failed: told of a reply that failed for good.
+        on_ended: told when the reply is over, its delivery included.
     """
 
     def __init__(
@@ -87,64 +75,61 @@ class Reply(Generic[T]):
         *,
         jitter: Callable[[float], float] = backoff.full_jitter,
         on_failed: Callable[[FailedReply], None] | None = None,
+        on_ended: Callable[[Reply[T]], None] | None = None,
     ) -> None:
-        self._on_failed = on_failed
-        self._codes: list[str] = []
         self._request = request
         self._policy = policy
         self._trace = trace
         self._jitter = jitter
-        self._delays: Delays | None = None
+        self._on_failed = on_failed
+        self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
-        self._attempt: asyncio.Future[T] | None = None
+        self._future: asyncio.Future[T] = self._loop.create_future()
+
         self._number = 0
+        self._attempt: asyncio.Future[T] | None = None
+        self._delays: Delays | None = None
         self._waited = 0.0
+        self._wait_began: float | None = None
         self._news: Failure | None = None
         self._stop: semconv.StopReason | None = None
         self._last: Failure | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._codes: list[str] = []
+        self._delivery: Delivery | None = None
         self._ended = False
+
+        self._steps: Life = self._life()
+        self._stepping = False
+        self._step_again = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._context: contextvars.Context | None = None
 
     # --- the caller's side ---------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Open the reply and make its first attempt.
+    def start(self) -> asyncio.Future[T]:
+        """Make the first attempt now; the future is the reply.
+
+        Cancelling the future ends the reply at once, and carries the cancel inward. It is
+        cancelled itself where the provider dropped the request for a newer one. On failure it
+        holds the last original exception, with a note of attempts, stop reason and trace id (a
+        programming error without the note).
 
         Raises:
-            Exception: a programming error of the request (``NotImplementedError``, ...) that it
-                raised before it returned a future, untouched.
+            Exception: a programming error (``NotImplementedError``, ...) that the request raised
+                before it returned a future, untouched.
         """
         self._began = self._loop.time()
         self._deadline = self._began + self._policy.deadline
         self._trace.begin()
         self._send("send", 0.0)
-        error = self._broken()
-        if error is not None:
-            self._give_up(self._judge(self._request.explain(error)), "not_recoverable")
-            raise error
-
-    async def run(self) -> T:
-        """Await the reply.
-
-        Raises:
-            asyncio.CancelledError: the caller cancelled, or the provider dropped the request for
-                a newer one.
-            Exception: the last original exception, with a note of attempts, stop reason and
-                trace id; a programming error without the note.
-        """
-        try:
-            while True:
-                failure = await self._settled()
-                if failure is None:
-                    return self._succeed()
-                await self._retry_or_raise(failure)
-        except (asyncio.CancelledError, GeneratorExit):
-            self.interrupt()
-            raise
-        except BaseException as error:
-            if not self._ended:  # an adapter that fails where it must not
-                self._give_up(explain(error), "not_recoverable")
-            raise
+        self._step()
+        future = self._future
+        if not future.done():
+            future.add_done_callback(self._on_future_done)
+        elif not future.cancelled() and (error := future.exception()) is not None:
+            if explain(error).kind == "bug":
+                raise error
+        return future
 
     def interject(self, failure: Failure, stop: semconv.StopReason | None = None) -> None:
         """Tell the loop what the attempt's own future does not: that the request is lost.
@@ -155,28 +140,95 @@ class Reply(Generic[T]):
         self.wake()
 
     def wake(self) -> None:
-        """Have the loop look again (an attempt ended, or :meth:`Request.ready` changed)."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        """Have the loop look again: ``Request.ready`` may have changed."""
+        if self._context is not None and not self._ended:
+            self._context.run(self._step)
 
     def interrupt(self) -> None:
         """End the reply as interrupted, unless it has ended. Sends the cancel inward."""
         if self._ended:
             return
+        if self._delivery is not None and self._delivery.first_output is not None:
+            self._succeed()
+            return
         if self._attempt is not None:
             with harmless("Request.cancel"):
                 self._request.cancel(self._attempt)
             self._close_attempt("interrupted")
+        self._end_wait()
         self._end("interrupted")
 
-    @property
-    def attempts(self) -> int:
-        """Attempts begun so far."""
-        return self._number
+    # --- being resumed -------------------------------------------------------------------------
 
-    # --- one attempt ---------------------------------------------------------------------------
+    def _step(self) -> None:
+        """Go on as far as possible; then sleep until the time that :meth:`_life` yields."""
+        if self._stepping:  # news from inside a step, as of an event that our own request caused
+            self._step_again = True
+            return
+        self._stepping = True
+        try:
+            when = next(self._steps)
+            while self._step_again:
+                self._step_again = False
+                when = next(self._steps)
+        except StopIteration:
+            pass
+        except BaseException as error:
+            self._break(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._sleep_until(when)
+        finally:
+            self._stepping = False
+
+    def _sleep_until(self, when: float | None) -> None:
+        if self._context is None:
+            # Later steps run in timers and in the plugin's own tasks; what they call shall see
+            # the context variables of whoever asked for the reply.
+            self._context = contextvars.copy_context()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if when is None else self._loop.call_at(when, self.wake)
+
+    def _break(self, error: BaseException) -> None:
+        """An adapter failed where it must not; the agent is told, and nothing stays open."""
+        self._give_up(explain(error), "not_recoverable", note=False)
+
+    def _on_attempt_done(self, attempt: asyncio.Future[T]) -> None:
+        if not attempt.cancelled():
+            attempt.exception()  # marks it as retrieved: an abandoned attempt must not be logged
+        if attempt is self._attempt:
+            self.wake()
+
+    def _on_future_done(self, future: asyncio.Future[T]) -> None:
+        if future.cancelled():
+            self.interrupt()
+
+    # --- its life ------------------------------------------------------------------------------
+
+    def _life(self) -> Life:
+        """Attempts with waits between them, until one succeeds; then its delivery."""
+        while True:
+            failure = yield from self._settled()
+            if self._ended:
+                return
+            if failure is None:
+                break
+            stop, action, delay = self._decide(failure)
+            if action is None or stop is not None:
+                self._give_up(failure, stop or "unsafe_to_resend")
+                return
+            self._fail_attempt(failure, action, delay)
+            stop = yield from self._wait_until_ready(delay)
+            if stop is not None:
+                self._give_up(self._news if self._stop and self._news else failure, stop)
+                return
+            self._send(action, self._end_wait())
+        yield from self._delivered()
 
     def _send(self, action: semconv.Action, delay: float) -> None:
+        """Make the next attempt."""
         self._number += 1
         self._attempt_began = self._loop.time()
         if self._stop is None:
@@ -185,31 +237,19 @@ class Reply(Generic[T]):
         try:
             attempt = self._trace.call(self._request.attempt, action)
         except Exception as error:  # noqa: BLE001 - it is judged like a future's exception
+            if isinstance(error, StopIteration):  # which no future may hold
+                error = RuntimeError("the request raised StopIteration")
             attempt = self._loop.create_future()
             attempt.set_exception(error)
         except BaseException:  # KeyboardInterrupt, SystemExit
-            self._trace.attempt_ended("interrupted", self._elapsed())
+            self._trace.attempt_ended("interrupted", 0.0)
             self._end("interrupted")
             raise
         self._attempt = attempt
         if not attempt.done():
-            attempt.add_done_callback(self._on_done)
+            attempt.add_done_callback(self._on_attempt_done)
 
-    def _broken(self) -> BaseException | None:
-        """The programming error that the attempt ended with before it was awaited, if it did."""
-        attempt = self._attempt
-        if attempt is None or not attempt.done() or attempt.cancelled():
-            return None
-        error = attempt.exception()
-        return error if error is not None and explain(error).kind == "bug" else None
-
-    def _on_done(self, attempt: asyncio.Future[T]) -> None:
-        if not attempt.cancelled():
-            attempt.exception()  # marks it as retrieved: an abandoned attempt must not be logged
-        if attempt is self._attempt:
-            self.wake()
-
-    async def _settled(self) -> Failure | None:
+    def _settled(self) -> Generator[float | None, None, Failure | None]:
         """Wait for the attempt to end: its failure, or None once the reply is there."""
         attempt = self._attempt
         assert attempt is not None
@@ -217,32 +257,20 @@ class Reply(Generic[T]):
         if self._policy.attempt_timeout is not None:
             limit = min(limit, self._attempt_began + self._policy.attempt_timeout)
         while not attempt.done():
+            if self._ended:
+                return None
             if self._news is not None:
                 return self._judge(self._news)
-            if self._loop.time() >= limit:
-                return self._judge(self._request.timed_out(self._elapsed()))
-            await self._sleep_until(limit)
+            if (now := self._loop.time()) >= limit:
+                return self._judge(self._request.timed_out(now - self._attempt_began))
+            yield limit
         if attempt.cancelled():
-            self._close_attempt("superseded")
-            self._end("superseded")
-            raise asyncio.CancelledError("the provider dropped this request for a newer one")
+            if not self._ended:
+                self._close_attempt("superseded")
+                self._end("superseded")
+            return None
         error = attempt.exception()
         return None if error is None else self._judge(self._request.explain(error))
-
-    def _elapsed(self) -> float:
-        return self._loop.time() - self._attempt_began
-
-    async def _sleep_until(self, when: float) -> None:
-        """Sleep until loop time ``when``, or until :meth:`wake`."""
-        self._waiter = self._loop.create_future()
-        timer = self._loop.call_at(when, self.wake)
-        try:
-            await self._waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
-
-    # --- what follows it -----------------------------------------------------------------------
 
     def _judge(self, failure: Failure) -> Failure:
         """Apply the policy's opinion to the default table's."""
@@ -257,62 +285,85 @@ class Reply(Generic[T]):
                     log_once("RetryPolicy.classify must return a Failure or None; it is ignored")
         return failure
 
-    def _stop_reason(self, failure: Failure) -> semconv.StopReason | None:
+    def _decide(
+        self, failure: Failure
+    ) -> tuple[semconv.StopReason | None, semconv.Action | None, float]:
+        """Why to stop, or what to do next and after how many seconds."""
         if self._stop is not None:
-            return self._stop
+            return self._stop, None, 0.0
         if not failure.recoverable:
-            return "not_recoverable"
+            return "not_recoverable", None, 0.0
         if self._loop.time() >= self._deadline:
-            return "deadline"
-        return "max_attempts" if self._number > self._policy.max_retries else None
-
-    async def _retry_or_raise(self, failure: Failure) -> None:
-        """Make the next attempt, or raise the failure."""
-        stop = self._stop_reason(failure)
-        action = None if stop else self._request.next_action(failure)
-        if action is None:
-            self._raise(failure, stop or "unsafe_to_resend")
-        # Between the end of one window of listening and the next no reply may slip through.
-        delay = 0.0 if action == "listen" else self._next_delay(failure)
-        if self._loop.time() + delay >= self._deadline:
-            self._raise(failure, "deadline")
-        self._fail_attempt(failure, action, delay)
-        began = self._loop.time()
-        try:
-            stop = await self._wait_until_ready(began + delay)
-        finally:
-            waited = self._loop.time() - began
-            self._waited += waited
-            self._trace.waited(waited)
-        if stop is not None:
-            self._raise(self._news if self._stop and self._news else failure, stop)
-        self._send(action, waited)
-
-    def _next_delay(self, failure: Failure) -> float:
+            return "deadline", None, 0.0
+        if self._number > self._policy.max_retries:
+            return "max_attempts", None, 0.0
+        action = self._request.next_action(failure)
+        if action is None or action == "listen":
+            # Between the end of one window of listening and the next no reply may slip through.
+            return None, action, 0.0
         if self._delays is None:
             self._delays = self._policy.delays(self._jitter)
-        return self._delays.next(failure)
+        delay = self._delays.next(failure)
+        late = self._loop.time() + delay >= self._deadline
+        return "deadline" if late else None, action, delay
 
-    async def _wait_until_ready(self, when: float) -> semconv.StopReason | None:
-        """Wait until loop time ``when`` and until a request could be answered."""
-        while self._stop is None:
+    def _wait_until_ready(
+        self, delay: float
+    ) -> Generator[float | None, None, semconv.StopReason | None]:
+        """Wait ``delay`` seconds, and until a request could be answered."""
+        self._wait_began = self._loop.time()
+        when = self._wait_began + delay
+        while self._stop is None and not self._ended:
             now = self._loop.time()
             if now >= when and self._request.ready():
                 return None
             if now >= self._deadline:
                 return "deadline"
-            await self._sleep_until(when if now < when else self._deadline)
-        return self._stop
+            yield when if now < when else self._deadline
+        return self._stop or "interrupted"
+
+    def _delivered(self) -> Life:
+        """Hand the reply over, and see whether it is heard."""
+        assert self._attempt is not None
+        if self._future.cancelled():  # as the reply came; nobody will listen to it
+            self.interrupt()
+            return
+        result = self._attempt.result()
+        self._delivery = delivery = self._request.delivery(result)
+        self._future.set_result(result)
+        if delivery is None:
+            self._succeed()
+            return
+        delivery.on_end = self.wake
+        while not (delivery.ended or self._ended):
+            if self._stop is not None and self._news is not None:
+                # The session is gone. What was begun was heard as far as the caller let it.
+                delivery.end(None if delivery.first_output else self._judge(self._news))
+                break
+            yield None
+        if delivery.failure is not None and delivery.stop is not None:
+            self._give_up(self._judge(delivery.failure), self._stop or delivery.stop)
+        elif delivery.stop is not None:
+            self._close_attempt("interrupted")
+            self._end(delivery.stop)
+        else:
+            self._succeed()
+
+    # --- keeping the books ---------------------------------------------------------------------
 
     def _fail_attempt(self, failure: Failure, then: semconv.Action | None, delay: float) -> None:
         """Close the books on a failed attempt, and make sure that it is not heard later."""
-        if self._last is None or not failure.provoked:
-            self._last = failure
-        self._codes.append(failure.code or failure.error_type)
         assert self._attempt is not None
+        self._remember(failure)
+        self._codes.append(failure.code or failure.error_type)
         with harmless("Request.abandon"):
             self._request.abandon(self._attempt, then)
         self._close_attempt("failed", failure, then, delay)
+
+    def _remember(self, failure: Failure) -> None:
+        """The agent is told the last that the provider said, rather than that our time was up."""
+        if self._last is None or not failure.provoked:
+            self._last = failure
 
     def _close_attempt(
         self,
@@ -322,20 +373,61 @@ class Reply(Generic[T]):
         delay: float = 0.0,
     ) -> None:
         self._attempt = None
-        self._trace.attempt_ended(result, self._elapsed(), failure, then, delay)
+        seconds, at = self._until_heard(self._attempt_began)
+        self._trace.attempt_ended(result, seconds, failure, then, delay, at)
 
-    def _give_up(self, failure: Failure, stop: semconv.StopReason) -> Failure:
-        """End the reply as failed; returns the failure that the agent is told of."""
+    def _end_wait(self) -> float:
+        """Account for the wait between two attempts, if one is on; its seconds."""
+        if self._wait_began is None:
+            return 0.0
+        waited = self._loop.time() - self._wait_began
+        self._wait_began = None
+        self._waited += waited
+        self._trace.waited(waited)
+        return waited
+
+    def _succeed(self) -> None:
+        self._close_attempt("succeeded")
+        self._end(None)
+
+    def _give_up(self, failure: Failure, stop: semconv.StopReason, *, note: bool = True) -> None:
+        """End the reply as failed, and tell the agent, unless it has its reply already."""
+        if self._ended:
+            return
         if self._attempt is not None:
             self._fail_attempt(failure, None, 0.0)
-        elif self._last is None or not failure.provoked:
-            self._last = failure
+        self._remember(failure)
         assert self._last is not None
+        self._end_wait()
         self._end(stop, self._last)
+        error = self._last.error
+        if note and self._last.kind != "bug":
+            said = f"traced_retry: {self._number} attempt(s), stopped by {stop}"
+            _add_note(error, f"{said}, trace id {self._trace.trace_id or 'none'}")
+        if not self._future.done():
+            self._future.set_exception(error)
         if self._on_failed is not None:
             with harmless("on_exhausted"):
                 self._on_failed(self._report(stop))
-        return self._last
+
+    def _end(self, stop: semconv.StopReason | None, failure: Failure | None = None) -> None:
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        seconds, at = self._until_heard(self._began)
+        self._trace.end(stop, self._number, self._waited, seconds, failure, at)
+        if stop in ("superseded", "interrupted"):
+            self._future.cancel()
+        if self._on_ended is not None:
+            self._on_ended(self)
+
+    def _until_heard(self, began: float) -> tuple[float, int | None]:
+        """Seconds from ``began`` to the first word, and when that was in Unix ns; else to now."""
+        delivery = self._delivery
+        if delivery is None or delivery.first_output is None or delivery.failure is not None:
+            return self._loop.time() - began, None
+        at, unix = delivery.first_output
+        return at - began, unix
 
     def _report(self, stop: semconv.StopReason) -> FailedReply:
         return FailedReply(
@@ -348,27 +440,6 @@ class Reply(Generic[T]):
             seconds=self._loop.time() - self._began,
             trace_id=self._trace.trace_id,
         )
-
-    def _raise(self, failure: Failure, stop: semconv.StopReason) -> NoReturn:
-        told = self._give_up(failure, stop)
-        if told.kind != "bug":
-            note = f"traced_retry: {self._number} attempt(s), stopped by {stop}"
-            _add_note(told.error, f"{note}, trace id {self._trace.trace_id or 'none'}")
-        raise told.error
-
-    # --- the end -------------------------------------------------------------------------------
-
-    def _succeed(self) -> T:
-        attempt = self._attempt
-        assert attempt is not None
-        self._close_attempt("succeeded")
-        self._end(None)
-        return attempt.result()
-
-    def _end(self, stop: semconv.StopReason | None, failure: Failure | None = None) -> None:
-        self._ended = True
-        seconds = self._loop.time() - self._began
-        self._trace.end(stop, self._number, self._waited, seconds, failure)
 
 
 def _add_note(error: BaseException, note: str) -> None:

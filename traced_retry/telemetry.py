@@ -322,8 +322,9 @@ class ReplyTrace:
         failure: Failure | None = None,
         then: semconv.Action | None = None,
         next_delay: float = 0.0,
+        at: int | None = None,
     ) -> None:
-        """The attempt ended; where it failed, ``then`` follows after ``next_delay`` seconds."""
+        """The attempt ended ``at`` (Unix ns; None: now); ``then`` follows in ``next_delay`` s."""
         if failure is not None and then is not None:
             self._log_retry(failure, then, next_delay)
         if self._silent:
@@ -342,7 +343,7 @@ class ReplyTrace:
                 labels = {**labels, semconv.RECOVERABLE: failure.recoverable}
             telemetry.attempts.add(1, labels, context)
         finally:
-            self._attempt.end()
+            self._attempt.end(at)
 
     @_harmless
     def waited(self, seconds: float) -> None:
@@ -358,6 +359,7 @@ class ReplyTrace:
         waited: float,
         seconds: float,
         failure: Failure | None = None,
+        at: int | None = None,
     ) -> None:
         """The reply ended: ``stop`` is None where it is there, ``failure`` what the agent is told."""
         if stop is not None:
@@ -381,7 +383,7 @@ class ReplyTrace:
                 labels = {**labels, semconv.STOP_REASON: stop}
             telemetry.replies.add(1, labels, context)
         finally:
-            self._reply.end()
+            self._reply.end(at)
 
     # --- log records ---------------------------------------------------------------------------
 

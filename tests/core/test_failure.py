@@ -88,7 +88,9 @@ class TestExplain:
     @pytest.mark.parametrize("seconds", ["5", -1, float("nan"), float("inf"), None])
     def test_nonsense_retry_after(self, seconds):
         """A retry_after that cannot be is as none."""
-        assert explain(ProviderError("rate_limit_exceeded", retry_after=seconds)).retry_after is None
+        assert (
+            explain(ProviderError("rate_limit_exceeded", retry_after=seconds)).retry_after is None
+        )
 
     def test_retry_after(self):
         """Seconds the provider asked for."""

@@ -11,7 +11,7 @@ import pytest
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, retry
-from traced_retry.decorator import CallRequest, start
+from traced_retry.decorator import CallRequest
 from traced_retry.loop import Reply
 from traced_retry.telemetry import Target, Telemetry
 
@@ -24,9 +24,9 @@ def ask(request, recorder):
 
     def ask(*steps, **policy):
         script = Scripted(*steps)
-        decorated = retry(
-            provider="openai", policy=RetryPolicy(**policy), **recorder.providers
-        )(getattr(script, request.param))
+        decorated = retry(provider="openai", policy=RetryPolicy(**policy), **recorder.providers)(
+            getattr(script, request.param)
+        )
         return script, asyncio.ensure_future(decorated())
 
     return ask
@@ -197,12 +197,11 @@ class TestTime:
             jitter=lambda bound: bound,
         )
 
-        assert "hello" == await start(reply)
+        assert "hello" == await reply.start()
         assert [0.0, 1.0, 3.0, 7.0] == script.times
         assert [0.0, 1.0, 2.0, 4.0] == [a["traced_retry.delay"] for a in recorder.attempts]
         assert [1.0, 2.0, 4.0] == [a["traced_retry.next_delay"] for a in recorder.attempts[:3]]
         assert 7.0 == recorder.replies[0]["traced_retry.delay.total"]
-        assert 4 == reply.attempts
 
     async def test_retry_after(self, ask):
         """The provider's own wait is a floor."""
@@ -274,6 +273,7 @@ class TestCancel:
 
         with pytest.raises(asyncio.CancelledError):
             await reply
+        await asyncio.sleep(0)
 
         assert (1, 1.5) == (script.cancelled, asyncio.get_running_loop().time())
         assert ("interrupted", "interrupted") == outcome(recorder)

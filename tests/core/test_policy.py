@@ -49,9 +49,7 @@ class TestRetryPolicy:
         with pytest.raises(PolicyError, match=r"max_retries is .*whole number, 0 or more"):
             RetryPolicy(max_retries=value)
 
-    @pytest.mark.parametrize(
-        "name", ["base_delay", "max_delay", "deadline", "attempt_timeout"]
-    )
+    @pytest.mark.parametrize("name", ["base_delay", "max_delay", "deadline", "attempt_timeout"])
     @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "2", True])
     def test_bad_seconds(self, name, value):
         """Seconds are finite numbers, and not negative."""

@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, semconv
-from traced_retry.decorator import CallRequest, start
+from traced_retry.decorator import CallRequest
 from traced_retry.loop import Reply
 from traced_retry.telemetry import Target, Telemetry
 
@@ -31,14 +31,12 @@ def ask(recorder, *steps, cancel_after=None, in_livekit=False, **policy):
     """Ask for one reply; ``cancel_after`` seconds it is cancelled."""
     script = Scripted(*steps)
     telemetry = Telemetry(**recorder.providers, in_livekit=in_livekit)
-    reply = start(
-        Reply(
-            CallRequest(script.future),
-            RetryPolicy(**policy),
-            telemetry.reply(TARGET),
-            jitter=lambda bound: bound,
-        )
-    )
+    reply = Reply(
+        CallRequest(script.future),
+        RetryPolicy(**policy),
+        telemetry.reply(TARGET),
+        jitter=lambda bound: bound,
+    ).start()
     if cancel_after is not None:
         asyncio.get_running_loop().call_later(cancel_after, reply.cancel)
     return reply
@@ -292,7 +290,7 @@ class TestSpans:
             seen.append(trace.get_current_span())
 
         telemetry = Telemetry(**recorder.providers)
-        await start(Reply(CallRequest(asks), RetryPolicy(), telemetry.reply(TARGET)))
+        await Reply(CallRequest(asks), RetryPolicy(), telemetry.reply(TARGET)).start()
 
         assert ["generate_reply.attempt"] * 2 == [s.name for s in seen]
 
@@ -424,7 +422,9 @@ class TestMetrics:
                 for r, o in semconv.OUTCOME_OF.items()
             ),
         } == set(replies)
-        assert {0} == set(replies.values()) == set(recorder.points("traced_retry.attempts").values())
+        assert (
+            {0} == set(replies.values()) == set(recorder.points("traced_retry.attempts").values())
+        )
 
     async def test_exemplars_link_to_the_trace(self, recorder):
         """Metrics are recorded inside the span, so a point leads to its trace."""
@@ -528,7 +528,7 @@ class TestHarmless:
         for _ in range(2):
             script = Scripted(ProviderError("server_error"), "hello")
             reply = Reply(CallRequest(script.future), RetryPolicy(), telemetry.reply(TARGET))
-            assert "hello" == await start(reply)
+            assert "hello" == await reply.start()
 
         records = [r for r in caplog.records if r.levelname == "ERROR"]
         assert records
@@ -549,7 +549,7 @@ class TestHarmless:
         script = Scripted(RATE_LIMIT, "hello")
         reply = Reply(CallRequest(script.future), RetryPolicy(), Telemetry().reply(TARGET))
 
-        assert "hello" == await start(reply)
+        assert "hello" == await reply.start()
         assert context.get_current() == {}
 
     async def test_a_sampled_out_reply(self, recorder):
@@ -560,7 +560,7 @@ class TestHarmless:
             TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False), recorder.meter_provider
         )
         script = Scripted(RATE_LIMIT, "hello")
-        await start(Reply(CallRequest(script.future), RetryPolicy(), telemetry.reply(TARGET)))
+        await Reply(CallRequest(script.future), RetryPolicy(), telemetry.reply(TARGET)).start()
 
         assert {"recovered": 1} == recorder.counted("traced_retry.replies", "traced_retry.outcome")
 

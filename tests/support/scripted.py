@@ -28,7 +28,7 @@ class Scripted:
     def __init__(self, *steps):
         self.steps = steps
         self.calls = 0
-        self.cancelled = 0
+        self.futures = []
         self.times = []
 
     def _step(self):
@@ -42,7 +42,7 @@ class Scripted:
         """As LiveKit's plugins: a plain function that returns a future."""
         loop, step = self._step()
         future = loop.create_future()
-        future.add_done_callback(self._note)
+        self.futures.append(future)
         seconds, step = step if isinstance(step, tuple) else (0, step)
         if step is not HANG:
             loop.call_later(seconds, self._resolve, future, step)
@@ -52,8 +52,10 @@ class Scripted:
         """The same as an async function."""
         return await self.future()
 
-    def _note(self, future):
-        self.cancelled += future.cancelled()
+    @property
+    def cancelled(self):
+        """How many of the futures handed out were cancelled."""
+        return sum(future.cancelled() for future in self.futures)
 
     @staticmethod
     def _resolve(future, step):

@@ -16,7 +16,7 @@ from livekit.agents import APIConnectionError, llm
 
 from traced_retry import semconv
 from traced_retry.failure import CODES, Failure, Kind, explain, failure, plain_code
-from traced_retry.loop import Request
+from traced_retry.request import Delivery, Request
 from traced_retry.telemetry import Target
 
 Generation = llm.GenerationCreatedEvent
@@ -100,6 +100,10 @@ class ObservedRequest:
         """Carry the caller's cancel inward."""
         attempt.cancel()
 
+    def delivery(self, result: Generation) -> Delivery | None:
+        """Nothing is known of what follows."""
+        return None
+
 
 def unanswered(seconds: float, kind: Kind = "timeout") -> Failure:
     """The failure of an attempt that we ended ourselves."""
@@ -107,10 +111,10 @@ def unanswered(seconds: float, kind: Kind = "timeout") -> Failure:
     return failure(error, kind, provoked=True)
 
 
-def told(kind: Kind, what: str, code: str | None = None) -> Failure:
+def told(kind: Kind, what: str, code: str | None = None, *, provoked: bool = False) -> Failure:
     """A failure that only an event told of, with an error LiveKit catches and no foreign text."""
     error = llm.RealtimeError(f"{what} ({code or kind})", code=code)
-    return failure(error, kind, code=code)
+    return failure(error, kind, code=code, provoked=provoked)
 
 
 def of_event(event: llm.RealtimeModelError) -> Failure:

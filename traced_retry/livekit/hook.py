@@ -23,13 +23,13 @@ from livekit.agents import telemetry as livekit_telemetry
 from opentelemetry import metrics, trace
 
 from traced_retry import semconv
-from traced_retry.decorator import start
 from traced_retry.failure import Failure
 from traced_retry.guard import harmless, log_once
 from traced_retry.livekit.adapter import Adapter, Call, Generation, of_event, told
 from traced_retry.livekit.registry import adapter_class
-from traced_retry.loop import FailedReply, Reply, Request
+from traced_retry.loop import FailedReply, Reply
 from traced_retry.policy import RetryPolicy
+from traced_retry.request import Request
 from traced_retry.telemetry import Telemetry
 
 logger = logging.getLogger(semconv.SCOPE)
@@ -98,21 +98,17 @@ class SessionHook:
             self._config.policy,
             telemetry.reply(target),
             on_failed=self._tell if self._config.on_exhausted is not None else None,
+            on_ended=self._forget,
         )
         if self._dead is not None:
             reply.interject(*self._dead)
         self._open[reply] = request
-        try:
-            future = start(reply)
-        except BaseException:
-            del self._open[reply]
-            raise
-        future.add_done_callback(lambda _: self._open.pop(reply, None))
-        return future
+        return reply.start()
 
     async def aclose(self) -> None:
         """Close the session; what is still asked of it ends as ``session_closed``."""
-        self._die(told("session_closed", "the realtime session was closed"), "session_closed")
+        closed = told("session_closed", "the realtime session was closed", provoked=True)
+        self._die(closed, "session_closed")
         await self._aclose()
 
     # --- Replies, for the adapter --------------------------------------------------------------
@@ -158,6 +154,9 @@ class SessionHook:
         if self._dead is None:
             self._dead = (why, stop)
         self.interject(why, stop)
+
+    def _forget(self, reply: Reply[Generation]) -> None:
+        self._open.pop(reply, None)
 
     def _tell(self, failed: FailedReply) -> None:
         assert self._config.on_exhausted is not None

@@ -35,10 +35,20 @@ from traced_retry.livekit.adapter import (
     told,
     unanswered,
 )
+from traced_retry.request import Delivery
 from traced_retry.telemetry import Target
 
 _TRY_AGAIN = re.compile(r"try again in (\d+(?:\.\d+)?)(ms|s|m)\b")
 _UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0}
+_OUTPUT = frozenset(
+    {
+        "response.output_text.delta",
+        "response.output_audio.delta",
+        "response.output_audio_transcript.delta",
+        "response.output_item.done",  # of a function call: its arguments are complete
+    }
+)
+"""Events that let the agent hear something, or call a tool."""
 _REMEMBERED = 256
 """Abandoned ids kept per session, at most; the server answers a request or forgets it."""
 
@@ -53,12 +63,16 @@ class OpenAIAdapter(Adapter):
         self.losses = 0
         """Connections lost so far."""
         self.connected = True
+        self.refused: Failure | None = None
+        """Why the server refuses to be connected to for good, if it does."""
         self.errors: dict[str, dict[str, Any]] = {}
         """The ``error`` events that answered a request, by its id, until it asks."""
         self.open: list[OpenAIRequest] = []
         """Requests sent and not yet answered."""
         self._active: set[str] = set()
         self._abandoned: dict[str, None] = {}
+        self._deliveries: dict[str, Delivery] = {}
+        """Responses to our requests that are being spoken, by response id."""
         session.on("openai_server_event_received", self._on_server_event)
         session.on("session_reconnected", self._on_connected)
         session.on("error", self._on_error)
@@ -103,19 +117,33 @@ class OpenAIAdapter(Adapter):
                 self._on_connected()
             if kind == "response.created":
                 self._on_response_created(event["response"])
+            elif kind in _OUTPUT and (delivery := self._deliveries.get(event["response_id"])):
+                if kind != "response.output_item.done" or _is_call(event["item"]):
+                    delivery.output()
             elif kind == "response.done":
-                self._active.discard(event["response"]["id"])
-                self.replies.wake()
+                self._on_response_done(event["response"])
             elif kind == "error":
                 self._on_server_error(event["error"])
 
     def _on_response_created(self, response: dict[str, Any]) -> None:
         self._active.add(response["id"])
         asked_by = (response.get("metadata") or {}).get("client_event_id")
-        if asked_by in self._abandoned:
+        asker = next((request for request in self.open if asked_by in request.ids), None)
+        if asker is not None:
+            self._deliveries[response["id"]] = asker.delivered = Delivery()
+        elif asked_by in self._abandoned:
             # The plugin looks at its own set right after this event, and a reconnect emptied it.
             del self._abandoned[asked_by]
             self.session._discarded_event_ids.add(asked_by)  # type: ignore[attr-defined]
+
+    def _on_response_done(self, response: dict[str, Any]) -> None:
+        self._active.discard(response["id"])
+        delivery = self._deliveries.pop(response["id"], None)
+        if delivery is not None:
+            status = response.get("status")
+            failed = _why_unfinished(response) if status in ("failed", "incomplete") else None
+            delivery.end(failed, cancelled=status == "cancelled")
+        self.replies.wake()
 
     def _on_server_error(self, error: dict[str, Any]) -> None:
         asked_by = error.get("event_id")
@@ -133,7 +161,7 @@ class OpenAIAdapter(Adapter):
     def _on_connected(self) -> None:
         # A first connection that failed emits no session_reconnected when it comes up after all;
         # any event of the server tells as well.
-        self.connected = True
+        self.connected, self.refused = True, None
         self.replies.wake()
 
     def _on_error(self, event: llm.RealtimeModelError) -> None:
@@ -142,9 +170,13 @@ class OpenAIAdapter(Adapter):
         self.losses += 1
         self.connected = False
         self._active.clear()
+        for delivery in self._deliveries.values():
+            delivery.end(told("connection_lost", "the connection was lost during the reply"))
+        self._deliveries.clear()
         why = of_event(event)
         if why.kind in ("authentication", "quota"):
             # The plugin tries the same key again for seconds; the caller would hear silence.
+            self.refused = why
             self.replies.interject(why, "not_recoverable")
 
 
@@ -156,6 +188,8 @@ class OpenAIRequest:
         self._call = call
         self.ids: set[str] = set()
         """The ids under which the current attempt was sent."""
+        self.delivered: Delivery | None = None
+        """Set once the server has created the response."""
         self._losses = 0
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
@@ -165,6 +199,8 @@ class OpenAIRequest:
         attempt = self._call()
         self.ids = self._adapter.pending() - before
         self._adapter.open.append(self)
+        if self._adapter.refused is not None:
+            self._adapter.replies.interject(self._adapter.refused, "not_recoverable", only=self)
         attempt.add_done_callback(lambda _: self._close())
         return attempt
 
@@ -214,9 +250,26 @@ class OpenAIRequest:
             # The response was created in the very moment of the cancel: nobody will read it.
             self._adapter.session.interrupt()
 
+    def delivery(self, result: Generation) -> Delivery | None:
+        """Watch the response to its end: it may still fail without a word."""
+        return self.delivered
+
     def _close(self) -> None:
         if self in self._adapter.open:
             self._adapter.open.remove(self)
+
+
+def _is_call(item: dict[str, Any]) -> bool:
+    return item.get("type") == "function_call"
+
+
+def _why_unfinished(response: dict[str, Any]) -> Failure:
+    details = response.get("status_details") or {}
+    error = details.get("error") or {}
+    said = (error.get("code"), error.get("type"), details.get("reason"))
+    code = next(filter(None, map(plain_code, said)), None)
+    what = f"the response ended {response.get('status')}"
+    return told(CODES.get(code or "", "unknown"), what, code)
 
 
 def _provider(model: llm.RealtimeModel) -> str:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loop asks of whatever it repeats: :class:`Request`. A provider's adapter implements it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from traced_retry import semconv
+from traced_retry.failure import Failure
+
+T = TypeVar("T")
+
+
+class Request(Protocol[T]):
+    """The request behind one reply. One object per reply."""
+
+    def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
+        """Begin one attempt; the future is its result. What this raises fails the attempt."""
+
+    def explain(self, error: BaseException) -> Failure:
+        """Say why the attempt failed with ``error``."""
+
+    def timed_out(self, seconds: float) -> Failure:
+        """Say that the attempt was ended by us after ``seconds`` without an answer."""
+
+    def next_action(self, failure: Failure) -> semconv.Action | None:
+        """What is safe to do next; None where nothing is."""
+
+    def ready(self) -> bool:
+        """Whether a request sent now could be answered; ``Reply.wake`` when that changes."""
+
+    def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
+        """The attempt failed and ``then`` follows (None: nothing, the agent is told of failure).
+
+        Makes sure that what was asked is not heard later.
+        """
+
+    def cancel(self, attempt: asyncio.Future[T]) -> None:
+        """The caller no longer wants the reply (barge-in); the attempt may just have succeeded."""
+
+    def delivery(self, result: T) -> Delivery | None:
+        """What becomes of a reply once it is handed over; None where that cannot be told."""
+
+
+class Delivery:
+    """A reply that was handed to the agent before its first word: was it heard?
+
+    The adapter calls :meth:`output` at the first word and :meth:`end` when the provider is done.
+    """
+
+    def __init__(self) -> None:
+        self.first_output: tuple[float, int] | None = None
+        """When the first word came: the loop's seconds, and Unix nanoseconds."""
+        self.ended = False
+        self.stop: semconv.StopReason | None = None
+        self.failure: Failure | None = None
+        self.on_end: Callable[[], None] = lambda: None
+
+    def output(self) -> None:
+        """Something was said, or a tool called."""
+        if self.first_output is None:
+            self.first_output = (asyncio.get_running_loop().time(), time.time_ns())
+
+    def end(self, failure: Failure | None = None, *, cancelled: bool = False) -> None:
+        """The provider is done: with a ``failure``, because it was ``cancelled``, or well."""
+        if self.ended:
+            return
+        self.ended = True
+        self.failure = failure
+        if failure is not None:
+            # Once a word was said a second try would be heard as a second reply; before it,
+            # the agent reads a generation that cannot be taken back.
+            self.stop = "output_started" if self.first_output else "unsafe_to_resend"
+        elif cancelled and self.first_output is None:
+            self.stop = "interrupted"
+        self.on_end()
