@@ -29,7 +29,7 @@ def recorder():
 
 @pytest.fixture(autouse=True)
 def fresh_guard():
-    """What is logged once per process is logged once per test; a test that expects nothing sees it."""
+    """What is logged once per process is logged once per test."""
     guard._logged.clear()
     yield
     guard._logged.clear()

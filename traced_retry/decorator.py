@@ -52,6 +52,10 @@ class CallRequest(Generic[T]):
             "async or returns a future can be retried"
         )
 
+    def limit(self, action: semconv.Action) -> float | None:
+        """The policy's business."""
+        return None
+
     def explain(self, error: BaseException) -> Failure:
         """Classify by the default table."""
         return explain(error)

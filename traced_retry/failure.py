@@ -10,6 +10,7 @@ import asyncio
 import math
 import re
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Final, Literal, TypeVar
 
 from traced_retry import semconv
@@ -174,8 +175,11 @@ def plain_code(code: str | None) -> str | None:
 def _kind(error: BaseException, code: str | None, status: int | None) -> Kind:
     if code is not None:
         return CODES.get(code, "unknown")
-    if status is not None and status >= 400:
-        return _STATUS.get(status, "server_error" if status >= 500 else "invalid_request")
+    if status is not None and status >= HTTPStatus.BAD_REQUEST:
+        at_fault: Kind = (
+            "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request"
+        )
+        return _STATUS.get(status, at_fault)
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         return "timeout"
     if isinstance(error, (OSError, EOFError)):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code beside the reply (telemetry, a user's callback, an adapter's clean-up) that fails is
-logged once and never changes the reply's result."""
+logged once and never changes the reply's result.
+"""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Reply(Generic[T]):
         future = self._future
         if not future.done():
             future.add_done_callback(self._on_future_done)
-        elif not future.cancelled() and (error := future.exception()) is not None:
+        elif not future.cancelled() and (error := future.exception()) is not None:  # noqa: SIM102
             if explain(error).kind == "bug":
                 raise error
         return future
@@ -231,6 +231,10 @@ class Reply(Generic[T]):
         """Make the next attempt."""
         self._number += 1
         self._attempt_began = self._loop.time()
+        self._limit = self._deadline
+        for seconds in (self._policy.attempt_timeout, self._request.limit(action)):
+            if seconds is not None:
+                self._limit = min(self._limit, self._attempt_began + seconds)
         if self._stop is None:
             self._news = None
         self._trace.attempt_began(self._number, action, delay)
@@ -253,9 +257,7 @@ class Reply(Generic[T]):
         """Wait for the attempt to end: its failure, or None once the reply is there."""
         attempt = self._attempt
         assert attempt is not None
-        limit = self._deadline
-        if self._policy.attempt_timeout is not None:
-            limit = min(limit, self._attempt_began + self._policy.attempt_timeout)
+        limit = self._limit
         while not attempt.done():
             if self._ended:
                 return None
@@ -298,8 +300,8 @@ class Reply(Generic[T]):
         if self._number > self._policy.max_retries:
             return "max_attempts", None, 0.0
         action = self._request.next_action(failure)
-        if action is None or action == "listen":
-            # Between the end of one window of listening and the next no reply may slip through.
+        if action != "send":
+            # Between two windows of listening, or before a restart, no reply may slip through.
             return None, action, 0.0
         if self._delays is None:
             self._delays = self._policy.delays(self._jitter)

@@ -77,8 +77,8 @@ class RetryPolicy:
 
         Numbers: ``LIVEKIT_REALTIME_MAX_RETRIES``, ``LIVEKIT_REALTIME_RETRY_BASE_DELAY``,
         ``LIVEKIT_REALTIME_RETRY_MAX_DELAY``, ``TRACED_RETRY_DEADLINE``,
-        ``TRACED_RETRY_ATTEMPT_TIMEOUT``. Booleans (``true``/``false``, ``1``/``0``, ``yes``/``no``):
-        ``TRACED_RETRY_RETRY_RATE_LIMITS``. Words: ``TRACED_RETRY_ON_SILENCE``.
+        ``TRACED_RETRY_ATTEMPT_TIMEOUT``. True or false (also 1, 0, yes, no, on, off):
+        ``TRACED_RETRY_RETRY_RATE_LIMITS``. A word: ``TRACED_RETRY_ON_SILENCE``.
 
         Raises:
             PolicyError: a value that cannot be; the message names the variable.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop asks of whatever it repeats: :class:`Request`. A provider's adapter implements it."""
+"""What the loop asks of whatever it repeats: :class:`Request`. An adapter implements it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class Request(Protocol[T]):
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
         """Begin one attempt; the future is its result. What this raises fails the attempt."""
+
+    def limit(self, action: semconv.Action) -> float | None:
+        """Seconds an attempt of this kind may take, at most; None leaves it to the deadline."""
 
     def explain(self, error: BaseException) -> Failure:
         """Say why the attempt failed with ``error``."""

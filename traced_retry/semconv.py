@@ -114,6 +114,7 @@ METRIC_ATTEMPT_DURATION: Final = "traced_retry.attempt.duration"
 METRIC_REPLY_DURATION: Final = "traced_retry.reply.duration"
 METRIC_DELAY: Final = "traced_retry.delay"
 METRIC_IN_FLIGHT: Final = "traced_retry.in_flight"
+METRIC_LATE_REPLIES: Final = "traced_retry.late_replies"
 
 DURATION_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0)
 """Seconds. Floats, for Prometheus writes an int bound as ``le="1"`` and a float as ``le="1.0"``.

@@ -116,6 +116,11 @@ class Telemetry:
         self.in_flight = meter.create_up_down_counter(
             semconv.METRIC_IN_FLIGHT, "{reply}", "Replies asked for that have not ended."
         )
+        self.late_replies = meter.create_counter(
+            semconv.METRIC_LATE_REPLIES,
+            "{reply}",
+            "Replies heard after the agent was told that they had failed.",
+        )
         self._zeroed: set[str] = set()
 
     def reply(self, target: Target) -> ReplyTrace:
@@ -131,6 +136,7 @@ class Telemetry:
             return
         self._zeroed.add(provider)
         with harmless("zero-initialising the counters"):
+            self.late_replies.add(0, {semconv.PROVIDER: provider})
             for outcome in ("succeeded", "recovered"):
                 self.replies.add(0, {semconv.PROVIDER: provider, semconv.OUTCOME: outcome})
             for reason, outcome in semconv.OUTCOME_OF.items():
@@ -361,7 +367,7 @@ class ReplyTrace:
         failure: Failure | None = None,
         at: int | None = None,
     ) -> None:
-        """The reply ended: ``stop`` is None where it is there, ``failure`` what the agent is told."""
+        """The reply ended; ``stop`` is None where it is there, ``failure`` is what is told."""
         if stop is not None:
             outcome = semconv.OUTCOME_OF[stop]
         else:
@@ -384,6 +390,22 @@ class ReplyTrace:
             telemetry.replies.add(1, labels, context)
         finally:
             self._reply.end(at)
+
+    @_harmless
+    def late(self) -> None:
+        """The reply was heard after the agent was told that it had failed."""
+        with _current(self._reply_context):
+            logger.warning(
+                "%s reply heard after it was reported as failed, trace %s",
+                self.target.provider,
+                self.trace_id or "none",
+                extra={
+                    semconv.PROVIDER: self.target.provider,
+                    semconv.TRACE_ID: self.trace_id or "",
+                },
+            )
+        if not self._silent:
+            self._telemetry.late_replies.add(1, self.target.labels, self._reply_context)
 
     # --- log records ---------------------------------------------------------------------------
 

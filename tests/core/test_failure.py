@@ -11,7 +11,7 @@ from support.scripted import ProviderError
 from traced_retry.failure import CODES, KNOWN_ERROR_TYPES, RECOVERABLE, explain, failure
 
 
-class WithStatus(Exception):
+class StatusError(Exception):
     def __init__(self, status=None, *, retryable=None):
         self.status_code = status
         self.retryable = retryable
@@ -55,13 +55,13 @@ class TestExplain:
     )
     def test_by_status(self, status, kind):
         """An HTTP status is as good as a code."""
-        assert kind == explain(WithStatus(status)).kind
+        assert kind == explain(StatusError(status)).kind
 
     def test_retryable_false_is_believed(self):
         """LiveKit's APIError says so itself; True adds nothing to what the table says."""
-        assert explain(WithStatus(500)).recoverable
-        assert not explain(WithStatus(500, retryable=False)).recoverable
-        assert not explain(WithStatus(401, retryable=True)).recoverable
+        assert explain(StatusError(500)).recoverable
+        assert not explain(StatusError(500, retryable=False)).recoverable
+        assert not explain(StatusError(401, retryable=True)).recoverable
 
     @pytest.mark.parametrize(
         ("error", "kind"),

@@ -67,7 +67,7 @@ class TestSuccess:
         assert ("say", "Say it.") == (say.__name__, say.__doc__)
 
     async def test_an_object_with_an_async_call(self):
-        """backoff and tenacity take such an object for a plain function, and never retry it."""
+        """Backoff and tenacity take such an object for a plain function, and never retry it."""
         script = Scripted(SERVER_ERROR, "hello")
 
         class Asker:

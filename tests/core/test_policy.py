@@ -104,7 +104,7 @@ class TestFromEnv:
             }
         )
 
-        assert policy == RetryPolicy(5, 0.5, 4.0, 12.0, 3.0, False, "listen")  # noqa: FBT003
+        assert policy == RetryPolicy(5, 0.5, 4.0, 12.0, 3.0, False, "listen")
 
     @pytest.mark.parametrize(
         ("variable", "value", "allowed"),

@@ -23,7 +23,7 @@ class Conversation:
         self.model = model
         self.session = session
         self.errors = []
-        session.on("error", lambda event: self.errors.append(event))
+        session.on("error", self.errors.append)
 
     @property
     def realtime(self):
@@ -56,7 +56,7 @@ class Conversation:
 
 @pytest.fixture
 async def converse(recorder):
-    """``await converse(script, **policy)`` -> a :class:`Conversation`, closed after the test."""
+    """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def converse(script, *, agent=None, bare=False, model=None, **policy):

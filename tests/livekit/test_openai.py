@@ -8,6 +8,8 @@ import asyncio
 import pytest
 from livekit.agents import Agent, function_tool, llm
 
+from traced_retry.livekit.openai import OpenAIAdapter
+
 END = ("traced_retry.outcome", "traced_retry.stop_reason")
 
 
@@ -76,7 +78,7 @@ THEN_OK = {
 class TestEachFault:
     @pytest.mark.parametrize("script", ALONE)
     async def test_alone(self, script, converse, recorder):
-        """A fault that lasts: the failure is known, in time, with its code, and nothing is heard."""
+        """A fault that lasts: the failure is known in time, with its code; nothing is heard."""
         heard, requests, outcome, stop_reason, code, seconds = ALONE[script]
         talk = await converse(script)
         began = asyncio.get_running_loop().time()
@@ -229,6 +231,29 @@ class TestExactlyOnce:
         assert 1 == len([i for i in talk.realtime.chat_ctx.items if i.role == "user"])
 
 
+class TestRetryAfter:
+    @pytest.mark.parametrize(
+        ("said", "seconds"),
+        [
+            ("200ms", 0.2),
+            ("1.5s", 1.5),
+            ("20s.", 20.0),
+            ("1m26.4s", 86.4),
+            ("2h0m0s", 7200.0),
+            ("a while", None),
+        ],
+    )
+    async def test_is_read_from_the_words(self, said, seconds, converse):
+        """OpenAI's realtime errors carry no field for it."""
+        talk = await converse("ok")
+        adapter = OpenAIAdapter(talk.realtime, None)
+        error = llm.RealtimeError(
+            f"Rate limit reached. Please try again in {said}", code="rate_limit_exceeded"
+        )
+
+        assert seconds == adapter.request(None).explain(error).retry_after
+
+
 class TestInterruption:
     async def test_in_the_attempt(self, converse, recorder):
         """Barge-in while the server is silent: over at once, and never heard."""
@@ -328,7 +353,7 @@ class TestSessionEnds:
 
 class TestWhatTheAgentSees:
     async def test_run_raises_the_original_error(self, converse):
-        """session.run() raises the provider's error with its code, and a note that leads to the trace."""
+        """session.run() raises the provider's error: its code, and a note leading to the trace."""
         talk = await converse("rate_limit", max_retries=1)
 
         with pytest.raises(llm.RealtimeError) as caught:

@@ -2,8 +2,8 @@
 """What the hook needs to know of a provider: :class:`Adapter`, one per session.
 
 An adapter says what was sent, how it can fail, and what is safe to do next. It alone touches
-private attributes of its plugin, names them in :attr:`Adapter.needs`, and is replaced by
-:class:`ObserveOnly` where one of them is gone.
+private attributes of its plugin, names them in :attr:`Adapter.needs`, and is replaced by plain
+:class:`Adapter`, which observes, where one of them is gone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from livekit.agents import APIConnectionError, llm
 
 from traced_retry import semconv
 from traced_retry.failure import CODES, Failure, Kind, explain, failure, plain_code
+from traced_retry.policy import RetryPolicy
 from traced_retry.request import Delivery, Request
 from traced_retry.telemetry import Target
 
@@ -26,8 +27,12 @@ Call = Callable[[], "asyncio.Future[Generation]"]
 class Replies(Protocol):
     """The session's open replies, as an adapter sees them."""
 
+    @property
+    def policy(self) -> RetryPolicy:
+        """The policy in force."""
+
     def wake(self) -> None:
-        """Have each look again at :meth:`Request.ready`."""
+        """Have each look again at :meth:`ObservedRequest.ready`."""
 
     def interject(
         self,
@@ -36,14 +41,23 @@ class Replies(Protocol):
         *,
         only: Request[Any] | None = None,
     ) -> None:
-        """Tell them (or the one of request ``only``) that their request is lost."""
+        """Tell them (or the one of request ``only``) that their request is lost.
+
+        An attempt under way fails with ``why`` at once; with ``stop`` nothing follows.
+        """
 
 
 class Adapter:
-    """One session's provider. Subclasses override what differs."""
+    """One session's provider, and all there is to know of one without an adapter of its own.
+
+    It is made before the plugin's own ``__init__`` has run (the hook sits in that of LiveKit's
+    base class): it may subscribe to events then, and touch nothing else of the session.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Private attributes of the session that it relies on."""
+    actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
+    """What its requests may do; their counters start at zero."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         self.session = session
@@ -58,20 +72,30 @@ class Adapter:
         model = self.session.realtime_model
         return Target(plain_provider(model.provider), model.model)
 
-    def request(self, call: Call) -> Request[Generation]:
+    def request(self, call: Call) -> ObservedRequest:
         """One reply's request; ``call`` is the plugin's own ``generate_reply``, arguments bound."""
         return ObservedRequest(call)
 
 
 class ObservedRequest:
-    """A request to a provider of which nothing is known: traced, never sent again."""
+    """A request to a provider of which nothing is known: traced, never sent again.
+
+    It is also what the adapters' requests derive from; see :class:`~traced_retry.request.Request`
+    for when the loop calls what.
+    """
 
     def __init__(self, call: Call) -> None:
-        self._call = call
+        self.call = call
+        self.late: Callable[[], None] = lambda: None
+        """To be called when the reply is heard after the agent was told that it had failed."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send it, as the plugin does."""
-        return self._call()
+        return self.call()
+
+    def limit(self, action: semconv.Action) -> float | None:
+        """The plugin's own time-out, and the deadline."""
+        return None
 
     def explain(self, error: BaseException) -> Failure:
         """Classify by the default table; the plugins' own time-outs carry no code."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wrap`` one model, or ``instrument`` them all: their sessions get a ``generate_reply`` that retries.
+"""``wrap`` one model or ``instrument`` all: their sessions' ``generate_reply`` retries.
 
 The session object stays what it was: only two attributes of the instance are replaced
 (``generate_reply``, ``aclose``), so identity, ``isinstance``, labels, events and private state of
@@ -8,24 +8,24 @@ the plugin are untouched.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
 import warnings
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import asyncio
 
 from livekit.agents import llm
 from livekit.agents import telemetry as livekit_telemetry
-from opentelemetry import metrics, trace
+from opentelemetry import metrics
+from opentelemetry import trace as otel_trace
 
 from traced_retry import semconv
 from traced_retry.failure import Failure
 from traced_retry.guard import harmless, log_once
-from traced_retry.livekit.adapter import Adapter, Call, Generation, of_event, told
+from traced_retry.livekit.adapter import Adapter, Generation, of_event, told
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.loop import FailedReply, Reply
 from traced_retry.policy import RetryPolicy
@@ -49,7 +49,7 @@ class _Config:
 
 def _config(
     policy: RetryPolicy | None,
-    tracer_provider: trace.TracerProvider | None,
+    tracer_provider: otel_trace.TracerProvider | None,
     meter_provider: metrics.MeterProvider | None,
     on_exhausted: OnExhausted | None,
 ) -> _Config:
@@ -91,12 +91,14 @@ class SessionHook:
         """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
         adapter = self._adapter_in_force()
         telemetry, target = self._config.telemetry, adapter.target()
-        telemetry.zero(target.provider)
+        telemetry.zero(target.provider, adapter.actions)
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
+        trace = telemetry.reply(target)
+        request.late = trace.late
         reply = Reply(
             request,
             self._config.policy,
-            telemetry.reply(target),
+            trace,
             on_failed=self._tell if self._config.on_exhausted is not None else None,
             on_ended=self._forget,
         )
@@ -112,6 +114,11 @@ class SessionHook:
         await self._aclose()
 
     # --- Replies, for the adapter --------------------------------------------------------------
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """The policy in force."""
+        return self._config.policy
 
     def wake(self) -> None:
         """Have each open reply look again."""
@@ -187,7 +194,7 @@ def wrap(
     model: llm.RealtimeModel,
     *,
     policy: RetryPolicy | None = None,
-    tracer_provider: trace.TracerProvider | None = None,
+    tracer_provider: otel_trace.TracerProvider | None = None,
     meter_provider: metrics.MeterProvider | None = None,
     on_exhausted: OnExhausted | None = None,
 ) -> llm.RealtimeModel:
@@ -207,8 +214,8 @@ def wrap(
     """
     if not isinstance(model, llm.RealtimeModel):
         raise TypeError(
-            f"wrap() takes a livekit.agents.llm.RealtimeModel, and this is a {type(model).__name__}; "
-            "the pipeline's LLM, STT and TTS retry by themselves"
+            "wrap() takes a livekit.agents.llm.RealtimeModel, and this is a "
+            f"{type(model).__name__}; the pipeline's LLM, STT and TTS retry by themselves"
         )
     if hasattr(model.session, _HOOK):
         warnings.warn(
@@ -254,7 +261,7 @@ _original_init: Callable[..., None] | None = None
 def instrument(
     *,
     policy: RetryPolicy | None = None,
-    tracer_provider: trace.TracerProvider | None = None,
+    tracer_provider: otel_trace.TracerProvider | None = None,
     meter_provider: metrics.MeterProvider | None = None,
     on_exhausted: OnExhausted | None = None,
 ) -> None:

@@ -30,6 +30,7 @@ from traced_retry.livekit.adapter import (
     Adapter,
     Call,
     Generation,
+    ObservedRequest,
     Replies,
     of_event,
     told,
@@ -38,8 +39,10 @@ from traced_retry.livekit.adapter import (
 from traced_retry.request import Delivery
 from traced_retry.telemetry import Target
 
-_TRY_AGAIN = re.compile(r"try again in (\d+(?:\.\d+)?)(ms|s|m)\b")
-_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0}
+_TRY_AGAIN = re.compile(r"try again in ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)")
+"""OpenAI tells the wait only in words, as a Go duration: 200ms, 1.5s, 1m26.4s, 2h0m0s."""
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
+_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _OUTPUT = frozenset(
     {
         "response.output_text.delta",
@@ -180,12 +183,12 @@ class OpenAIAdapter(Adapter):
             self.replies.interject(why, "not_recoverable")
 
 
-class OpenAIRequest:
+class OpenAIRequest(ObservedRequest):
     """One reply's request to an OpenAI-like server."""
 
     def __init__(self, adapter: OpenAIAdapter, call: Call) -> None:
+        super().__init__(call)
         self._adapter = adapter
-        self._call = call
         self.ids: set[str] = set()
         """The ids under which the current attempt was sent."""
         self.delivered: Delivery | None = None
@@ -196,7 +199,7 @@ class OpenAIRequest:
         """Send it, and learn its id."""
         before = self._adapter.pending()
         self._losses = self._adapter.losses
-        attempt = self._call()
+        attempt = self.call()
         self.ids = self._adapter.pending() - before
         self._adapter.open.append(self)
         if self._adapter.refused is not None:
@@ -217,7 +220,7 @@ class OpenAIRequest:
             else:
                 why = failure(error, "timeout")
         if why.kind == "rate_limit" and (asked := _TRY_AGAIN.search(str(error))):
-            seconds = float(asked[1]) * _UNIT[asked[2]]
+            seconds = sum(float(n) * _UNIT[unit] for n, unit in _PART.findall(asked[1]))
             why = failure(error, why.kind, code=why.code, retry_after=seconds)
         return why
 

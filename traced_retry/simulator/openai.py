@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An OpenAI Realtime server, text only, that fails on a script."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from aiohttp import WSCloseCode, web
+
+from traced_retry.simulator._openai_protocol import Event, OpenAIConnection, Response
+from traced_retry.simulator.script import Fault
+from traced_retry.simulator.server import Connection, Request, Simulator
+
+SERVER_ERROR = "The server had an error while processing your request."
+RATE_LIMIT = "Rate limit reached on requests per min (RPM): Limit 3, Used 3, Requested 1."
+
+
+class OpenAISimulator(Simulator):
+    """Plays a script to OpenAI Realtime clients; ``url`` is what they take as base URL.
+
+    Each ``response.create`` takes one element, except where a response is active already: that is
+    rejected and takes none. Two elements act on connections instead:
+
+    ``drop_queued`` acts once the request before it is dealt with (rejected, left unanswered, or
+    its response done) and the client's session.update or first item is confirmed. After
+    ``wait_for("connection_lost")`` a request finds the socket down, and meets the next element.
+
+    ``unauthorized`` is taken by the next connection attempt. A request that meets it on an open
+    connection is not answered: the connection is closed, and the attempt to come back takes it.
+    """
+
+    path = "/v1/realtime"
+
+    @property
+    def url(self) -> str:
+        """``http://127.0.0.1:PORT/v1``. Raises RuntimeError unless the server is running."""
+        return super().url + "/v1"
+
+    def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
+        """Makes the server's side of a connection just accepted."""
+        return _ScriptedConnection(self, ws, http.query.get("model", "gpt-realtime"))
+
+
+class _ScriptedConnection(OpenAIConnection):
+    """Answers each request as the script's next element says."""
+
+    late = 0  # Answers still to begin.
+
+    async def receive(self, data: str) -> None:
+        await super().receive(data)
+        await self.drop_if_next()
+
+    async def hear(self, event: Event) -> None:
+        """Takes the script's next element for a request, unless a response is active."""
+        fault = None if self.active else self.server.next_fault
+        if fault and fault.name == "drop_queued":
+            # Sent while the drop waited for a late answer: it is lost with the socket, unheard.
+            await self.drop_queued(fault)
+            return
+        if fault and fault.name != "unauthorized":
+            self.server.advance()
+        params = event.get("response") or {}
+        request = Request(
+            event_id=event.get("event_id"),
+            number=len(self.server.requests) + 1,
+            at=asyncio.get_running_loop().time(),
+            fault=fault,
+            instructions=params.get("instructions"),
+            metadata=params.get("metadata"),
+        )
+        self.server.requests.append(request)
+        self.server.wake()
+        if fault:
+            await self.answer(request, fault)
+        elif self.active:
+            await self.reject_as_active(request, self.active)
+
+    async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901, PLR0912 - a table
+        """Does what the script says; "silence", and nothing else, does nothing."""
+        event_id, code = request.event_id, fault.argument
+        match fault.name:
+            case "ok":
+                await self.reply(request)
+            case "tool":
+                await self.call_tool(request, fault.argument)
+            case "late":
+                self.late += 1
+                self.after(fault.seconds, partial(self.reply_late, request))
+            case "slow":
+                response = await self.begin_reply(request)
+                self.after(fault.seconds, partial(self.end_slowly, request, response))
+            case "error" if code == "server_error":
+                await self.reject(event_id, None, SERVER_ERROR, "server_error")
+            case "error":
+                await self.reject(event_id, code, "The script says so.")
+            case "uncorrelated":
+                await self.reject(None, None, SERVER_ERROR, "server_error")
+            case "rate_limit":
+                wait = f" Please try again in {duration(fault.seconds)}." if fault.argument else ""
+                await self.reject(event_id, "rate_limit_exceeded", RATE_LIMIT + wait)
+            case "active":
+                own = await self.begin(None)
+                await self.reject_as_active(request, own)
+                self.after(fault.seconds, partial(self.end_own, own))
+            case "failed":
+                failure = {"type": error_type(code), "code": code}
+                await self.finish(await self.begin(request.metadata), "failed", error=failure)
+            case "incomplete":
+                response = await self.begin(request.metadata)
+                await self.finish(response, "incomplete", reason="content_filter")
+            case "malformed":
+                await self.ws.send_str("{this is not JSON")
+            case "quota":
+                kind = "insufficient_quota"
+                await self.reject(event_id, kind, "You exceeded your current quota.", kind)
+                await self.hang_up(WSCloseCode.OK, by_script=True)
+            case "drop_before":
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+            case "drop_during":
+                await self.begin_reply(request)
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+            case "unauthorized":
+                await self.hang_up(WSCloseCode.POLICY_VIOLATION, by_script=True)
+
+    async def reject_as_active(self, request: Request, active: Response) -> None:
+        code = "conversation_already_has_active_response"
+        message = f"Conversation already has an active response in progress: {active.id}."
+        await self.reject(request.event_id, code, message)
+
+    async def drop_if_next(self) -> None:
+        """Hangs up if the script says so before the next request, and nothing is under way."""
+        fault = self.server.next_fault
+        busy = self.active is not None or self.late > 0
+        if fault.name == "drop_queued" and self.configured and not busy and not self.ws.closed:
+            await self.drop_queued(fault)
+
+    async def drop_queued(self, fault: Fault) -> None:
+        self.server.advance()
+        self.server.go_down(fault.seconds)
+        await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+
+    # What is done after a delay
+
+    async def reply_late(self, request: Request) -> None:
+        while self.active is not None:
+            await self.idle.wait()
+        self.late -= 1
+        await self.reply(request)
+        await self.drop_if_next()
+
+    async def end_slowly(self, request: Request, response: Response) -> None:
+        if self.active is response:  # Not cancelled meanwhile.
+            await self.end_reply(request, response)
+            await self.drop_if_next()
+
+    async def end_own(self, own: Response) -> None:
+        if self.active is own:
+            await self.finish(own, "completed")
+            await self.drop_if_next()
+
+
+def error_type(code: str) -> str:
+    """The type under which OpenAI files an error code."""
+    return code if code in ("server_error", "insufficient_quota") else "invalid_request_error"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as OpenAI's messages give them: 200ms, 1.5s, 1m26.4s, 114h18m0s."""
+    if 0 < seconds < 1:
+        return f"{seconds * 1000:g}ms"
+    minutes, rest = divmod(round(seconds, 3), 60)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{rest:.6g}s"
+    if hours or minutes:
+        text = f"{minutes:.0f}m{text}"
+    return f"{hours:.0f}h{text}" if hours else text

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fault script: what a simulator does to each request, in order."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class ScriptError(ValueError):
+    """A script that cannot be read; the message names the bad element and lists the known ones."""
+
+
+@dataclass(frozen=True)
+class FaultKind:
+    """What a script may say after a fault's name, and what the fault does.
+
+    Attributes:
+        argument: ``SECONDS``, ``CODE`` or ``NAME``; "" for a fault that takes no argument.
+        meaning: a few words for an error message or ``--help``.
+        default: the argument where the script gives none: None if it must, "" if it may go without.
+    """
+
+    argument: str
+    meaning: str
+    default: str | None = None
+
+    def usage(self, name: str) -> str:
+        """The element as help writes it: ``late:SECONDS``, ``active[:SECONDS]``, ``ok``."""
+        if not self.argument:
+            return name
+        return f"{name}:{self.argument}" if self.default is None else f"{name}[:{self.argument}]"
+
+
+FAULTS: dict[str, FaultKind] = {
+    "ok": FaultKind("", 'answers with the text "reply N", N counting requests'),
+    "error": FaultKind("CODE", "rejects the request with that error code"),
+    "uncorrelated": FaultKind("", "sends a server error that names no request, and no answer"),
+    "rate_limit": FaultKind("SECONDS", "rejects as rate limited, naming a wait if given", ""),
+    "quota": FaultKind("", "rejects for lack of quota and closes the connection"),
+    "unauthorized": FaultKind("", "refuses the next connection attempt with HTTP 401"),
+    "silence": FaultKind("", "never answers the request"),
+    "late": FaultKind("SECONDS", "answers, but only after that long"),
+    "drop_before": FaultKind("", "closes the connection upon the request"),
+    "drop_during": FaultKind("", "closes the connection in the middle of the answer"),
+    "drop_queued": FaultKind(
+        "SECONDS", "closes the connection before the request, and refuses new ones so long", "1"
+    ),
+    "active": FaultKind(
+        "SECONDS", "rejects: a response of the server's own is active, for so long", "1"
+    ),
+    "failed": FaultKind("CODE", "begins a response that fails with that code", "server_error"),
+    "incomplete": FaultKind("", "begins a response that a content filter ends"),
+    "malformed": FaultKind("", "sends a text frame that is not JSON, and no answer"),
+    "tool": FaultKind("NAME", 'answers with a call of that function, arguments "{}"'),
+    "slow": FaultKind("SECONDS", "answers its first words at once, the rest after that long"),
+}
+
+
+def describe_faults() -> str:
+    """One line for each known fault: how a script writes it, and what it does."""
+    return "\n".join(f"  {kind.usage(name):<24}{kind.meaning}" for name, kind in FAULTS.items())
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One element of a script, with the default filled in where it gave no argument."""
+
+    name: str
+    argument: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """The argument of a fault that takes SECONDS; 0 where it was left out."""
+        return float(self.argument or 0)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.argument}" if self.argument else self.name
+
+
+@dataclass(frozen=True)
+class Script:
+    """A list of faults, never empty. The last one repeats for ever."""
+
+    faults: tuple[Fault, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Script:
+        """Reads ``name[:argument]`` elements separated by commas: ``rate_limit,late:3,ok``.
+
+        Raises:
+            ScriptError: an element is empty or unknown, or its argument is missing or bad.
+        """
+        return cls(tuple(_parse_element(element.strip()) for element in text.split(",")))
+
+    def at(self, position: int) -> Fault:
+        """The fault at a position counted from 0; past the end it is the last one."""
+        return self.faults[min(position, len(self.faults) - 1)]
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.faults))
+
+
+def _parse_element(element: str) -> Fault:
+    name, colon, argument = element.partition(":")
+    kind = FAULTS.get(name)
+    if kind is None:
+        raise _error(f"unknown fault {element!r}" if element else "empty element in the script")
+    if not colon and kind.default is not None:
+        argument = kind.default
+    elif not _fits(kind.argument, argument):
+        raise _error(f"bad element {element!r}: expected {kind.usage(name)}")
+    return Fault(name, argument)
+
+
+def _fits(expected: str, argument: str) -> bool:
+    if expected == "SECONDS":
+        try:
+            seconds = float(argument)
+        except ValueError:
+            return False
+        return math.isfinite(seconds) and seconds >= 0
+    return _WORD.fullmatch(argument) is not None if expected else not argument
+
+
+def _error(problem: str) -> ScriptError:
+    return ScriptError(f"{problem}\nknown elements, separated by commas:\n{describe_faults()}")

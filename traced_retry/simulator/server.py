@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the simulators share: a local WebSocket server that keeps the place in its script."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from traced_retry.simulator.script import Fault, Script
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Seconds, on the loop's clock, that a client has to answer a close frame.
+CLOSE_TIMEOUT = 1.0
+
+OnEvent = Callable[[Literal["received", "sent"], dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request for a reply as the server heard it, whether it was answered or not.
+
+    Attributes:
+        event_id: the client's id of the request, if it gave one.
+        number: 1 for the first request this server heard, over all its connections.
+        at: seconds on the running loop's clock.
+        fault: the script's element it met; None if a response was active already.
+        instructions: those of this request alone, if it gave any.
+        metadata: echoed in the response.
+    """
+
+    event_id: str | None
+    number: int
+    at: float
+    fault: Fault | None
+    instructions: str | None = field(default=None, repr=False)
+    metadata: dict[str, Any] | None = field(default=None, repr=False)
+
+
+class Simulator(ABC):
+    """A WebSocket server on 127.0.0.1 that plays a script; use it as an async context manager.
+
+    The script is one for all connections. Nothing is logged.
+
+    Args:
+        script: a parsed script, or its text.
+        host: 127.0.0.1; the server has no authentication, so it takes no other.
+        port: 0 picks a free one.
+        on_event: called with "received" or "sent" and each JSON event; must not raise.
+
+    Raises:
+        ScriptError: the script cannot be read.
+        ValueError: the host is not 127.0.0.1.
+
+    Attributes:
+        requests: every request for a reply heard, in order.
+        cancels: the response id, or None, of every cancellation heard.
+        completed: the texts of the responses completed.
+        connections: how many connections were accepted.
+        refused: how many connection attempts were refused.
+        lost: how many connections the script closed.
+    """
+
+    path: ClassVar[str]
+
+    def __init__(
+        self,
+        script: Script | str = "ok",
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        if host != "127.0.0.1":
+            raise ValueError(f"the simulator binds to 127.0.0.1 only, not to {host!r}")
+        self.script = Script.parse(script) if isinstance(script, str) else script
+        self.requests: list[Request] = []
+        self.cancels: list[str | None] = []
+        self.completed: list[str] = []
+        self.connections = 0
+        self.refused = 0
+        self.lost = 0
+        self._host = host
+        self._port = port
+        self._on_event = on_event
+        self._position = 0
+        self._down_until = 0.0
+        self._open: set[Connection] = set()
+        # What became of the newest connection attempt or loss; an accepted one clears both.
+        self._lost_one = False
+        self._refused_one = False
+        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._runner: web.AppRunner | None = None
+
+    @abstractmethod
+    def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
+        """Makes the provider's side of a connection just accepted."""
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def url(self) -> str:
+        """``http://127.0.0.1:PORT``. Raises RuntimeError unless the server is running."""
+        if self._runner is None:
+            raise RuntimeError("the simulator is not running")
+        return f"http://{self._host}:{self._runner.addresses[0][1]}"
+
+    async def start(self) -> None:
+        """Begins to listen.
+
+        Raises:
+            OSError: the port is taken.
+            RuntimeError: the server is running already.
+        """
+        if self._runner is not None:
+            raise RuntimeError("the simulator is running already")
+        app = web.Application()
+        app.router.add_get(self.path, self._accept)
+        app.on_shutdown.append(self._hang_up_all)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_TIMEOUT)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, self._host, self._port).start()
+        except OSError:
+            await runner.cleanup()
+            raise
+        self._runner = runner
+
+    async def close(self) -> None:
+        """Stops listening and closes every connection; a second call does nothing."""
+        runner, self._runner = self._runner, None
+        if runner is None:
+            return
+        await runner.cleanup()
+        for _, waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(RuntimeError("the simulator was closed"))
+
+    async def wait_for(self, condition: str | Callable[[], bool]) -> None:
+        """Returns as soon as the condition holds; it is tried at each event on the wire.
+
+        Args:
+            condition: a function without arguments, or one of these words, each a state that
+                lasts until a client is connected again: "connection_lost" (the script closed a
+                connection, and the client has seen it), "connection_refused" (moreover the
+                client has tried to come back in vain). Or "connected": a connection is open.
+
+        Raises:
+            ValueError: the word is not one of these.
+            RuntimeError: the server was closed first.
+        """
+        if isinstance(condition, str):
+            condition = self._named(condition)
+        if condition():
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (condition, waiter)
+        self._waiters.append(entry)
+        try:
+            await waiter
+        finally:
+            self._waiters.remove(entry)
+
+    def _named(self, word: str) -> Callable[[], bool]:
+        words: dict[str, Callable[[], bool]] = {
+            "connected": lambda: bool(self._open),
+            "connection_lost": lambda: self._lost_one,
+            "connection_refused": lambda: self._refused_one,
+        }
+        if word not in words:
+            raise ValueError(f"unknown condition {word!r}; known are {', '.join(words)}")
+        return words[word]
+
+    # For the provider's connections:
+
+    @property
+    def next_fault(self) -> Fault:
+        """The element that the next request will meet."""
+        return self.script.at(self._position)
+
+    def advance(self) -> None:
+        """Takes the next element off the script."""
+        self._position += 1
+
+    def go_down(self, seconds: float) -> None:
+        """Refuses new connections with HTTP 503 for that long."""
+        self._down_until = asyncio.get_running_loop().time() + seconds
+
+    def record(self, direction: Literal["received", "sent"], event: dict[str, Any]) -> None:
+        """Shows an event to the caller, then looks whether someone waited for it."""
+        if self._on_event is not None:
+            self._on_event(direction, event)
+        self.wake()
+
+    def wake(self) -> None:
+        """Tries every waiter's condition now, since it may hold for an instant only."""
+        for condition, waiter in self._waiters:
+            if waiter.done():
+                continue
+            try:
+                if condition():
+                    waiter.set_result(None)
+            except Exception as error:  # noqa: BLE001 - handed to the one who waits
+                waiter.set_exception(error)
+
+    async def _accept(self, http: web.Request) -> web.StreamResponse:
+        if asyncio.get_running_loop().time() < self._down_until:
+            return self._refuse(503, "The server is down.", "server_error")
+        if self.next_fault.name == "unauthorized":
+            self.advance()
+            return self._refuse(401, "Incorrect API key provided.", "invalid_api_key")
+        # Compression would hand large messages to a thread.
+        ws = web.WebSocketResponse(compress=False, timeout=CLOSE_TIMEOUT)
+        await ws.prepare(http)
+        connection = self.connect(ws, http)
+        self._open.add(connection)
+        self.connections += 1
+        self._lost_one = self._refused_one = False
+        self.wake()
+        try:
+            await connection.run()
+        finally:
+            self._open.discard(connection)
+            if connection.lost:
+                self.lost += 1
+                self._lost_one = True
+            self.wake()
+        return ws
+
+    def _refuse(self, status: int, message: str, code: str) -> web.Response:
+        self.refused += 1
+        self._refused_one = True
+        self.wake()
+        return web.json_response({"error": {"message": message, "code": code}}, status=status)
+
+    async def _hang_up_all(self, _: web.Application) -> None:
+        await asyncio.gather(*(c.hang_up(WSCloseCode.GOING_AWAY) for c in self._open))
+
+
+class Connection(ABC):
+    """One client of a simulator. Its work after a delay runs in tasks that end with it."""
+
+    def __init__(self, ws: web.WebSocketResponse) -> None:
+        self.ws = ws
+        self.lost = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._settled = asyncio.Event()
+        self._settled.set()
+
+    @abstractmethod
+    async def greet(self) -> None:
+        """Sends what the provider sends first."""
+
+    @abstractmethod
+    async def receive(self, data: str) -> None:
+        """Deals with one text message."""
+
+    async def run(self) -> None:
+        """Serves the client until one of the two hangs up."""
+        try:
+            await self.greet()
+            async for message in self.ws:
+                if message.type is WSMsgType.TEXT:
+                    await self.receive(message.data)
+        except ConnectionError:
+            pass  # The client left while it was being answered.
+        finally:
+            # A task may be the one hanging up: let it finish before it is cancelled.
+            await self._settled.wait()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def hang_up(self, code: int, *, by_script: bool = False) -> None:
+        """Sends a close frame and waits, at most CLOSE_TIMEOUT, for the client's."""
+        self.lost = self.lost or by_script
+        self._settled.clear()
+        try:
+            await self.ws.close(code=code)
+        finally:
+            self._settled.set()
+
+    def after(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+        """Does work once that long has passed, unless the connection ends before."""
+
+        async def run() -> None:
+            await asyncio.sleep(seconds)
+            with contextlib.suppress(ConnectionError):
+                await work()
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
