@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -60,9 +61,10 @@ FAULTS: dict[str, FaultKind] = {
 }
 
 
-def describe_faults() -> str:
+def describe_faults(known: Collection[str] = tuple(FAULTS)) -> str:
     """One line for each known fault: how a script writes it, and what it does."""
-    return "\n".join(f"  {kind.usage(name):<24}{kind.meaning}" for name, kind in FAULTS.items())
+    kinds = ((name, kind) for name, kind in FAULTS.items() if name in known)
+    return "\n".join(f"  {kind.usage(name):<24}{kind.meaning}" for name, kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,16 @@ class Script:
         """The fault at a position counted from 0; past the end it is the last one."""
         return self.faults[min(position, len(self.faults) - 1)]
 
+    def check(self, known: frozenset[str], where: str) -> None:
+        """See that each fault means something to the simulator called ``where``.
+
+        Raises:
+            ScriptError: one of them does not.
+        """
+        for fault in self.faults:
+            if fault.name not in known:
+                raise _error(f"{fault.name!r} means nothing to {where}", known)
+
     def __str__(self) -> str:
         return ",".join(map(str, self.faults))
 
@@ -126,5 +138,6 @@ def _fits(expected: str, argument: str) -> bool:
     return _WORD.fullmatch(argument) is not None if expected else not argument
 
 
-def _error(problem: str) -> ScriptError:
-    return ScriptError(f"{problem}\nknown elements, separated by commas:\n{describe_faults()}")
+def _error(problem: str, known: Collection[str] = tuple(FAULTS)) -> ScriptError:
+    elements = describe_faults(known)
+    return ScriptError(f"{problem}\nknown elements, separated by commas:\n{elements}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from traced_retry.simulator.script import Fault, Script
+from traced_retry.simulator.script import FAULTS, Fault, Script
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,6 +70,8 @@ class Simulator(ABC):
     """
 
     path: ClassVar[str]
+    faults: ClassVar[frozenset[str]] = frozenset(FAULTS)
+    """The words of the script that mean something in this provider's protocol."""
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class Simulator(ABC):
         if host != "127.0.0.1":
             raise ValueError(f"the simulator binds to 127.0.0.1 only, not to {host!r}")
         self.script = Script.parse(script) if isinstance(script, str) else script
+        self.script.check(self.faults, type(self).__name__)
         self.requests: list[Request] = []
         self.cancels: list[str | None] = []
         self.completed: list[str] = []
