@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where replies are read from: files, folders, other tools' variants; and what cannot be."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from contextlib import closing
+
+import pytest
+
+from traced_retry.report import ReportError, read
+
+from .conftest import BEGAN, HEARD, Store, raw_spans
+
+
+class TestFiles:
+    def test_spans_of_others(self, varied):
+        """They pass, even those that share a name with ours."""
+        tracer = varied.provider.get_tracer("other")
+        for name in ("generate_reply", "generate_reply.attempt", "llm_request"):
+            tracer.start_span(name, attributes={"gen_ai.provider.name": "x"}).end()
+
+        assert 5 == len(varied.read())
+
+    def test_a_span_stored_twice(self, varied, tmp_path):
+        """A Collector's copy beside the local store changes nothing."""
+        copy = tmp_path / "copy.json"
+        copy.write_text(varied.path.read_text())
+
+        assert varied.read() == read([varied.path, copy]) == read(tmp_path)
+
+    def test_a_folder(self, varied, tmp_path):
+        """All that is named like a store, in it."""
+        with closing(Store(tmp_path / "other.json")) as other:
+            other.timed((0, 1, HEARD), seconds=1, at=5, OUTCOME="succeeded")
+        (tmp_path / "notes.txt").write_text("generate_reply\n")
+        (tmp_path / "pretty.json").write_text('{\n  "name": "generate_reply"\n}\n')
+
+        replies = read(str(tmp_path))
+
+        assert ([0, 5, 10, 20, 40, 50], 0) == ([r.start - BEGAN for r in replies], replies.torn)
+
+    def test_gzip(self, varied, tmp_path):
+        """As Collectors pack it, cut off or not."""
+        packed = gzip.compress(varied.path.read_bytes())
+        (tmp_path / "a.jsonl.gz").write_bytes(packed)
+        (tmp_path / "b.jsonl.gz").write_bytes(packed[:-20])
+
+        assert varied.read() == read(tmp_path / "a.jsonl.gz")
+        assert 1 == read([varied.path, tmp_path / "b.jsonl.gz"]).torn
+
+    def test_numbers_as_other_tools_write_them(self, varied, tmp_path):
+        """Times and ints as JSON numbers, spaces between, a byte order mark."""
+        lines = [json.loads(line) for line in varied.path.read_text().splitlines()]
+        for span in raw_spans(lines):
+            for name in ("startTimeUnixNano", "endTimeUnixNano"):
+                span[name] = int(span[name])
+            for attribute in span["attributes"]:
+                if "intValue" in attribute["value"]:
+                    attribute["value"]["intValue"] = int(attribute["value"]["intValue"])
+        path = tmp_path / "numbers.jsonl"
+        path.write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+        assert varied.read() == read(path)
+
+
+class TestErrors:
+    def test_no_such_file(self, tmp_path):
+        """The message names the path and what to give instead."""
+        with pytest.raises(ReportError, match=r"gone\.jsonl does not exist\. Give a file"):
+            read(tmp_path / "gone.jsonl")
+
+    def test_no_span_of_ours(self, tmp_path):
+        """Likewise, with how much of it could not be read."""
+        path = tmp_path / "spans.jsonl"
+        path.write_text('{"resourceSpans":[{\n')
+
+        with pytest.raises(ReportError, match=r"spans\.jsonl: no generate_reply span.*1 line"):
+            read(path)
+
+    def test_an_empty_folder(self, tmp_path):
+        """It is a ValueError, for who does not know ours."""
+        with pytest.raises(ValueError, match="no generate_reply span in there"):
+            read(tmp_path)
+
+    def test_what_cannot_be_read(self, tmp_path):
+        """Permissions and the like, in the system's words."""
+        path = tmp_path / "spans.jsonl"
+        path.write_bytes(b"\x1f\x8bnot gzip at all")
+
+        with pytest.raises(ReportError, match=r"spans\.jsonl cannot be read"):
+            read(path)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads stored spans: terminal waterfall (:mod:`.terminal`, needs rich), summary, one HTML page."""
+
+from traced_retry.report.html import write_html as write_html
+from traced_retry.report.model import Attempt as Attempt
+from traced_retry.report.model import Reply as Reply
+from traced_retry.report.model import Wait as Wait
+from traced_retry.report.read import Replies as Replies
+from traced_retry.report.read import ReportError as ReportError
+from traced_retry.report.read import read as read
+from traced_retry.report.sentence import sentence as sentence
+from traced_retry.report.summary import ProviderSummary as ProviderSummary
+from traced_retry.report.summary import as_dict as as_dict
+from traced_retry.report.summary import summarize as summarize

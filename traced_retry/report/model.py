@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report shows: replies, their attempts and the waits between them, as plain data.
+
+Stored spans may be incomplete or come from another version, so every text is taken as it is and
+nothing here raises on a missing one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from traced_retry import semconv
+
+Group = Literal["first_try", "recovered", "failed", "cut_short", "unknown"]
+"""How a reply is counted and coloured."""
+
+GROUP_OF: Final[dict[str, Group]] = {
+    "succeeded": "first_try",
+    "recovered": "recovered",
+    "exhausted": "failed",
+    "not_recoverable": "failed",
+    "interrupted": "cut_short",
+    "superseded": "cut_short",
+}
+"""The group of each :data:`traced_retry.semconv.Outcome`."""
+
+_RETRY: Final[semconv.Decision] = "retry"
+_FAILED: Final[semconv.Result] = "failed"
+_NOTHING: Final = 0.001
+"""Seconds. A wait shorter than this is not told."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt. Times are Unix seconds."""
+
+    number: int
+    start: float
+    end: float
+    action: str | None = None
+    delay: float | None = None
+    """Seconds really waited before it."""
+    result: str | None = None
+    """None where the attempt's end was not stored."""
+    error_code: str | None = None
+    error_type: str | None = None
+    recoverable: bool | None = None
+    decision: str | None = None
+    next_delay: float | None = None
+    """Seconds the next attempt was planned to wait."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return max(0.0, self.end - self.start)
+
+    @property
+    def group(self) -> Group:
+        """How it is coloured; a failure that was retried as a recovered reply."""
+        if self.result == _FAILED:
+            return "recovered" if self.decision == _RETRY else "failed"
+        return GROUP_OF.get(self.result or "", "unknown")
+
+    @property
+    def code(self) -> str | None:
+        """Why it failed: the provider's own code, else ``error.type``."""
+        return self.error_code or self.error_type
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The time between two attempts, or from the last one to an end that came in the wait."""
+
+    start: float
+    end: float
+    seconds: float
+    """What was really waited."""
+    planned: float | None
+    """Less than ``seconds`` where a reconnect made it longer."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply, from the call to its outcome. Times are Unix seconds."""
+
+    trace_id: str
+    span_id: str
+    provider: str
+    start: float
+    end: float
+    attempts: tuple[Attempt, ...] = ()
+    attempt_count: int = 0
+    """As the reply's span says; above ``len(attempts)`` where spans of attempts are missing."""
+    model: str | None = None
+    server_address: str | None = None
+    server_port: int | None = None
+    outcome: str | None = None
+    """None where the reply's own span is missing: the process was killed, or it was sampled out."""
+    stop_reason: str | None = None
+    error_type: str | None = None
+    delay_total: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known how the reply ended."""
+        return self.outcome is not None
+
+    @property
+    def group(self) -> Group:
+        """How it is counted and coloured."""
+        return GROUP_OF.get(self.outcome or "", "unknown")
+
+    @property
+    def seconds(self) -> float:
+        """From asking to the end: the silence the caller heard."""
+        return max(0.0, self.end - self.start)
+
+    @property
+    def retries(self) -> int:
+        """Attempts after the first."""
+        return max(0, self.attempt_count - 1)
+
+    @property
+    def last(self) -> Attempt | None:
+        """The last attempt, where its span is there."""
+        if not self.attempts or self.attempts[-1].number < self.attempt_count:
+            return None
+        return self.attempts[-1]
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """Why the failed attempts failed, in order."""
+        return tuple(a.code for a in self.attempts if a.code is not None)
+
+    @property
+    def attempt_seconds(self) -> float:
+        """Time spent in attempts."""
+        return sum(a.seconds for a in self.attempts)
+
+    @property
+    def waiting_seconds(self) -> float:
+        """Time spent waiting between attempts."""
+        if self.delay_total is not None:
+            return self.delay_total
+        return sum(a.delay or 0.0 for a in self.attempts)
+
+    @property
+    def silence_added(self) -> float | None:
+        """Seconds of silence that retrying added: all but the last attempt.
+
+        None for a reply of one attempt, and where it cannot be told.
+        """
+        if not self.complete or self.retries == 0 or self.last is None:
+            return None
+        return max(0.0, self.seconds - self.last.seconds)
+
+    @property
+    def ended_in_wait(self) -> bool:
+        """Whether a retry was planned that never came."""
+        return self.last is not None and self.last.decision == _RETRY
+
+    @property
+    def steps(self) -> tuple[Attempt | Wait, ...]:
+        """Attempts and waits, in order of time."""
+        steps: list[Attempt | Wait] = []
+        before: Attempt | None = None
+        for attempt in self.attempts:
+            if before is not None and before.number + 1 == attempt.number:
+                steps.append(_wait(before, attempt.start, attempt.delay))
+            steps.append(attempt)
+            before = attempt
+        if before is not None and self.complete and self.ended_in_wait:
+            told = sum(a.delay or 0.0 for a in self.attempts)
+            rest = None if self.delay_total is None else max(0.0, self.delay_total - told)
+            steps.append(_wait(before, self.end, rest))
+        return tuple(s for s in steps if isinstance(s, Attempt) or s.seconds >= _NOTHING)
+
+    def place(self, step: Attempt | Wait) -> tuple[float, float]:
+        """Where ``step`` begins and ends on the reply's time scale, both from 0.0 to 1.0."""
+        if self.seconds == 0:
+            return 0.0, 1.0
+        begins, ends = ((at - self.start) / self.seconds for at in (step.start, step.end))
+        begins = min(1.0, max(0.0, begins))
+        return begins, min(1.0, max(begins, ends))
+
+
+def _wait(before: Attempt, end: float, told: float | None) -> Wait:
+    seconds = max(0.0, end - before.end) if told is None else told
+    return Wait(before.end, max(before.end, end), seconds, before.next_delay)

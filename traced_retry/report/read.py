@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads replies from spans stored as OTLP-JSON lines, the Collector's own file format.
+
+Written by ``FileSpanExporter`` of ``opentelemetry-exporter-otlp-json-file`` or by a Collector's
+``file`` exporter: one ``{"resourceSpans": [...]}`` a line, gzipped or not. Spans of others pass.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TextIO, TypeAlias
+
+from traced_retry import semconv
+from traced_retry.report.model import Attempt, Reply
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+
+SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+"""What is read of a folder."""
+
+_OURS: Final = (semconv.SPAN_REPLY, semconv.SPAN_ATTEMPT)
+_BATCH: Final = '{"resourceSpans"'
+_GZIP: Final = b"\x1f\x8b"
+_LONGEST: Final = 200
+_LATEST: Final = 2**63
+_SECOND: Final = 10**9
+"""Nanoseconds; an int, for a float would round them away."""
+_REMEDY: Final = "Give a file or folder that the local store or a Collector's file exporter writes."
+
+
+class ReportError(ValueError):
+    """There is nothing to report. The message names the path and the remedy."""
+
+
+class Replies(list[Reply]):
+    """Replies in the order of their start."""
+
+    torn: int = 0
+    """Lines that could not be read: a process was killed while it wrote them."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    trace_id: str
+    span_id: str
+    parent_id: str
+    name: str
+    start: int | None
+    end: int | None
+    """Unix nanoseconds; None where it is not known."""
+    attributes: dict[str, Any]
+
+    def text(self, name: str) -> str | None:
+        value = self.attributes.get(name)
+        return _plain(value) if isinstance(value, str) else None
+
+    def number(self, name: str) -> float | None:
+        value = self.attributes.get(name)
+        return value if isinstance(value, float) and math.isfinite(value) else None
+
+    def count(self, name: str) -> int | None:
+        value = self.number(name)
+        return None if value is None else int(value)
+
+    def flag(self, name: str) -> bool | None:
+        value = self.attributes.get(name)
+        return value if isinstance(value, bool) else None
+
+
+def read(paths: StrPath | Iterable[StrPath]) -> Replies:
+    """Read the replies stored in a file, in all such files of a folder, or in several of either.
+
+    A reply that was stored twice counts once. One whose own span is missing is made of its
+    attempts, without an outcome.
+
+    Raises:
+        ReportError: a path that does not exist or cannot be read, or no span of ours in any.
+    """
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    spans: dict[tuple[str, str], _Span] = {}
+    torn = sum(_collect(path, spans) for path in _files(given))
+    if not spans:
+        where = ", ".join(str(p) for p in given)
+        unread = f" ({torn} line(s) could not be read)" if torn else ""
+        raise ReportError(f"{where}: no {semconv.SPAN_REPLY} span in there{unread}. {_REMEDY}")
+    replies = Replies(sorted(_replies(spans.values()), key=lambda r: (r.start, r.trace_id)))
+    replies.torn = torn
+    return replies
+
+
+# --- files and lines ------------------------------------------------------------------------
+
+
+def _files(given: list[StrPath]) -> Iterator[Path]:
+    for path in map(Path, given):
+        if path.is_dir():
+            yield from sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+        elif path.exists():
+            yield path
+        else:
+            raise ReportError(f"{path} does not exist. {_REMEDY}")
+
+
+def _collect(path: Path, spans: dict[tuple[str, str], _Span]) -> int:
+    """Add the spans of one file to ``spans``; returns how many lines could not be read."""
+    torn = 0
+    try:
+        with _open(path) as lines:
+            for line in lines:
+                batch, whole = _parse(line)
+                torn += not whole
+                spans.update(((s.trace_id, s.span_id), s) for s in _spans(batch))
+    except (EOFError, zlib.error):  # a gzipped file that was cut off
+        torn += 1
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return torn
+
+
+def _open(path: Path) -> TextIO:
+    with path.open("rb") as file:
+        zipped = file.read(len(_GZIP)) == _GZIP
+    if zipped:
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace")
+    return path.open(encoding="utf-8-sig", errors="replace")
+
+
+def _parse(line: str) -> tuple[dict[str, Any], bool]:
+    """The batch in ``line``, empty where it holds no span of ours, and whether all was read."""
+    begins = line.rfind(_BATCH)
+    if semconv.SPAN_REPLY not in line:  # logs, metrics, spans of others: not worth parsing
+        return {}, begins < 0 or line.rstrip().endswith("}")
+    try:
+        return _json(line), True
+    except (ValueError, RecursionError):
+        if begins > 0:  # a process was killed as it wrote; the next one went on in the same line
+            return _parse(line[begins:])[0], False
+        return {}, begins < 0
+
+
+def _json(line: str) -> dict[str, Any]:
+    value = json.loads(line)
+    return value if isinstance(value, dict) else {}
+
+
+# --- spans ----------------------------------------------------------------------------------
+
+
+def _each(holder: dict[str, Any], name: str) -> Iterator[dict[str, Any]]:
+    value = holder.get(name)
+    return (v for v in value if isinstance(v, dict)) if isinstance(value, list) else iter(())
+
+
+def _spans(batch: dict[str, Any]) -> Iterator[_Span]:
+    for resource in _each(batch, "resourceSpans"):
+        for scope in _each(resource, "scopeSpans"):
+            for raw in _each(scope, "spans"):
+                if raw.get("name") in _OURS:
+                    span = _span(raw)
+                    if any(name.startswith(f"{semconv.SCOPE}.") for name in span.attributes):
+                        yield span
+
+
+def _span(raw: dict[str, Any]) -> _Span:
+    return _Span(
+        trace_id=_plain(raw.get("traceId")),
+        span_id=_plain(raw.get("spanId")),
+        parent_id=_plain(raw.get("parentSpanId")),
+        name=raw["name"],
+        start=_nanoseconds(raw.get("startTimeUnixNano")),
+        end=_nanoseconds(raw.get("endTimeUnixNano")),
+        attributes={str(a.get("key")): _value(a.get("value")) for a in _each(raw, "attributes")},
+    )
+
+
+def _plain(value: object) -> str:
+    """``value`` as text that cannot steer a terminal."""
+    text = value if isinstance(value, str) else ""
+    return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST])
+
+
+def _nanoseconds(value: object) -> int | None:
+    """A string in the standard, a number in some tools; 0 is a span that never ended."""
+    try:
+        time = int(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return time if 0 < time < _LATEST else None
+
+
+def _value(value: object) -> str | bool | float | None:
+    """An attribute's value; numbers of either kind, as text or not, become floats."""
+    if not isinstance(value, dict):
+        return None
+    for kind in ("stringValue", "boolValue"):
+        if isinstance(value.get(kind), (str, bool)):
+            return value[kind]  # type: ignore[no-any-return]
+    try:
+        return float(value.get("doubleValue", value.get("intValue")))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+# --- replies --------------------------------------------------------------------------------
+
+
+def _replies(spans: Iterable[_Span]) -> Iterator[Reply]:
+    parents: dict[tuple[str, str], _Span] = {}
+    children: dict[tuple[str, str], list[_Span]] = {}
+    for span in spans:
+        if span.name == semconv.SPAN_REPLY:
+            parents[span.trace_id, span.span_id] = span
+        else:
+            children.setdefault((span.trace_id, span.parent_id), []).append(span)
+    for ids in parents.keys() | children.keys():
+        yield _reply(ids, parents.get(ids), children.get(ids, []))
+
+
+def _reply(ids: tuple[str, str], parent: _Span | None, children: list[_Span]) -> Reply:
+    everything = children if parent is None else [parent, *children]
+    starts = [s.start for s in everything if s.start]
+    ends = [s.end for s in everything if s.end]
+    start = parent.start if parent is not None and parent.start else min(starts, default=0)
+    end = parent.end if parent is not None and parent.end else max(ends, default=start)
+    attempts = sorted(
+        (_attempt(span, start) for span in children), key=lambda a: (a.number, a.start)
+    )
+    about = everything[0]
+    told = parent or replace(about, attributes={})
+    return Reply(
+        trace_id=ids[0],
+        span_id=ids[1],
+        provider=about.text(semconv.PROVIDER) or "unknown",
+        model=about.text(semconv.MODEL),
+        server_address=about.text(semconv.SERVER_ADDRESS),
+        server_port=about.count(semconv.SERVER_PORT),
+        start=start / _SECOND,
+        end=max(start, end) / _SECOND,
+        attempts=tuple(attempts),
+        attempt_count=max(
+            [about.count(semconv.ATTEMPTS) or 0, len(attempts), *(a.number for a in attempts)]
+        ),
+        outcome=told.text(semconv.OUTCOME),
+        stop_reason=told.text(semconv.STOP_REASON),
+        error_type=told.text(semconv.ERROR_TYPE),
+        delay_total=told.number(semconv.DELAY_TOTAL),
+    )
+
+
+def _attempt(span: _Span, fallback: int) -> Attempt:
+    start = span.start or span.end or fallback
+    return Attempt(
+        number=span.count(semconv.ATTEMPT) or 1,
+        start=start / _SECOND,
+        end=max(start, span.end or start) / _SECOND,
+        action=span.text(semconv.ACTION),
+        delay=span.number(semconv.DELAY),
+        result=span.text(semconv.RESULT),
+        error_code=span.text(semconv.ERROR_CODE),
+        error_type=span.text(semconv.ERROR_TYPE),
+        recoverable=span.flag(semconv.RECOVERABLE),
+        decision=span.text(semconv.DECISION),
+        next_delay=span.number(semconv.NEXT_DELAY),
+    )

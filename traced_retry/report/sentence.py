@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happened to a reply, in one plain sentence; and to an attempt, in a few words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from typing import Final
+
+from traced_retry import semconv
+from traced_retry.failure import CODES, KNOWN_ERROR_TYPES, RECOVERABLE
+from traced_retry.report.model import Attempt, Reply, Wait
+
+_TIMES: Final = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+_LATE: Final = 0.1
+"""Seconds. A wait that grew by less is not told."""
+_WHY: Final = {
+    "max_attempts": "no attempts left",
+    "deadline": "deadline",
+    "budget": "retry budget spent",
+}
+"""Why no further attempt was made, where the loop ran out of something."""
+
+
+def sentence(reply: Reply) -> str:
+    """Say what happened to ``reply``, so that a tired person understands."""
+    if not reply.complete:
+        return _incomplete(reply)
+    say = _BY_STOP_REASON.get(reply.stop_reason or "") or _BY_OUTCOME.get(reply.outcome or "")
+    return say(reply) if say else f"Ended as {reply.outcome} {_after(reply)}{_colon(reply)}."
+
+
+def note(step: Attempt | Wait) -> str:
+    """How an attempt ended and what was decided, in a few words; of a wait, if it grew."""
+    if isinstance(step, Wait):
+        grew = step.planned is not None and step.seconds - step.planned >= _LATE
+        return f"{step.planned:.2f} s planned" if grew else ""
+    if step.code is not None:
+        return f"{step.code} -> {step.decision}" if step.decision else step.code
+    heard = {"succeeded": "heard", None: "no end stored"}
+    return heard.get(step.result, step.result or "")
+
+
+def overview(replies: Sequence[Reply], *, torn: int = 0) -> str:
+    """How many replies, and when; ``torn``: lines that could not be read."""
+    if not replies:
+        return "No replies."
+    began, ended = min(r.start for r in replies), max(r.end for r in replies)
+    told = f"{_count(len(replies), 'reply', 'replies')}, {when(began)} to {when(ended)} UTC."
+    if torn:
+        told += f" {_count(torn, 'torn line', 'torn lines')} left out: a process was killed."
+    return told
+
+
+def when(at: float) -> str:
+    """Unix seconds ``at`` as date and time, UTC."""
+    return datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def seconds(value: float) -> str:
+    """``value`` seconds as a person would say it."""
+    return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
+
+
+# --- by outcome -----------------------------------------------------------------------------
+
+
+def _succeeded(reply: Reply) -> str:
+    return f"Heard at the first try after {seconds(reply.seconds)}."
+
+
+def _recovered(reply: Reply) -> str:
+    why = _list(reply.codes)
+    why = f": {why}" if why else ""
+    if {a.action for a in reply.attempts[1:]} == {"listen"}:
+        return f"Heard late, {_after(reply)}, without asking again{why}."
+    how = " in a new session" if reply.last and reply.last.action == "restart" else ""
+    spent = f"{_count(reply.retries, 'retry', 'retries')} and {seconds(reply.seconds)}"
+    return f"Heard{how} after {spent}{why}."
+
+
+def _exhausted(reply: Reply) -> str:
+    why = _WHY.get(reply.stop_reason or "", reply.stop_reason or "no reason stored")
+    return f"Lost {_after(reply, attempts=True)} ({why}){_colon(reply)}."
+
+
+def _unsafe(reply: Reply) -> str:
+    after = _after(reply, attempts=reply.retries > 0)
+    return f"Lost {after}{_colon(reply)}; asking again might be heard twice."
+
+
+def _output_started(reply: Reply) -> str:
+    return f"Cut off {_after(reply)}, when part of it was already heard{_colon(reply)}."
+
+
+def _not_recoverable(reply: Reply) -> str:
+    error_type = reply.last.error_type if reply.last else reply.error_type
+    verdict = _verdict(error_type or semconv.OTHER)
+    if reply.retries == 0:
+        return f"Not retried: {_list(reply.codes) or reply.error_type or 'it'} {verdict}."
+    return f"Lost {_after(reply, attempts=True)}{_colon(reply)}, which {verdict}."
+
+
+def _verdict(error_type: str) -> str:
+    if error_type not in KNOWN_ERROR_TYPES:  # the class of an exception
+        return "is a mistake in the code"
+    kind = CODES.get(error_type, error_type)
+    if RECOVERABLE.get(kind, True):  # type: ignore[call-overload]
+        return "was declared final by the provider or the policy"
+    return "cannot pass by itself"
+
+
+def _session_closed(reply: Reply) -> str:
+    return f"Lost {_after(reply, attempts=reply.retries > 0)}: the session was closed."
+
+
+def _interrupted(reply: Reply) -> str:
+    at = ""
+    if reply.last is not None and reply.ended_in_wait:
+        at = f", in the wait for {_nth(reply.attempt_count + 1)}"
+    elif reply.attempt_count:
+        at = f", in {_nth(reply.attempt_count)}"
+    return f"Interrupted by the caller {_after(reply)}{at}."
+
+
+def _superseded(reply: Reply) -> str:
+    return f"Dropped by the provider for a newer request {_after(reply)}."
+
+
+def _incomplete(reply: Reply) -> str:
+    seen = _count(len(reply.attempts), "attempt", "attempts")
+    why = _list(reply.codes)
+    why = f", failed by {why}" if why else ""
+    return f"Its end is not stored (process killed, or span not kept); {seen}{why}."
+
+
+_BY_STOP_REASON: Final[dict[str, Callable[[Reply], str]]] = {
+    "max_attempts": _exhausted,
+    "deadline": _exhausted,
+    "budget": _exhausted,
+    "unsafe_to_resend": _unsafe,
+    "output_started": _output_started,
+    "not_recoverable": _not_recoverable,
+    "session_closed": _session_closed,
+    "interrupted": _interrupted,
+    "superseded": _superseded,
+}
+_BY_OUTCOME: Final[dict[str, Callable[[Reply], str]]] = {
+    "succeeded": _succeeded,
+    "recovered": _recovered,
+    "exhausted": _exhausted,
+    "not_recoverable": _not_recoverable,
+    "interrupted": _interrupted,
+    "superseded": _superseded,
+}
+
+
+# --- parts ----------------------------------------------------------------------------------
+
+
+def _after(reply: Reply, *, attempts: bool = False) -> str:
+    tried = f"{_count(reply.attempt_count, 'attempt', 'attempts')} and " if attempts else ""
+    return f"after {tried}{seconds(reply.seconds)}"
+
+
+def _colon(reply: Reply) -> str:
+    """What a lost reply failed by, after a colon; nothing where nothing is known."""
+    if set(reply.codes) == {"timeout"}:
+        return ": no answer"
+    told = _list(reply.codes) or reply.error_type
+    return f": {told}" if told else ""
+
+
+def _list(codes: Iterable[str]) -> str:
+    """``rate_limit_exceeded twice, then timeout``."""
+    runs = [(code, len(list(same))) for code, same in itertools.groupby(codes)]
+    return ", then ".join(code + _repeated(times) for code, times in runs)
+
+
+def _repeated(times: int) -> str:
+    return {1: "", 2: " twice"}.get(times, f" {times} times")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _nth(number: int) -> str:
+    in_words = 0 < number < len(_TIMES)
+    return f"the {_TIMES[number]} attempt" if in_words else f"attempt {number}"
