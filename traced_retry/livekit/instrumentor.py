@@ -13,7 +13,7 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
 from traced_retry.livekit.hook import instrument, uninstrument
 
 
-class TracedRetryInstrumentor(BaseInstrumentor):
+class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     """:func:`traced_retry.instrument` in the shape that OpenTelemetry's auto-instrumentation loads.
 
     ``TracedRetryInstrumentor().instrument(policy=..., tracer_provider=..., meter_provider=...)``.

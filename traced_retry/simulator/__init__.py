@@ -8,3 +8,7 @@ from traced_retry.simulator.script import Script as Script
 from traced_retry.simulator.script import ScriptError as ScriptError
 from traced_retry.simulator.script import describe_faults as describe_faults
 from traced_retry.simulator.server import Request as Request
+from traced_retry.simulator.server import Simulator as Simulator
+
+PROVIDERS = {"openai": OpenAISimulator}
+"""The simulators by the name of their provider."""

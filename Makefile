@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything is installed into .venv; nothing else on the machine is touched.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types tests core bench clean
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+SOURCES := pyproject.toml README.md $(shell find traced_retry exporters dashboards -type f -not -name '*.pyc')
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.demo  ## a dozen conversations with a server that fails, and what became of each
+	@$(BIN)/traced-retry demo
+
+test: lint types tests core  ## lint, types, and all tests
+
+lint: .venv/.test  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.test  ## mypy, strict
+	$(BIN)/mypy
+
+tests: .venv/.test  ## the tests, against the installed package
+	$(BIN)/pytest
+
+# The core alone, without LiveKit: on Python 3.10 where that is there, and on python-backoff.
+core: .venv/.core-fork $(if $(shell tools/find-python 3.10),.venv/.core-3.10)  ## the core's tests elsewhere
+	@for venv in $(patsubst .venv/.core-%,%,$^); do \
+		echo "core tests: $$venv, $$(.venv/core-$$venv/bin/python --version)"; \
+		.venv/core-$$venv/bin/pytest -q tests/core || exit 1; \
+	done
+
+bench: .venv/.bench  ## what retrying and tracing cost, beside tenacity and stamina
+	$(BIN)/python benchmarks/overhead.py
+
+clean:  ## remove all that was built
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/pyvenv.cfg:
+	"$$(tools/find-python)" -m venv .venv
+
+# $(1): an extra. The package is built anew where a source changed; its dependencies only where
+# pyproject.toml did (pip sees that they are there).
+define environment
+.venv/.$(1): .venv/pyvenv.cfg $(SOURCES)
+	@echo "installing traced-retry[$(1)] into .venv (the first time takes a minute)"
+	@rm -rf build
+	@$(PIP) --force-reinstall --no-deps . && $(PIP) '.[$(1)]' && rm -rf build
+	@touch $$@
+endef
+$(foreach extra,demo test bench,$(eval $(call environment,$(extra))))
+
+CORE_NEEDS := opentelemetry-api opentelemetry-sdk opentelemetry-instrumentation pytest pytest-asyncio hypothesis
+
+.venv/.core-fork: .venv/pyvenv.cfg $(SOURCES)
+	@$(call core,fork,$(BIN)/python,python-backoff)
+
+.venv/.core-3.10: .venv/pyvenv.cfg $(SOURCES)
+	@$(call core,3.10,"$$(tools/find-python 3.10)",backoff==2.2.1)
+
+# $(1): name, $(2): Python, $(3): which backoff
+core = test -x .venv/core-$(1)/bin/pytest || { $(2) -m venv .venv/core-$(1) && \
+	.venv/core-$(1)/bin/pip --disable-pip-version-check --quiet install $(CORE_NEEDS) $(3); }; \
+	rm -rf build; .venv/core-$(1)/bin/pip --disable-pip-version-check --quiet install --force-reinstall --no-deps . \
+	&& rm -rf build && touch $@

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from traced_retry import semconv
+
+COMMAND = [sys.executable, "-m", "traced_retry.cli"]
+
+
+def run(*arguments, **environ):
+    """Run the command; stdout and stderr as text."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+        env={**os.environ, "COLUMNS": "80", **environ},
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run of the demo as JSON, its store under a state directory of its own."""
+    state = tmp_path_factory.mktemp("state")
+    done = run("demo", "--json", XDG_STATE_HOME=str(state))
+    assert 0 == done.returncode, done.stderr
+    return json.loads(done.stdout), done, state
+
+
+class TestDemo:
+    def test_every_reply_is_heard_once_or_known_as_failed(self, demo):
+        """Heard once wherever the script ends in ok; else not at all, and never twice."""
+        replies = demo[0]["replies"]
+
+        assert {r["script"]: int(r["script"].endswith("ok")) for r in replies} == {
+            r["script"]: r["replies_heard"] for r in replies
+        }
+        assert 10 <= len(replies)
+        for reply in replies:
+            well = reply["outcome"] in ("succeeded", "recovered")
+            assert well == bool(reply["replies_heard"])
+            assert well == (reply["stop_reason"] is None)
+
+    def test_keys(self, demo):
+        """The machine-readable form is fixed."""
+        assert {"store", "seconds", "replies"} == set(demo[0])
+        assert {
+            "provider",
+            "script",
+            "outcome",
+            "stop_reason",
+            "attempts",
+            "requests_sent",
+            "replies_heard",
+            "seconds",
+            "trace_id",
+        } == {key for reply in demo[0]["replies"] for key in reply}
+
+    def test_takes_less_than_half_a_minute(self, demo):
+        """Nobody waits for a demo."""
+        assert demo[0]["seconds"] < 30
+
+    def test_each_trace_is_in_the_store_and_fits_the_contract(self, demo):
+        """Reply and attempts of each trace id, with the attributes that the contract wants."""
+        spans = {}
+        for line in Path(demo[0]["store"]).read_text().splitlines():
+            for resource in json.loads(line)["resourceSpans"]:
+                for scope in resource["scopeSpans"]:
+                    for span in scope["spans"]:
+                        spans.setdefault(span["traceId"], []).append(span)
+        assert len(demo[0]["replies"]) == len({r["trace_id"] for r in demo[0]["replies"]})
+        for reply in demo[0]["replies"]:
+            ours = spans[reply["trace_id"]]
+            (parent,) = [s for s in ours if s["name"] == semconv.SPAN_REPLY]
+            attempts = [s for s in ours if s["name"] == semconv.SPAN_ATTEMPT]
+            has = {a["key"] for a in parent["attributes"]}
+
+            assert reply["attempts"] == len(attempts)
+            assert {parent["spanId"]} == {a["parentSpanId"] for a in attempts}
+            assert {semconv.PROVIDER, semconv.MODEL, semconv.OUTCOME, semconv.ATTEMPTS} <= has
+            assert (reply["stop_reason"] is not None) == (semconv.STOP_REASON in has)
+            for attempt in attempts:
+                names = {a["key"] for a in attempt["attributes"]}
+                assert {semconv.ATTEMPT, semconv.ACTION, semconv.DELAY, semconv.RESULT} <= names
+                assert (semconv.ERROR_TYPE in names) == (semconv.RECOVERABLE in names)
+
+    def test_no_content_in_the_store(self, demo):
+        """Neither instructions nor what was said."""
+        stored = Path(demo[0]["store"]).read_text()
+
+        assert not [s for s in ("Say hello", "Be brief", "reply 1", "a-key") if s in stored]
+
+    def test_says_where_the_spans_are(self, demo):
+        """And `report` alone finds the newest store again."""
+        state = demo[2]
+        assert Path(demo[0]["store"]).is_relative_to(state)
+
+        done = run("report", "--json", XDG_STATE_HOME=str(state))
+        assert [r["trace_id"] for r in demo[0]["replies"]] == [
+            r["trace_id"] for r in json.loads(done.stdout)["replies"]
+        ]
+
+    def test_quiet(self, demo):
+        """With --json nothing else is printed, LiveKit's log included."""
+        assert "" == demo[1].stderr
+
+
+class TestReport:
+    def test_text(self, demo):
+        """The report names each outcome and fits a terminal."""
+        done = run("report", demo[0]["store"])
+
+        assert 0 == done.returncode
+        assert max(len(line) for line in done.stdout.splitlines()) <= 80
+        assert {"succeeded", "recovered", "exhausted", "interrupted"} <= set(done.stdout.split())
+
+    def test_html(self, demo, tmp_path):
+        """One page, and its path is printed."""
+        done = run("report", demo[0]["store"], "--html", tmp_path / "page.html")
+
+        assert str(tmp_path / "page.html") == done.stdout.strip()
+        assert "<html" in (tmp_path / "page.html").read_text()
+
+    def test_no_such_file(self, tmp_path):
+        """One line that names the file, and status 2."""
+        done = run("report", tmp_path / "nothing.jsonl")
+
+        assert 2 == done.returncode
+        assert "nothing.jsonl" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_no_store_yet(self, tmp_path):
+        """Says what makes one."""
+        done = run("report", XDG_STATE_HOME=str(tmp_path))
+
+        assert 2 == done.returncode
+        assert "traced-retry demo" in done.stderr
+
+
+class TestSimulate:
+    def test_serves_until_interrupted(self):
+        """It prints where it listens, on 127.0.0.1, and a count at the end."""
+        with subprocess.Popen(
+            [*COMMAND, "simulate", "openai", "--script", "rate_limit,late:3,ok"],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            first = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=20)
+
+        assert first.startswith("openai on http://127.0.0.1:")
+        assert "script rate_limit,late:3,ok" in first
+        assert "0 requests, 0 answered in full, 0 cancelled" in rest
+
+    def test_unknown_fault(self):
+        """A clear error that lists the known ones."""
+        done = run("simulate", "openai", "--script", "rate_limt")
+
+        assert 2 == done.returncode
+        assert "unknown fault 'rate_limt'" in done.stderr
+        assert "rate_limit[:SECONDS]" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_unknown_provider(self):
+        """Likewise."""
+        done = run("simulate", "opnai")
+
+        assert 2 == done.returncode
+        assert "'opnai' is not simulated; known: openai" in " ".join(done.stderr.split())
+
+
+class TestExport:
+    def test_a_protocol_that_is_not_spoken(self, tmp_path):
+        """The error names the variable, its value and what is allowed."""
+        done = run(
+            "demo",
+            "--store",
+            tmp_path / "x.jsonl",
+            OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:4317",
+            OTEL_EXPORTER_OTLP_PROTOCOL="grpc",
+        )
+
+        assert 2 == done.returncode
+        assert "OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'; it must be 'http/protobuf'" in done.stderr
+
+    def test_a_store_that_cannot_be_written(self, tmp_path):
+        """Likewise, with the remedy."""
+        (tmp_path / "file").touch()
+        done = run("demo", "--store", tmp_path / "file" / "x.jsonl")
+
+        assert 2 == done.returncode
+        assert "cannot be written" in done.stderr
+        assert "--store" in done.stderr
+
+
+def test_help_teaches():
+    """Each command says what it is for; simulate lists what a script may hold."""
+    assert "demo" in run("--help").stdout
+    assert "late:SECONDS" in run("simulate", "--help").stdout
+
+
+def test_version():
+    """--version is the package's."""
+    import traced_retry
+
+    assert f"traced-retry {traced_retry.__version__}" == run("--version").stdout.strip()

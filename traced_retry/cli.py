@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``traced-retry demo | simulate | report``."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:  # the core installs neither
+    raise SystemExit(
+        f"traced-retry's command line needs {error.name}: pip install 'traced-retry[demo]'"
+    ) from None
+
+from traced_retry import __version__
+
+app = typer.Typer(
+    help="Retries for LiveKit realtime replies, traced: each is heard exactly once, or its "
+    "failure is known at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+TO_JAEGER = """\
+To see them in Jaeger instead (docs/jaeger.md), before your agent or this demo:
+  export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318
+  export OTEL_SERVICE_NAME=my-agent"""
+
+
+def main() -> None:
+    """Run the command line; errors of the user's making are one line on stderr and status 2."""
+    try:
+        app()
+    except _usage_errors() as error:
+        print(f"traced-retry: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        print(  # noqa: T201
+            f"traced-retry: this command needs {error.name}: pip install 'traced-retry[demo]'",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+
+
+def _usage_errors() -> tuple[type[Exception], ...]:
+    from traced_retry.policy import PolicyError  # noqa: PLC0415
+    from traced_retry.report import ReportError  # noqa: PLC0415
+
+    found: list[type[Exception]] = [PolicyError, ReportError]
+    # What is not imported cannot have been raised.
+    for module, name in (
+        ("traced_retry.export.store", "ExportError"),
+        ("traced_retry.simulator.script", "ScriptError"),
+    ):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"traced-retry {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    *,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the report.")
+    ] = False,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="File to store the spans in; default: one under your state directory."),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show LiveKit's own log as well.")
+    ] = False,
+) -> None:
+    """Play a dozen conversations with a server that fails, and show what became of each.
+
+    A real LiveKit AgentSession with the real OpenAI plugin talks to a server on 127.0.0.1; no
+    key, no network and no LiveKit server is needed. It takes about fifteen seconds.
+    """
+    from traced_retry.demo import SCENES, Act, Scene, play  # noqa: PLC0415
+    from traced_retry.export.store import endpoint, new_store  # noqa: PLC0415
+    from traced_retry.report.terminal import render  # noqa: PLC0415
+
+    if not verbose:
+        # The plugin tells of each failure that the script asked for; the report does it better.
+        logging.disable(logging.CRITICAL)
+    path = store or new_store("demo")
+    console = Console(highlight=False)
+    progress = Console(stderr=True, highlight=False)
+    played = 0
+
+    def on_scene(scene: Scene) -> None:
+        nonlocal played
+        played += 1
+        progress.print(f"{played:>3}/{len(SCENES)}  {scene.script:<24} {scene.story}")
+
+    def on_act(act: Act) -> None:
+        heard = {0: "nothing heard", 1: "heard once"}.get(act.replies_heard, "HEARD TWICE")
+        progress.print(f"        {act.reply.outcome}, {heard}, {act.reply.seconds:.2f} s")
+
+    acts, seconds = play(path, *(() if as_json else (on_scene, on_act)))
+    if as_json:
+        replies = [act.as_dict() for act in acts]
+        typer.echo(
+            json.dumps({"store": str(path), "seconds": round(seconds, 1), "replies": replies})
+        )
+        return
+    console.print()
+    render(console, [act.reply for act in acts])
+    console.print()
+    console.print(
+        f"{len(acts)} replies in {seconds:.0f} s. Their spans are in\n  {path}", soft_wrap=True
+    )
+    console.print(f"Read them again:\n  traced-retry report {path}", soft_wrap=True)
+    if (sent_to := endpoint()) is not None:
+        console.print(f"They were sent to {sent_to} as well.", soft_wrap=True)
+    else:
+        console.print(TO_JAEGER, soft_wrap=True)
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="OTLP-JSON files or folders of them; default: the newest local store."),
+    ] = None,
+    *,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: replies and providers.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one self-contained HTML page there instead.")
+    ] = None,
+) -> None:
+    """Show stored replies: what happened to each in a sentence and a waterfall, and a summary."""
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from traced_retry.report import (  # noqa: PLC0415
+        ReportError,
+        as_dict,
+        read,
+        summarize,
+        write_html,
+    )
+
+    if not files:
+        from traced_retry.export.store import latest_store, store_directory  # noqa: PLC0415
+
+        newest = latest_store()
+        if newest is None:
+            raise ReportError(
+                f"there is no store in {store_directory()} yet: run `traced-retry demo`, or name "
+                "the file your agent writes to"
+            )
+        files = [newest]
+    replies = read(files)
+    if as_json:
+        providers = [asdict(row) for row in summarize(replies)]
+        found: dict[str, Any] = {"replies": [as_dict(r) for r in replies], "providers": providers}
+        typer.echo(json.dumps(found))
+    elif html is not None:
+        write_html(html, replies, torn=replies.torn)
+        typer.echo(str(html))
+    else:
+        from traced_retry.report.terminal import render  # noqa: PLC0415
+
+        render(Console(highlight=False), replies, torn=replies.torn)
+
+
+def _describe_script() -> str:
+    try:
+        from traced_retry.simulator.script import describe_faults  # noqa: PLC0415
+    except ModuleNotFoundError:
+        return "The known elements need aiohttp: pip install 'traced-retry[simulator]'"
+    return describe_faults()
+
+
+@app.command(
+    epilog="\b\nElements of a script, separated by commas; the last one repeats for ever:\n"
+    + _describe_script()
+)
+def simulate(
+    provider: Annotated[str, typer.Argument(help="Whose protocol to speak: openai.")],
+    *,
+    script: Annotated[
+        str, typer.Option(help='What to do to each request, such as "rate_limit,late:3,ok".')
+    ] = "ok",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 picks a free one.")
+    ] = 0,
+) -> None:
+    """Serve a provider's protocol on 127.0.0.1 and fail on a script, for your own agent's tests."""
+    from traced_retry.simulator import PROVIDERS, Simulator  # noqa: PLC0415
+
+    if provider not in PROVIDERS:
+        raise typer.BadParameter(
+            f"{provider!r} is not simulated; known: {', '.join(PROVIDERS)}", param_hint="PROVIDER"
+        )
+
+    async def serve(server: Simulator) -> None:
+        async with server:
+            typer.echo(f"{provider} on {server.url}, script {server.script}; Ctrl-C ends it")
+            for number in itertools.count(1):
+                await server.wait_for(lambda number=number: len(server.requests) >= number)  # type: ignore[misc]
+                request = server.requests[number - 1]
+                typer.echo(
+                    f"request {request.number}: {request.fault or 'rejected, one is active'}"
+                )
+
+    server = PROVIDERS[provider](script, port=port)
+    try:
+        asyncio.run(serve(server))
+    except KeyboardInterrupt:
+        done, asked = len(server.completed), len(server.requests)
+        typer.echo(f"{asked} requests, {done} answered in full, {len(server.cancels)} cancelled")
+    except OSError as error:
+        raise typer.BadParameter(
+            f"127.0.0.1:{port} cannot be listened on ({error.strerror}); --port 0 picks a free one"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

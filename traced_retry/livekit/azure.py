@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Azure VoiceLive. Its server speaks the beta of OpenAI's protocol; its plugin is another.
+
+Each request carries an id that its response echoes, and the plugin takes more care of it than
+OpenAI's does. So there is less to do here than in :mod:`traced_retry.livekit.openai`.
+
+Facts (livekit-plugins-azure 1.8.9, ``livekit/plugins/azure/realtime/realtime_model.py``):
+
+* Cancelling the plugin's future, setting an exception on it and the plugin's own time-out (10 s,
+  the wait for a connection included) do the same: nothing is sent, the id is discarded, and a late
+  response is cancelled by its id and not surfaced. A request still queued is never sent.
+* A request that a lost connection left unanswered is sent again on the next one, with its id, and
+  the same future resolves. Nothing is left for us but to wait: the caller hears one reply.
+* The plugin resolves or fails each future, and cancels none: nothing is superseded here.
+* Error events that answer a request are never fatal, not even for lack of quota.
+* The raw events are mappings with the names of OpenAI's fields, and the beta's names of events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+from urllib.parse import urlsplit
+
+from livekit.agents import llm
+
+from traced_retry.failure import Failure, Kind, explain, failure
+from traced_retry.guard import harmless
+from traced_retry.livekit.adapter import Call, Replies, told
+from traced_retry.livekit.openai import OpenAIAdapter, OpenAIRequest
+from traced_retry.telemetry import Target
+
+PROVIDER: Final = "azure_voicelive"
+"""The semantic conventions (0.66b2) name Azure OpenAI and Azure AI Inference, not VoiceLive."""
+
+_NAMES: Final = {
+    "response.text.delta": "response.output_text.delta",
+    "response.audio.delta": "response.output_audio.delta",
+    "response.audio_transcript.delta": "response.output_audio_transcript.delta",
+}
+"""Events that let the agent hear something, and their present names."""
+
+
+class VoiceLiveAdapter(OpenAIAdapter):
+    """What one session's server said, as far as its replies are concerned."""
+
+    needs: ClassVar[tuple[str, ...]] = ("_response_created_futures",)
+
+    def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
+        super().__init__(session, replies)
+        session.on("azure_server_event_received", self._on_event)
+
+    def target(self) -> Target:
+        """The server is in the model's options; where that has moved it is left out."""
+        model = self.session.realtime_model
+        endpoint = urlsplit(getattr(getattr(model, "_opts", None), "endpoint", None) or "")
+        port = endpoint.port or (443 if endpoint.scheme in ("https", "wss") else 80)
+        host = endpoint.hostname
+        return Target(PROVIDER, model.model, host, port if host else None)
+
+    def request(self, call: Call) -> VoiceLiveRequest:
+        """One reply's request."""
+        return VoiceLiveRequest(self, call)
+
+    def discard(self, ids: set[str]) -> None:
+        """Nothing: the plugin discards the id of a future that ended, over a reconnect as well."""
+
+    def _on_event(self, event: Mapping[str, Any]) -> None:
+        with harmless("reading a server event"):
+            kind = event.get("type", "")
+            self._on_server_event({**event, "type": _NAMES.get(kind, kind)})
+
+    def _on_error(self, event: llm.RealtimeModelError) -> None:
+        with harmless("reading an error event"):
+            super()._on_error(event)
+            if self.refused is None and (kind := _refusal(event.error)) is not None:
+                # The plugin tries the same key again for seconds; the caller would hear silence.
+                self.refused = told(kind, "the connection was refused")
+                self.replies.interject(self.refused, "not_recoverable")
+
+
+class VoiceLiveRequest(OpenAIRequest):
+    """One reply's request to a VoiceLive server."""
+
+    def explain(self, error: BaseException) -> Failure:
+        """A future without a code tells in its words alone what ended it.
+
+        A connection that was lost and is up again is not what ended it: the plugin sent the
+        request again, and there it met silence.
+        """
+        why = super().explain(error)
+        if why.code is not None or why.kind not in ("timeout", "connection_lost"):
+            return why
+        if "closed" in str(error):
+            return failure(error, "session_closed")
+        return failure(error, "timeout" if self._adapter.connected else "connection_lost")
+
+
+def _refusal(error: BaseException | None) -> Kind | None:
+    """Why the server will not be connected to: the plugin's error wraps the SDK's, that HTTP's."""
+    while error is not None:
+        kind = explain(error).kind
+        if kind in ("authentication", "quota"):
+            return kind
+        error = error.__cause__
+    return None

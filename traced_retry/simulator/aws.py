@@ -1,0 +1,537 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An Amazon Nova Sonic server that fails on a script: HTTP/2 over TLS, event streams both ways.
+
+Facts (livekit-plugins-aws 1.8.9, ``experimental/realtime/realtime_model.py`` and ``events.py``;
+frames: the ``application/vnd.amazon.eventstream`` format):
+
+* A session is one HTTP/2 stream whose two halves stay open. The client's frames are signed: each
+  holds a whole inner frame, whose payload is ``{"bytes": BASE64}`` of one JSON event.
+* A request for a reply is a text content with ``interactive`` set: ``contentStart``,
+  ``textInput``, ``contentEnd``. It carries no id that a reply would echo, and no cancel exists.
+* The plugin's endpoint is hard-coded; see :meth:`AWSSimulator.redirected`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import ssl
+import struct
+import uuid
+import zlib
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.exceptions
+import trustme
+from aiohttp import web
+
+from traced_retry.simulator.script import Fault
+from traced_retry.simulator.server import Connection, Request, Simulator
+
+Event = dict[str, Any]
+
+EVENT_STREAM = "application/vnd.amazon.eventstream"
+UNSTABLE = "System instability detected. Please retry your request."
+"""The one text of a ``validationException`` after which the plugin opens a new stream."""
+_STRING = 7
+_FRAME_OVERHEAD = 16  # Prelude, its checksum, and the message's.
+_FIXED_SIZE = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # Header types that are no bytes.
+_SILENCE = base64.b64encode(bytes(960)).decode()  # 20 ms of 24 kHz mono.
+
+
+# --- application/vnd.amazon.eventstream ------------------------------------------------------
+
+
+def encode_frame(headers: dict[str, str], payload: bytes) -> bytes:
+    """One frame: lengths, their checksum, headers (strings), payload, checksum of all."""
+    packed = b"".join(
+        struct.pack("!B", len(name))
+        + name.encode()
+        + struct.pack("!BH", _STRING, len(value.encode()))
+        + value.encode()
+        for name, value in headers.items()
+    )
+    prelude = struct.pack("!II", len(packed) + len(payload) + _FRAME_OVERHEAD, len(packed))
+    message = prelude + struct.pack("!I", zlib.crc32(prelude)) + packed + payload
+    return message + struct.pack("!I", zlib.crc32(message))
+
+
+def decode_frame(data: bytes) -> tuple[dict[str, str], bytes, int] | None:
+    """Headers (those that are strings), payload and length of the frame that ``data`` begins with.
+
+    None where it is not whole yet.
+
+    Raises:
+        ValueError: a checksum does not fit.
+    """
+    if len(data) < _FRAME_OVERHEAD:
+        return None
+    length, headers_length, checksum = struct.unpack("!III", data[:12])
+    if checksum != zlib.crc32(data[:8]):
+        raise ValueError("the checksum of a frame's prelude does not fit")
+    if len(data) < length:
+        return None
+    if struct.unpack("!I", data[length - 4 : length])[0] != zlib.crc32(data[: length - 4]):
+        raise ValueError("the checksum of a frame does not fit")
+    payload_at = 12 + headers_length
+    headers = _decode_headers(data[12:payload_at])
+    return headers, data[payload_at : length - 4], length
+
+
+def _decode_headers(data: bytes) -> dict[str, str]:
+    headers, at = {}, 0
+    while at < len(data):
+        name = data[at + 1 : at + 1 + data[at]].decode()
+        at += 1 + data[at]
+        kind, at = data[at], at + 1
+        if kind in _FIXED_SIZE:
+            at += _FIXED_SIZE[kind]
+            continue
+        size = struct.unpack("!H", data[at : at + 2])[0]
+        if kind == _STRING:
+            headers[name] = data[at + 2 : at + 2 + size].decode()
+        at += 2 + size
+    return headers
+
+
+# --- the server -------------------------------------------------------------------------------
+
+
+class AWSSimulator(Simulator):
+    """Plays a script to Nova Sonic clients; a connection, here, is one HTTP/2 stream.
+
+    Each interactive text takes one element of the script. ``error:CODE`` ends the stream with
+    that exception (``throttlingException``, ``modelTimeoutException``, ``validationException``,
+    ``internalServerException``, ...; ``systemInstability`` is the ``validationException`` that
+    the plugin recovers from), and so does ``rate_limit``. ``unauthorized`` is taken by the next
+    stream that is opened; a request that meets it on an open one ends that stream.
+
+    Attributes:
+        history: role and text of each text that asked for nothing, in order.
+    """
+
+    path = "/model/"
+    faults: ClassVar[frozenset[str]] = frozenset(
+        {
+            "ok",
+            "error",
+            "rate_limit",
+            "unauthorized",
+            "silence",
+            "late",
+            "drop_before",
+            "drop_during",
+            "malformed",
+            "tool",
+            "slow",
+        }
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.history: list[tuple[str, str]] = []
+        self._ca = trustme.CA()
+        self._server: asyncio.Server | None = None
+        self._clients: set[_Client] = set()
+
+    @property
+    def url(self) -> str:
+        """``https://127.0.0.1:PORT``. Raises RuntimeError unless the server is running."""
+        if self._server is None:
+            raise RuntimeError("the simulator is not running")
+        return f"https://{self._host}:{self._server.sockets[0].getsockname()[1]}"
+
+    @property
+    def ca(self) -> bytes:
+        """The certificate, PEM, that vouches for the server's own."""
+        return self._ca.cert_pem.bytes()
+
+    def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
+        """Is for servers of WebSockets, and this is none."""
+        raise NotImplementedError
+
+    async def start(self) -> None:
+        """Begins to listen.
+
+        Raises:
+            OSError: the port is taken.
+            RuntimeError: the server is running already.
+        """
+        if self._server is not None:
+            raise RuntimeError("the simulator is running already")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._ca.issue_cert(self._host).configure_cert(context)
+        context.set_alpn_protocols(["h2"])
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _Client(self), self._host, self._port, ssl=context
+        )
+
+    async def close(self) -> None:
+        """Stops listening and closes every connection; a second call does nothing."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        for client in list(self._clients):
+            client.abort()
+        for _, waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(RuntimeError("the simulator was closed"))
+
+    @contextlib.contextmanager
+    def redirected(self) -> Iterator[None]:
+        """While open, what the real plugin connects comes here, with made-up credentials.
+
+        It replaces module attributes of the plugin, so it is for one simulator at a time. A
+        session keeps its transport: it stays redirected afterwards.
+
+        Raises:
+            RuntimeError: the plugin is not there, or does not have what is to be replaced.
+        """
+        try:
+            from livekit.plugins.aws.experimental.realtime import (  # noqa: PLC0415 - optional
+                realtime_model as plugin,
+            )
+        except ImportError as error:
+            raise RuntimeError(
+                "the AWS simulator needs Python 3.12 and livekit-plugins-aws[realtime]"
+            ) from error
+        stand_ins = {
+            "_BedrockRuntimeConfig": lambda real: _Config(real, self.url),
+            "AWSCRTHTTPClient": partial(_trusting, ca=self.ca),
+            "_get_credentials_resolver": lambda _: _Credentials,
+        }
+        if missing := [name for name in stand_ins if not hasattr(plugin, name)]:
+            raise RuntimeError(
+                f"livekit-plugins-aws has no {', '.join(missing)} any more, so it cannot be "
+                "pointed at the simulator; look for a newer traced-retry"
+            )
+        real = {name: getattr(plugin, name) for name in stand_ins}
+        for name, stand_in in stand_ins.items():
+            setattr(plugin, name, stand_in(real[name]))
+        try:
+            yield
+        finally:
+            for name, value in real.items():
+                setattr(plugin, name, value)
+
+    # For the clients:
+
+    def refusal(self) -> tuple[int, str] | None:
+        """HTTP status and error type for a stream just asked for; None lets it open."""
+        if self.next_fault.name != "unauthorized":
+            return None
+        self.advance()
+        self.refused += 1
+        self._refused_one = True
+        return 403, "AccessDeniedException"
+
+    def opened(self) -> None:
+        """Counts a stream."""
+        self.connections += 1
+        self._lost_one = self._refused_one = False
+        self.wake()
+
+    def closed(self, *, lost: bool) -> None:
+        """Counts a stream that the script closed."""
+        if lost:
+            self.lost += 1
+            self._lost_one = True
+        self.wake()
+
+    def _named(self, word: str) -> Callable[[], bool]:
+        if word == "connected":
+            return lambda: any(client.streams for client in self._clients)
+        return super()._named(word)
+
+
+class _Client(asyncio.Protocol):
+    """One HTTP/2 connection."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, server: AWSSimulator) -> None:
+        self.server = server
+        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        self.streams: dict[int, _Session] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.server._clients.add(self)
+        self.h2.initiate_connection()
+        self.flush()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for event in self.h2.receive_data(data):
+                self.handle(event)
+        except h2.exceptions.ProtocolError:
+            self.abort()
+            return
+        self.flush()
+
+    def handle(self, event: h2.events.Event) -> None:
+        if isinstance(event, h2.events.RequestReceived):
+            self.open(event.stream_id)
+        elif isinstance(event, h2.events.DataReceived):
+            self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            if session := self.streams.get(event.stream_id):
+                session.feed(event.data)
+        elif isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)):
+            if session := self.streams.get(event.stream_id):
+                session.end()
+
+    def open(self, stream_id: int) -> None:
+        """Answers a request's headers at once; its body never ends by itself."""
+        if refusal := self.server.refusal():
+            status, kind = refusal
+            headers = [
+                (":status", str(status)),
+                ("content-type", "application/json"),
+                ("x-amzn-errortype", kind),
+            ]
+            self.h2.send_headers(stream_id, headers)
+            self.h2.send_data(stream_id, b'{"message": "refused by the script"}', end_stream=True)
+            self.server.wake()
+            return
+        self.h2.send_headers(stream_id, [(":status", "200"), ("content-type", EVENT_STREAM)])
+        self.streams[stream_id] = _Session(self, stream_id)
+        self.server.opened()
+
+    def flush(self) -> None:
+        if not self.transport.is_closing() and (data := self.h2.data_to_send()):
+            self.transport.write(data)
+
+    def abort(self) -> None:
+        """Cuts the connection, and every stream with it."""
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.server._clients.discard(self)
+        for session in list(self.streams.values()):
+            session.forget()
+
+
+class _Session:
+    """One stream: what it was told, and its answers."""
+
+    def __init__(self, client: _Client, stream_id: int) -> None:
+        self.client = client
+        self.server = client.server
+        self.id = stream_id
+        self.lost = False
+        self._received = b""
+        self._contents: dict[str, Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what the client says ------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        self._received += data
+        while frame := decode_frame(self._received):
+            _, payload, length = frame
+            self._received = self._received[length:]
+            if payload and (signed := decode_frame(payload)):
+                event = json.loads(base64.b64decode(json.loads(signed[1])["bytes"]))["event"]
+                self.server.record("received", event)
+                self.hear(event)
+
+    def hear(self, event: Event) -> None:
+        if start := event.get("contentStart"):
+            self._contents[start["contentName"]] = {**start, "text": ""}
+        elif text := event.get("textInput") or event.get("toolResult"):
+            self._contents[text["contentName"]]["text"] += str(text["content"])
+        elif "contentEnd" in event:
+            content = self._contents.pop(event["contentEnd"]["contentName"], {"type": "AUDIO"})
+            if content["type"] == "TOOL":
+                self.reply(f"reply {len(self.server.requests)}")
+            elif content["type"] == "TEXT" and content.get("interactive"):
+                self.hear_request(content["text"])
+            elif content["type"] == "TEXT":
+                self.server.history.append((content["role"], content["text"]))
+        elif "sessionEnd" in event:
+            self.end()
+
+    def hear_request(self, text: str) -> None:
+        """Takes the script's next element for a request."""
+        fault = self.server.next_fault
+        if fault.name != "unauthorized":
+            self.server.advance()
+        number = len(self.server.requests) + 1
+        now = asyncio.get_running_loop().time()
+        self.server.requests.append(Request(None, number, now, fault, text))
+        self.server.wake()
+        self.answer(f"reply {number}", fault)
+
+    def answer(self, text: str, fault: Fault) -> None:
+        """Does what the script says; "silence", and nothing else, does nothing."""
+        match fault.name:
+            case "ok":
+                self.reply(text)
+            case "late":
+                self.after(fault.seconds, partial(self.reply, text))
+            case "slow":
+                self.begin(text)
+                self.after(fault.seconds, partial(self.finish, text))
+            case "tool":
+                self.call_tool(fault.argument)
+            case "error" if fault.argument == "systemInstability":
+                self.fail("validationException", UNSTABLE)
+            case "error":
+                self.fail(fault.argument, "The script says so.")
+            case "rate_limit":
+                self.fail("throttlingException", "Too many requests, please wait.")
+            case "malformed":
+                self.send_frame({":message-type": "event", ":event-type": "chunk"}, b"{not JSON")
+            case "drop_before":
+                self.drop()
+            case "drop_during":
+                self.begin(text)
+                self.drop()
+            case "unauthorized":
+                self.lost = True
+                self.end()
+
+    # --- answers -------------------------------------------------------------------------------
+
+    def reply(self, text: str) -> None:
+        """Says ``text``, and is done."""
+        self.begin(text)
+        self.finish(text)
+
+    def begin(self, text: str) -> None:
+        """Begins a completion: its text, ahead of its sound as Nova Sonic sends it."""
+        stage = {"additionalModelFields": json.dumps({"generationStage": "SPECULATIVE"})}
+        self.send("completionStart")
+        content = self.start_content("TEXT", "ASSISTANT", **stage)
+        self.send("textOutput", **content, role="ASSISTANT", content=text)
+        self.send("contentEnd", **content, type="TEXT", stopReason="PARTIAL_TURN")
+
+    def finish(self, text: str) -> None:
+        """The sound of what was begun, and the end of the turn."""
+        content = self.start_content("AUDIO", "ASSISTANT")
+        self.send("audioOutput", **content, content=_SILENCE)
+        self.send("contentEnd", **content, type="AUDIO", stopReason="END_TURN")
+        self.send("completionEnd", stopReason="END_TURN")
+        self.server.completed.append(text)
+        self.server.wake()
+
+    def call_tool(self, name: str) -> None:
+        """Calls a function, arguments "{}"; its result is answered with a reply."""
+        self.send("completionStart")
+        content = self.start_content("TOOL", "TOOL")
+        tool = {"toolName": name, "toolUseId": str(uuid.uuid4()), "content": "{}"}
+        self.send("toolUse", **content, role="TOOL", **tool)
+        self.send("contentEnd", **content, type="TOOL", stopReason="TOOL_USE")
+
+    def start_content(self, kind: str, role: str, **fields: str) -> dict[str, str]:
+        content = {"contentId": str(uuid.uuid4())}
+        self.send("contentStart", **content, type=kind, role=role, **fields)
+        return content
+
+    # --- frames --------------------------------------------------------------------------------
+
+    def send(self, kind: str, **fields: Any) -> None:
+        event = {"event": {kind: fields}}
+        payload = json.dumps({"bytes": base64.b64encode(json.dumps(event).encode()).decode()})
+        self.send_frame({":message-type": "event", ":event-type": "chunk"}, payload.encode())
+        self.server.record("sent", event["event"])
+
+    def fail(self, exception: str, message: str) -> None:
+        """Ends the stream with an exception of the provider's."""
+        headers = {":message-type": "exception", ":exception-type": exception}
+        self.send_frame(headers, json.dumps({"message": message}).encode())
+        self.lost = True
+        self.end()
+
+    def send_frame(self, headers: dict[str, str], payload: bytes) -> None:
+        frame = encode_frame({**headers, ":content-type": "application/json"}, payload)
+        self.client.h2.send_data(self.id, frame)
+        self.client.flush()
+
+    def drop(self) -> None:
+        """Cuts the connection, once what was said before is on the wire."""
+        self.lost = True
+        self.client.transport.close()
+
+    def end(self) -> None:
+        """Ends our half of the stream, as the provider does."""
+        if self.id in self.client.streams:
+            self.forget()
+            with contextlib.suppress(h2.exceptions.ProtocolError):  # the client has reset it
+                self.client.h2.end_stream(self.id)
+            self.client.flush()
+
+    def forget(self) -> None:
+        """The stream is over, and with it all that was to be said later."""
+        self.client.streams.pop(self.id, None)
+        for task in self._tasks:
+            task.cancel()
+        self.server.closed(lost=self.lost)
+
+    def after(self, seconds: float, work: Callable[[], None]) -> None:
+        """Does work once that long has passed, unless the stream ends before."""
+
+        async def run() -> None:
+            await asyncio.sleep(seconds)
+            work()
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+# --- what the plugin is given -------------------------------------------------------------------
+
+
+class _Config:
+    """The SDK's configuration class, with another endpoint; old SDKs call it, new ones resolve."""
+
+    def __init__(self, real: Any, url: str) -> None:
+        self._real = real
+        self._url = url
+
+    def resolve(self, **settings: Any) -> Awaitable[Any]:
+        resolved: Awaitable[Any] = self._real.resolve(**{**settings, "endpoint_uri": self._url})
+        return resolved
+
+    def __call__(self, **settings: Any) -> Any:
+        return self._real(**{**settings, "endpoint_uri": self._url})
+
+
+def _trusting(real: Any, ca: bytes) -> Any:
+    """The SDK's transport, as a class that trusts the simulator's certificate and no other."""
+    from awscrt import io  # noqa: PLC0415 - optional; the plugin brings it
+
+    class Transport(real):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            options = io.TlsContextOptions()
+            options.override_default_trust_store(ca)
+            self._tls_ctx = io.ClientTlsContext(options)
+
+        def __deepcopy__(self, memo: Any) -> Transport:
+            return self  # the SDK copies its configuration, and would get a plain transport
+
+    return Transport
+
+
+class _Credentials:
+    """Stands in for the plugin's lookup of credentials, which might find real ones."""
+
+    async def get_identity(self, **_: Any) -> Any:
+        from smithy_aws_core.identity import AWSCredentialsIdentity  # noqa: PLC0415 - optional
+
+        return AWSCredentialsIdentity(access_key_id="simulator", secret_access_key="simulator")
+
+    def get_credential_expiry_time(self) -> float | None:
+        return None

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An Azure VoiceLive server, text only, that fails on a script.
+
+VoiceLive speaks the beta of OpenAI's Realtime protocol, under a path of its own and with the
+instructions of one request beside its parameters, not among them. Source:
+``livekit/plugins/azure/realtime/realtime_model.py`` 1.8.9, ``azure-ai-voicelive`` 1.3.1.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from traced_retry.simulator._openai_protocol import Event
+from traced_retry.simulator.openai_kin import AzureOpenAISimulator, BetaConnection
+from traced_retry.simulator.server import Connection
+
+
+class VoiceLiveSimulator(AzureOpenAISimulator):
+    """Plays a script to VoiceLive clients; ``url`` is what they take as ``endpoint``.
+
+    The elements are those of :class:`~traced_retry.simulator.OpenAISimulator`. LiveKit's plugin
+    sends a request again that was dropped unanswered, with its id: it takes the next element.
+    """
+
+    path = "/voice-live/realtime"
+
+    def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
+        """Makes the server's side of a connection just accepted."""
+        return _VoiceLiveConnection(self, ws, http.query.get("model", "gpt-realtime"))
+
+
+class _VoiceLiveConnection(BetaConnection):
+    async def hear(self, event: Event) -> None:
+        extra = {"instructions": event.get("additional_instructions")}
+        await super().hear({**event, "response": {**(event.get("response") or {}), **extra}})

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Those who speak OpenAI's Realtime protocol with an accent: xAI and Azure OpenAI.
+
+LiveKit inference has none: its gateway's path and event names are OpenAI's, and a token signed
+with the caller's key pair is all that differs. It takes :class:`OpenAISimulator` as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from aiohttp import web
+
+from traced_retry.simulator._openai_protocol import Event, place_of
+from traced_retry.simulator.openai import OpenAISimulator, _ScriptedConnection
+from traced_retry.simulator.server import Connection, Simulator
+
+BETA: Final = {
+    "response.output_text.delta": "response.text.delta",
+    "response.output_text.done": "response.text.done",
+    "conversation.item.added": "conversation.item.created",
+}
+"""Events under the name they had in the beta of OpenAI's protocol; of those sent here. Source:
+``_AZURE_EVENT_MAPPING`` in ``livekit/agents/llm/_realtime/openai.py``, livekit-agents 1.8.9."""
+
+
+class XAISimulator(OpenAISimulator):
+    """Speaks what it is told to by a ``force_message`` item as well; that takes no element."""
+
+    def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
+        """Makes the server's side of a connection just accepted."""
+        return _XAIConnection(self, ws, http.query.get("model", "grok-voice-latest"))
+
+
+class _XAIConnection(_ScriptedConnection):
+    async def create_item(self, event: Event) -> None:
+        item = event.get("item") or {}
+        if item.get("type") != "force_message":
+            await super().create_item(event)
+            return
+        text = "".join(part.get("text", "") for part in item.get("content") or ())
+        response = await self.begin(None)  # It echoes no id: a say() sends no metadata.
+        await self.add_output(response, type="message", role="assistant", content=[])
+        where = place_of(response)
+        await self.send("response.content_part.added", **where, part={"type": "text", "text": ""})
+        await self.send("response.output_text.delta", **where, delta=text)
+        await self.end_output(response, content=[{"type": "output_text", "text": text}])
+        self.server.completed.append(text)
+        self.server.wake()
+
+
+class AzureOpenAISimulator(OpenAISimulator):
+    """``url`` is what ``RealtimeModel.with_azure`` takes as ``azure_endpoint``."""
+
+    path = "/openai/v1/realtime"
+
+    @property
+    def url(self) -> str:
+        """``http://127.0.0.1:PORT``. Raises RuntimeError unless the server is running."""
+        return Simulator.url.fget(self)  # type: ignore[attr-defined,no-any-return]
+
+
+class AzureOpenAIBetaSimulator(AzureOpenAISimulator):
+    """What a client that names an ``api_version`` talks to: another path, the beta's events."""
+
+    path = "/openai/realtime"
+
+    def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
+        """Makes the server's side of a connection just accepted."""
+        return BetaConnection(self, ws, http.query.get("deployment", "gpt-realtime"))
+
+
+class BetaConnection(_ScriptedConnection):
+    """Sends events under their beta names, and text as content of type ``text``."""
+
+    async def send(self, kind: str, **fields: Any) -> None:
+        """Sends one event."""
+        if content := (fields.get("item") or {}).get("content"):
+            parts = [_beta_part(part) for part in content]
+            fields["item"] = {**fields["item"], "content": parts}
+        await super().send(BETA.get(kind, kind), **fields)
+
+
+def _beta_part(part: Event) -> Event:
+    return {**part, "type": "text"} if part.get("type") == "output_text" else part
