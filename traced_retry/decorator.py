@@ -32,6 +32,8 @@ class CallRequest(Generic[T]):
             where the late answer to the first could still be heard.
     """
 
+    __slots__ = ("_call", "_resend_after_timeout")
+
     def __init__(
         self, call: Callable[[], Awaitable[T]], *, resend_after_timeout: bool = True
     ) -> None:
@@ -41,10 +43,10 @@ class CallRequest(Generic[T]):
     def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
         """Call it; a coroutine becomes a task, so that it can be cancelled by itself."""
         result: Any = self._call()
-        if asyncio.isfuture(result):
-            return result
         if inspect.iscoroutine(result):
             return _start(result)
+        if asyncio.isfuture(result):
+            return result
         if inspect.isawaitable(result):
             return asyncio.ensure_future(result)
         raise TypeError(
@@ -133,7 +135,7 @@ def retry(
 
         def reply_to(args: Any, kwargs: Any) -> Reply[Any]:
             telemetry.zero(provider)
-            request = CallRequest[Any](functools.partial(function, *args, **kwargs))
+            request: CallRequest[Any] = CallRequest(functools.partial(function, *args, **kwargs))
             return Reply(request, policy, telemetry.reply(target))
 
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
@@ -187,7 +189,7 @@ class RetryingRealtimeSession(ABC):
             str(getattr(of, "provider", type(self).__name__)).lower(), getattr(of, "model", None)
         )
         self.retry_telemetry.zero(target.provider)
-        request = CallRequest[Any](
+        request: CallRequest[Any] = CallRequest(
             functools.partial(self._do_generate_reply, **kwargs),
             resend_after_timeout=self.resend_after_timeout,
         )

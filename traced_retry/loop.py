@@ -67,6 +67,37 @@ class Reply(Generic[T]):
         on_ended: told when the reply is over, its delivery included.
     """
 
+    __slots__ = (
+        "_attempt",
+        "_attempt_began",
+        "_began",
+        "_codes",
+        "_context",
+        "_deadline",
+        "_delays",
+        "_delivery",
+        "_ended",
+        "_future",
+        "_jitter",
+        "_last",
+        "_limit",
+        "_loop",
+        "_news",
+        "_number",
+        "_on_ended",
+        "_on_failed",
+        "_policy",
+        "_request",
+        "_step_again",
+        "_stepping",
+        "_steps",
+        "_stop",
+        "_timer",
+        "_trace",
+        "_wait_began",
+        "_waited",
+    )  # ten thousand may wait at once
+
     def __init__(
         self,
         request: Request[T],

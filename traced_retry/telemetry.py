@@ -49,15 +49,19 @@ class Target:
         """What every metric says of the target."""
         return {semconv.PROVIDER: self.provider}
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - targets are few, and equal ones share a row
-    def attempt_labels(self, action: semconv.Action, result: semconv.Result) -> Attributes:
+    @functools.cached_property
+    def attempt_labels(self) -> dict[tuple[semconv.Action, semconv.Result], Attributes]:
         """The labels of one attempt on metrics, but for why it failed."""
-        return {**self.labels, semconv.ACTION: action, semconv.RESULT: result}
+        return {
+            (action, result): {**self.labels, semconv.ACTION: action, semconv.RESULT: result}
+            for action in semconv.ACTIONS
+            for result in semconv.RESULTS
+        }
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019
-    def reply_labels(self, outcome: semconv.Outcome) -> Attributes:
+    @functools.cached_property
+    def reply_labels(self) -> dict[semconv.Outcome, Attributes]:
         """The labels of one reply on metrics, but for why it stopped."""
-        return {**self.labels, semconv.OUTCOME: outcome}
+        return {o: {**self.labels, semconv.OUTCOME: o} for o in semconv.OUTCOMES}
 
     @functools.cached_property
     def attributes(self) -> Attributes:
@@ -336,7 +340,7 @@ class ReplyTrace:
         if self._silent:
             return
         telemetry, context = self._telemetry, self._attempt_context
-        labels = self.target.attempt_labels(self._action, result)
+        labels = self.target.attempt_labels[self._action, result]
         if failure is not None:
             labels = {**labels, semconv.ERROR_TYPE: failure.error_type}
         try:
@@ -377,7 +381,7 @@ class ReplyTrace:
         if self._silent:
             return
         telemetry, context = self._telemetry, self._reply_context
-        labels = self.target.reply_labels(outcome)
+        labels = self.target.reply_labels[outcome]
         try:
             if self._live:
                 self._reply.set_attributes(_reply_end(outcome, stop, attempts, waited, failure))

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What retrying and tracing cost, side by side in one run: ``make bench``.
+
+Each figure is the fastest of several rounds, taken in turn so that a busy machine slows all of
+them alike; what counts is the ratios. Exit status 1 where one is worse than promised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import platform
+import statistics
+import sys
+import time
+import tracemalloc
+
+import stamina
+import tenacity
+from opentelemetry import context, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import SpanKind
+
+import traced_retry
+from traced_retry import semconv
+from traced_retry.telemetry import Target, Telemetry
+
+CALLS = 2_000
+ROUNDS = 15
+WAITING = 10_000
+
+failures = []
+
+
+def judge(what, value, most):
+    """Print a ratio beside its promise."""
+    kept = value <= most
+    print(f"  {what:<58}{value:6.2f}  at most {most:g}: {'kept' if kept else 'BROKEN'}")
+    if not kept:
+        failures.append(what)
+
+
+async def reply():
+    return "hello"
+
+
+async def microseconds(calls):
+    """The fastest round of each, in microseconds a call; the rounds take turns."""
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            gc.collect()
+            gc.disable()
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                await call()
+            best[name] = min(best[name], (time.perf_counter() - began) / CALLS * 1e6)
+            gc.enable()
+    return best
+
+
+async def without_sdk():
+    print(f"Success without an SDK, us a call (fastest of {ROUNDS} x {CALLS} calls)")
+    figures = await microseconds(
+        {
+            "the bare call": reply,
+            "traced_retry": traced_retry.retry(provider="openai")(reply),
+            "tenacity": tenacity.retry(
+                stop=tenacity.stop_after_attempt(4),
+                wait=tenacity.wait_random_exponential(max=10),
+            )(reply),
+            "stamina": stamina.retry(on=ConnectionError, attempts=4)(reply),
+        }
+    )
+    for name, value in figures.items():
+        print(f"  {name:<58}{value:6.2f}")
+    judge("traced_retry / tenacity", figures["traced_retry"] / figures["tenacity"], 0.5)
+    judge("traced_retry / stamina", figures["traced_retry"] / figures["stamina"], 0.5)
+
+
+def by_hand(telemetry, target):
+    """The same two spans and metric records as one reply, and nothing else."""
+
+    async def call():
+        reply_span = telemetry.tracer.start_span(
+            semconv.SPAN_REPLY, kind=SpanKind.INTERNAL, attributes=target.attributes
+        )
+        reply_context = trace.set_span_in_context(reply_span)
+        telemetry.in_flight.add(1, {semconv.PROVIDER: "openai"}, reply_context)
+        attempt_span = telemetry.tracer.start_span(
+            semconv.SPAN_ATTEMPT,
+            context=reply_context,
+            kind=SpanKind.CLIENT,
+            attributes={
+                **target.attributes,
+                semconv.ATTEMPT: 1,
+                semconv.ACTION: "send",
+                semconv.DELAY: 0.0,
+            },
+        )
+        attempt_context = trace.set_span_in_context(attempt_span, reply_context)
+        token = context.attach(attempt_context)
+        result = await reply()
+        context.detach(token)
+        labels = {
+            semconv.PROVIDER: "openai",
+            semconv.ACTION: "send",
+            semconv.RESULT: "succeeded",
+        }
+        attempt_span.set_attributes({semconv.RESULT: "succeeded"})
+        telemetry.attempt_duration.record(0.1, labels, attempt_context)
+        telemetry.attempts.add(1, labels, attempt_context)
+        attempt_span.end()
+        labels = {semconv.PROVIDER: "openai", semconv.OUTCOME: "succeeded"}
+        reply_span.set_attributes(
+            {semconv.OUTCOME: "succeeded", semconv.ATTEMPTS: 1, semconv.DELAY_TOTAL: 0.0}
+        )
+        telemetry.in_flight.add(-1, {semconv.PROVIDER: "openai"}, reply_context)
+        telemetry.reply_duration.record(0.1, labels, reply_context)
+        telemetry.replies.add(1, labels, reply_context)
+        reply_span.end()
+        return result
+
+    return call
+
+
+async def with_sdk():
+    print(f"Success with the SDK, us a call (fastest of {ROUNDS} x {CALLS} calls)")
+    providers = {
+        "tracer_provider": TracerProvider(shutdown_on_exit=False),
+        "meter_provider": MeterProvider([InMemoryMetricReader()], shutdown_on_exit=False),
+    }
+    figures = await microseconds(
+        {
+            "the same spans and metrics by hand": by_hand(Telemetry(**providers), Target("openai")),
+            "traced_retry": traced_retry.retry(provider="openai", **providers)(reply),
+        }
+    )
+    for name, value in figures.items():
+        print(f"  {name:<58}{value:6.2f}")
+    ratio = figures["traced_retry"] / figures["the same spans and metrics by hand"]
+    judge("traced_retry / by hand", ratio, 1.3)
+
+
+async def waiting():
+    print(f"{WAITING:,} replies waiting in backoff at once")
+
+    def busy():
+        future = asyncio.get_running_loop().create_future()
+        future.set_exception(OverloadedError())
+        return future
+
+    policy = traced_retry.RetryPolicy(base_delay=15, max_delay=15, max_retries=10, deadline=3600)
+    ask = traced_retry.retry(provider="openai", policy=policy)(busy)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    began = time.perf_counter()
+    replies = [ask() for _ in range(WAITING)]
+    print(f"  {'seconds to ask for all of them':<58}{time.perf_counter() - began:6.2f}")
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(f"  {'memory per waiting reply, bytes':<58}{(after - before) / WAITING:6.0f}")
+    lags = []
+    for _ in range(200):
+        due = time.perf_counter() + 0.01
+        await asyncio.sleep(0.01)
+        lags.append((time.perf_counter() - due) * 1000)
+    lags.sort()
+    print(f"  {'loop lag while they wait and retry, ms, p50':<58}{statistics.median(lags):6.2f}")
+    print(f"  {'loop lag while they wait and retry, ms, p99':<58}{lags[-2]:6.2f}")
+    for one in replies:
+        one.cancel()
+    await asyncio.sleep(0)
+
+
+class OverloadedError(Exception):
+    code = "engine_overloaded"
+
+
+async def main():
+    import logging  # noqa: PLC0415
+
+    logging.disable(logging.CRITICAL)
+    print(f"Python {platform.python_version()}, {platform.machine()}")
+    await without_sdk()
+    await with_sdk()
+    await waiting()
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
