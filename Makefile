@@ -21,6 +21,7 @@ lint: .venv/.test  ## ruff: rules and format
 
 types: .venv/.test  ## mypy, strict
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typing_api.py
 
 tests: .venv/.test  ## the tests, against the installed package
 	$(BIN)/pytest

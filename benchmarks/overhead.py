@@ -176,6 +176,8 @@ async def waiting():
 
 
 class OverloadedError(Exception):
+    """What a busy provider raises."""
+
     code = "engine_overloaded"
 
 

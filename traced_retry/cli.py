@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 TO_JAEGER = """\
-To see them in Jaeger instead (docs/jaeger.md), before your agent or this demo:
+To see them in Jaeger, which takes OTLP on port 4318, set this before your agent or this demo:
   export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318
   export OTEL_SERVICE_NAME=my-agent"""
 

@@ -174,8 +174,8 @@ class RetryingRealtimeSession(ABC):
     """Set it True only if the provider's replies carry the id of their request, and a late
     reply to an abandoned one is dropped. Else the caller may hear two."""
 
-    def generate_reply(self, **kwargs: Any) -> asyncio.Future[Any]:
-        """Ask for a reply; the keyword arguments are those of ``_do_generate_reply``.
+    def generate_reply(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+        """Ask for a reply; the arguments are those of ``_do_generate_reply``.
 
         Raises:
             Exception: a programming error of ``_do_generate_reply``, untouched.
@@ -190,11 +190,11 @@ class RetryingRealtimeSession(ABC):
         )
         self.retry_telemetry.zero(target.provider)
         request: CallRequest[Any] = CallRequest(
-            functools.partial(self._do_generate_reply, **kwargs),
+            functools.partial(self._do_generate_reply, *args, **kwargs),
             resend_after_timeout=self.resend_after_timeout,
         )
         return Reply(request, self.retry_policy, self.retry_telemetry.reply(target)).start()
 
     @abstractmethod
-    def _do_generate_reply(self, **kwargs: Any) -> asyncio.Future[Any]:
+    def _do_generate_reply(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
         """Send one request; the future resolves with its ``GenerationCreatedEvent``."""

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as it is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from importlib.metadata import requires
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import traced_retry
+
+
+def test_the_installed_package_is_tested():
+    """Not the folder beside these tests."""
+    site = Path(sysconfig.get_path("purelib"))
+
+    assert site / "traced_retry" == Path(traced_retry.__file__).parent
+
+
+def test_the_core_needs_two_packages():
+    """Only backoff and the OpenTelemetry API, in the metadata and at import."""
+    base = [r for r in requires("traced-retry") if "extra ==" not in r]
+    script = (
+        "import sys; before = set(sys.modules); import traced_retry\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
+        "print(*sorted(new - set(sys.stdlib_module_names)))\n"
+        "print('opentelemetry.sdk' in sys.modules)"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", script], text=True)
+    packages, sdk = printed.splitlines()
+
+    assert ["backoff", "opentelemetry-api"] == sorted(r.split(">")[0] for r in base)
+    # typing_extensions is a dependency of opentelemetry-api's.
+    assert {"backoff", "opentelemetry", "traced_retry"} == set(packages.split()) - {
+        "typing_extensions"
+    }
+    assert "False" == sdk
+
+
+@pytest.mark.parametrize("folder", ["exporters", "dashboards"])
+def test_data_ships_below_the_package(folder):
+    """And not as a top-level name of its own in site-packages."""
+    assert (files("traced_retry") / folder / "README.md").is_file()
+    assert not (Path(sysconfig.get_path("purelib")) / folder).exists()
+
+
+def test_is_typed():
+    """Type checkers use our annotations."""
+    assert (files("traced_retry") / "py.typed").is_file()
+
+
+def test_public_names():
+    """What is public is listed, and is there (what needs LiveKit only where that is installed)."""
+    for name in set(traced_retry.__all__) - {"instrument", "uninstrument", "wrap"}:
+        assert getattr(traced_retry, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        traced_retry.nonsense  # noqa: B018
