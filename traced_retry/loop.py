@@ -172,7 +172,9 @@ class Reply(Generic[T]):
 
     def wake(self) -> None:
         """Have the loop look again: ``Request.ready`` may have changed."""
-        if self._context is not None and not self._ended:
+        if self._stepping:  # news from inside a step, as of an event that our own request caused
+            self._step_again = True
+        elif self._context is not None and not self._ended:
             self._context.run(self._step)
 
     def interrupt(self) -> None:
@@ -193,9 +195,6 @@ class Reply(Generic[T]):
 
     def _step(self) -> None:
         """Go on as far as possible; then sleep until the time that :meth:`_life` yields."""
-        if self._stepping:  # news from inside a step, as of an event that our own request caused
-            self._step_again = True
-            return
         self._stepping = True
         try:
             when = next(self._steps)

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -181,7 +184,43 @@ class TestSimulate:
         assert "'opnai' is not simulated; known: openai" in " ".join(done.stderr.split())
 
 
+class Receiver(http.server.BaseHTTPRequestHandler):
+    """An OTLP/HTTP endpoint that notes what is posted where."""
+
+    posted: ClassVar[list] = []
+
+    def do_POST(self):
+        self.posted.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
 class TestExport:
+    def test_standard_variables_send_the_spans_there(self, tmp_path):
+        """With an OTLP endpoint in the environment, spans and metrics go there as well."""
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        try:
+            done = run(
+                "demo", "--store", tmp_path / "x.jsonl", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
+            )
+        finally:
+            server.shutdown()
+            server.server_close()
+        posted = {
+            path: b"".join(body for p, body in Receiver.posted if p == path)
+            for path, _ in Receiver.posted
+        }
+
+        assert 0 == done.returncode, done.stderr
+        assert f"They were sent to {endpoint} as well." in done.stdout
+        assert semconv.SPAN_ATTEMPT.encode() in posted["/v1/traces"]
+        assert semconv.METRIC_REPLIES.encode() in posted["/v1/metrics"]
+
     def test_a_protocol_that_is_not_spoken(self, tmp_path):
         """The error names the variable, its value and what is allowed."""
         done = run(

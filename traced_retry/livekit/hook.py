@@ -30,7 +30,7 @@ from traced_retry.livekit.registry import adapter_class
 from traced_retry.loop import FailedReply, Reply
 from traced_retry.policy import RetryPolicy
 from traced_retry.request import Request
-from traced_retry.telemetry import Telemetry
+from traced_retry.telemetry import Target, Telemetry
 
 logger = logging.getLogger(semconv.SCOPE)
 
@@ -90,7 +90,9 @@ class SessionHook:
     def generate_reply(self, **kwargs: Any) -> asyncio.Future[Generation]:
         """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
         adapter = self._adapter_in_force()
-        telemetry, target = self._config.telemetry, adapter.target()
+        telemetry, target = self._config.telemetry, Target("unknown")
+        with harmless("naming the provider"):
+            target = adapter.target()
         telemetry.zero(target.provider, adapter.actions)
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
         trace = telemetry.reply(target)

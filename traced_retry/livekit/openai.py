@@ -107,6 +107,8 @@ class OpenAIAdapter(Adapter):
     def discard(self, ids: set[str]) -> None:
         """Have the responses to these requests cancelled by id when they come."""
         self._abandoned.update(dict.fromkeys(ids))
+        for abandoned in ids:
+            self.errors.pop(abandoned, None)
         while len(self._abandoned) > _REMEMBERED:
             del self._abandoned[next(iter(self._abandoned))]
         self.session._discarded_event_ids.update(ids)  # type: ignore[attr-defined]

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the loop asks of a request, and when: listening, restarting, news, readiness, delivery."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.scripted import HANG, ProviderError, Scripted
+
+from traced_retry import RetryPolicy
+from traced_retry.decorator import CallRequest
+from traced_retry.failure import failure
+from traced_retry.loop import Reply
+from traced_retry.request import Delivery
+from traced_retry.telemetry import Target, Telemetry
+
+
+class Request(CallRequest):
+    """A request that does as it is told, and notes what it is asked."""
+
+    __slots__ = ("asked", "given", "is_ready", "limits", "next_actions")
+
+    def __init__(self, script, *, next_actions=(), limits=None):
+        super().__init__(script.future)
+        self.next_actions = list(next_actions)
+        self.limits = limits or {}
+        self.is_ready = True
+        self.given = None
+        self.asked = []
+
+    def attempt(self, action):
+        self.asked.append(action)
+        return super().attempt(action)
+
+    def limit(self, action):
+        return self.limits.get(action)
+
+    def next_action(self, why):
+        return self.next_actions.pop(0) if self.next_actions else "send"
+
+    def ready(self):
+        return self.is_ready
+
+    def abandon(self, attempt, then):
+        self.asked.append(f"abandon, then {then}")
+        super().abandon(attempt, then)
+
+    def delivery(self, result):
+        return self.given
+
+
+@pytest.fixture
+def reply(recorder):
+    """``reply(request, **policy)`` -> a Reply that waits the full bound."""
+
+    def make(request, *, on_failed=None, **policy):
+        trace = Telemetry(**recorder.providers).reply(Target("somebody"))
+        return Reply(
+            request,
+            RetryPolicy(**policy),
+            trace,
+            jitter=lambda bound: bound,
+            on_failed=on_failed,
+        )
+
+    return make
+
+
+def now():
+    """The virtual time."""
+    return asyncio.get_running_loop().time()
+
+
+class TestActions:
+    async def test_listen_and_restart_do_not_wait(self, reply, recorder):
+        """Between two windows of listening no reply may slip through; no delay, no jitter."""
+        script = Scripted(HANG, HANG, HANG, "hello")
+        request = Request(
+            script,
+            next_actions=["listen", "restart", "listen"],
+            limits={"send": 5, "listen": 5, "restart": 4},
+        )
+
+        assert "hello" == await reply(request).start()
+        assert [0, 5, 10, 14] == script.times
+        assert ["send", "listen", "restart", "listen"] == [
+            a["traced_retry.action"] for a in recorder.attempts
+        ]
+        assert {0.0} == {a["traced_retry.delay"] for a in recorder.attempts}
+
+    async def test_each_failed_attempt_is_abandoned_with_what_follows(self, reply):
+        """The adapter knows what comes next, and that nothing does."""
+        request = Request(Scripted(ProviderError("server_error")), next_actions=["send", None])
+
+        with pytest.raises(ProviderError):
+            await reply(request).start()
+        assert ["send", "abandon, then send", "send", "abandon, then None"] == request.asked
+
+    async def test_nothing_is_safe(self, reply, recorder):
+        """A recoverable failure after which nothing may be sent."""
+        request = Request(Scripted(ProviderError("server_error")), next_actions=[None])
+
+        with pytest.raises(ProviderError):
+            await reply(request).start()
+        assert "unsafe_to_resend" == recorder.replies[0]["traced_retry.stop_reason"]
+
+    async def test_a_broken_adapter(self, reply, recorder):
+        """Its error reaches the caller, and nothing stays open."""
+        request = Request(Scripted(ProviderError("server_error")))
+        request.next_actions = None  # next_action works; ready does not:
+        request.is_ready = property()
+        type(request).ready = lambda self: 1 / 0
+        try:
+            with pytest.raises(ZeroDivisionError):
+                await reply(request).start()
+        finally:
+            type(request).ready = lambda self: self.is_ready
+        assert 0 == recorder.open_spans
+        assert "not_recoverable" == recorder.replies[0]["traced_retry.outcome"]
+
+
+class TestReadiness:
+    async def test_waits_for_it(self, reply, recorder):
+        """After the delay the request waits until it could be answered, and not a turn longer."""
+        script = Scripted(ProviderError("server_error"), "hello")
+        request = Request(script)
+        request.is_ready = False
+        asked = reply(request)
+        future = asked.start()
+        await asyncio.sleep(4)
+        request.is_ready = True
+        asked.wake()
+
+        assert "hello" == await future
+        assert [0, 4] == script.times
+        assert [1.0] == [a["traced_retry.next_delay"] for a in recorder.attempts[:1]]
+        assert [0.0, 4.0] == [a["traced_retry.delay"] for a in recorder.attempts]
+
+    async def test_never_ready(self, reply, recorder):
+        """The deadline ends it, with the provider's error."""
+        request = Request(Scripted(ProviderError("server_error")))
+        request.is_ready = False
+
+        with pytest.raises(ProviderError):
+            await reply(request).start()
+        assert 20.0 == now()
+        assert "deadline" == recorder.replies[0]["traced_retry.stop_reason"]
+
+
+class TestNews:
+    async def test_ends_the_attempt_at_once(self, reply, recorder):
+        """Evidence that the request is lost need not wait for a time-out."""
+        script = Scripted(HANG, "hello")
+        asked = reply(Request(script))
+        future = asked.start()
+        await asyncio.sleep(0.5)
+        asked.interject(failure(ConnectionResetError(), "connection_lost"))
+
+        assert "hello" == await future
+        assert [0, 1.5] == script.times
+        assert ["connection_lost", None] == [a.get("error.type") for a in recorder.attempts]
+
+    @pytest.mark.parametrize("after", [0.0, 0.5])
+    async def test_with_a_stop_nothing_follows(self, reply, recorder, after):
+        """In the attempt as in the wait, and in the very call."""
+        asked = reply(Request(Scripted((0.25, ProviderError("server_error")))))
+        future = asked.start()
+        await asyncio.sleep(after)
+        gone = ProviderError("account_deactivated")
+        asked.interject(failure(gone, "authentication", code=gone.code), "not_recoverable")
+
+        assert future.done()
+        assert gone is future.exception()
+        assert "not_recoverable" == recorder.replies[0]["traced_retry.stop_reason"]
+
+    async def test_from_inside_a_step(self, reply):
+        """A request may cause the event that ends it."""
+
+        class Dying(Request):
+            __slots__ = ()
+
+            def attempt(self, action):
+                asked.interject(failure(ProviderError(), "authentication"), "not_recoverable")
+                return super().attempt(action)
+
+        asked = reply(Dying(Scripted(HANG)))
+
+        with pytest.raises(ProviderError):
+            await asked.start()
+
+    async def test_of_an_ended_reply(self, reply):
+        """Nothing happens."""
+        asked = reply(Request(Scripted("hello")))
+        future = asked.start()
+        await future
+        asked.interject(failure(ProviderError(), "unknown"), "session_closed")
+        asked.interrupt()
+
+        assert "hello" == await future
+
+
+class TestDelivery:
+    @pytest.fixture
+    async def delivered(self, reply):
+        """A reply that was handed over, and its delivery."""
+        request = Request(Scripted("hello"))
+        request.given = Delivery()
+        self.told = []
+        asked = reply(request, on_failed=self.told.append)
+        assert "hello" == await asked.start()
+        return asked, request.given
+
+    async def test_the_books_stay_open(self, delivered, recorder):
+        """The agent has its reply; whether it is heard is not known yet."""
+        assert 2 == recorder.open_spans
+
+    async def test_heard(self, delivered, recorder):
+        """The silence ends with the first word, not with the last."""
+        await asyncio.sleep(0.5)
+        delivered[1].output()
+        await asyncio.sleep(5)
+        delivered[1].output()
+        delivered[1].end()
+
+        assert "succeeded" == recorder.replies[0]["traced_retry.outcome"]
+        assert {(1, 0.5)} == set(recorder.points("traced_retry.reply.duration").values())
+        assert {(1, 0.5)} == set(recorder.points("traced_retry.attempt.duration").values())
+        assert 0 == recorder.open_spans
+        assert [] == self.told
+
+    @pytest.mark.parametrize(
+        ("words", "outcome", "stop"),
+        [
+            (False, "exhausted", "unsafe_to_resend"),
+            (True, "not_recoverable", "output_started"),
+        ],
+    )
+    async def test_failed(self, delivered, recorder, words, outcome, stop):
+        """Told on span, metric and log, and to on_exhausted; never counted as heard."""
+        if words:
+            delivered[1].output()
+        delivered[1].end(failure(ProviderError("server_error"), "server_error"))
+
+        (told,) = recorder.replies
+        assert (outcome, stop) == (told["traced_retry.outcome"], told["traced_retry.stop_reason"])
+        assert {outcome: 1} == recorder.counted("traced_retry.replies", "traced_retry.outcome")
+        assert [stop] == [failed.stop_reason for failed in self.told]
+
+    async def test_cancelled_before_a_word(self, delivered, recorder):
+        """The caller did not want it."""
+        delivered[1].end(cancelled=True)
+
+        assert "interrupted" == recorder.replies[0]["traced_retry.outcome"]
+
+    @pytest.mark.parametrize(
+        ("words", "outcome"), [(False, "not_recoverable"), (True, "succeeded")]
+    )
+    async def test_the_session_closes(self, delivered, recorder, words, outcome):
+        """What was begun was heard as far as the caller let it."""
+        if words:
+            delivered[1].output()
+        closed = failure(ProviderError(), "session_closed", provoked=True)
+        delivered[0].interject(closed, "session_closed")
+
+        assert outcome == recorder.replies[0]["traced_retry.outcome"]
+        assert 0 == recorder.open_spans
