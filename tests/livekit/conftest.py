@@ -59,8 +59,10 @@ async def converse(recorder):
     """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def converse(script, *, agent=None, bare=False, model=None, **policy):
-            server = await stack.enter_async_context(OpenAISimulator(script))
+        async def converse(
+            script, *, agent=None, bare=False, model=None, simulator=OpenAISimulator, **policy
+        ):
+            server = await stack.enter_async_context(simulator(script))
             http = await stack.enter_async_context(aiohttp.ClientSession())
             make = model or openai.realtime.RealtimeModel
             realtime_model = make(

@@ -1,50 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LiveKit's RealtimeModelFallbackAdapter over two different providers, both with their own plugin.
+
+What the adapter does by itself (livekit-agents 1.8.9, ``llm/realtime_fallback_adapter.py``): on an
+unrecoverable error of the active model it swaps to the next one. It first interrupts the agent, and
+asks again on the new model only if the agent was "thinking" or "speaking". Of a reply that was
+asked for and has not begun the agent is still "listening", unless a tool's result asked for it. So
+a plain reply that is pending at a swap is lost; all we can do is to say so, and to add nothing.
+"""
+
 from __future__ import annotations
-import asyncio, contextlib
-import aiohttp, pytest
-from livekit.agents import APIConnectOptions, llm, Agent, AgentSession
+
+import asyncio
+
+import pytest
+from livekit.agents import Agent, function_tool, llm
 from livekit.plugins import openai
 from livekit.plugins.azure import realtime as azure
+
 import traced_retry
-from traced_retry.livekit import registry
+from traced_retry import RetryPolicy
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.azure import VoiceLiveSimulator
 
-OPTIONS = APIConnectOptions(max_retry=3, retry_interval=0.5, timeout=5.0)
 
-def heard(session):
-    return [i.text_content for i in session.history.items if i.type=="message" and i.role=="assistant"]
+def make_openai(*, base_url, **kwargs):
+    """A text-only OpenAI model."""
+    return openai.realtime.RealtimeModel(base_url=base_url, modalities=["text"], **kwargs)
 
-@pytest.mark.parametrize("how", ["bare","wrap","instrument"])
-@pytest.mark.parametrize("order", ["oa","ao"])
-@pytest.mark.parametrize("script", ["ok","quota","unauthorized","error:invalid_value","rate_limit,ok","drop_before","silence", "ok,drop_queued:60", "rate_limit:10"])
-async def test_x(script, how, order, recorder, monkeypatch):
-    monkeypatch.setitem(registry.ADAPTERS, azure.realtime_model.__name__, "traced_retry.livekit.azure:VoiceLiveAdapter")
-    async with contextlib.AsyncExitStack() as stack:
-        http = await stack.enter_async_context(aiohttp.ClientSession())
-        a = await stack.enter_async_context((OpenAISimulator if order=="oa" else VoiceLiveSimulator)(script))
-        b = await stack.enter_async_context((VoiceLiveSimulator if order=="oa" else OpenAISimulator)("ok"))
-        def make(s):
-            if isinstance(s, VoiceLiveSimulator):
-                return azure.RealtimeModel(api_key="sk", endpoint=s.url, modalities=["text"], conn_options=OPTIONS)
-            return openai.realtime.RealtimeModel(api_key="sk", base_url=s.url, modalities=["text"], http_session=http, conn_options=OPTIONS)
-        adapter = llm.RealtimeModelFallbackAdapter([make(a), make(b)])
-        if how=="wrap": traced_retry.wrap(adapter, policy=traced_retry.RetryPolicy(), **recorder.providers)
-        if how=="instrument": traced_retry.instrument(policy=traced_retry.RetryPolicy(), **recorder.providers)
-        try:
-            session = await stack.enter_async_context(AgentSession(llm=adapter))
-            await session.start(Agent(instructions="SECRET"))
-            loop=asyncio.get_running_loop()
-            if "queued" in script:
-                await session.generate_reply(); await a.wait_for("connection_lost")
-            t=loop.time()
-            h=session.generate_reply()
-            st=None
-            if script in ("silence","rate_limit:10"):
-                await a.wait_for(lambda: a.requests); await asyncio.sleep(1); st=session.agent_state
-                await adapter.restart_session(switch_model=True)
-            await h
-            t=loop.time()-t
-            await asyncio.sleep(30)
-            print("ROW|", script, order, how, heard(session), "done", a.completed, b.completed, "req", len(a.requests), len(b.requests), [(r["gen_ai.provider.name"], r.get("traced_retry.outcome"),r.get("traced_retry.stop_reason")) for r in recorder.replies], [(x["gen_ai.provider.name"], x.get("traced_retry.error_code", x.get("error.type"))) for x in recorder.attempts], round(t,3), repr(h.exception())[:60], recorder.open_spans, st)
-        finally:
-            if how=="instrument": traced_retry.uninstrument()
+
+def make_voicelive(*, base_url, http_session, **kwargs):
+    """A text-only VoiceLive model."""
+    return azure.RealtimeModel(endpoint=base_url, modalities=["text"], **kwargs)
+
+
+BOTH = {
+    "openai": (OpenAISimulator, make_openai),
+    "azure_voicelive": (VoiceLiveSimulator, make_voicelive),
+}
+ORDERS = [("openai", "azure_voicelive"), ("azure_voicelive", "openai")]
+OURS = ["wrap", "instrument"]
+
+
+class Helper(Agent):
+    """Has a tool: the reply that its result asks for is pending while the agent is "thinking"."""
+
+    def __init__(self):
+        super().__init__(instructions="SECRET")
+
+    @function_tool
+    async def look_up(self) -> str:
+        """Look it up."""
+        return "found"
+
+
+@pytest.fixture(params=OURS)
+def how(request):
+    """How the adapter is hooked."""
+    return request.param
+
+
+@pytest.fixture(params=ORDERS, ids=" then ".join)
+def order(request):
+    """Names of the primary and of the second."""
+    return request.param
+
+
+@pytest.fixture
+async def second(order):
+    """The second model's server; it answers."""
+    async with BOTH[order[1]][0]("ok") as server:
+        yield server
+
+
+@pytest.fixture
+def converse(converse, how, order, second, recorder):
+    """The shared ``converse``; the script is the primary's."""
+
+    def make(*, base_url, **kwargs):
+        primary = BOTH[order[0]][1](base_url=base_url, **kwargs)
+        fallback = BOTH[order[1]][1](base_url=second.url, **kwargs)
+        return llm.RealtimeModelFallbackAdapter([primary, fallback])
+
+    if how == "instrument":
+        traced_retry.instrument(policy=RetryPolicy(), **recorder.providers)
+
+    async def converse_with_fallback(script, **kwargs):
+        return await converse(
+            script,
+            model=make,
+            simulator=BOTH[order[0]][0],
+            agent=Helper(),
+            bare=how != "wrap",
+            **kwargs,
+        )
+
+    yield converse_with_fallback
+    traced_retry.uninstrument()
+
+
+def told(recorder):
+    """Provider, outcome and stop reason of each reply."""
+    names = ("gen_ai.provider.name", "traced_retry.outcome", "traced_retry.stop_reason")
+    return [tuple(reply.get(name) for name in names) for reply in recorder.replies]
+
+
+def attempts(recorder):
+    """Provider, and error code or type, of each attempt."""
+    return [
+        (a["gen_ai.provider.name"], a.get("traced_retry.error_code", a.get("error.type")))
+        for a in recorder.attempts
+    ]
+
+
+async def asked(talk, number):
+    """Until the primary has heard that many requests, and a second more."""
+    await talk.server.wait_for(lambda: len(talk.server.requests) == number)
+    await asyncio.sleep(1)
+
+
+class TestWithoutASwap:
+    async def test_the_primary_recovers(self, converse, order, second, recorder):
+        """One loop, around the model that serves; the second one is not even connected to."""
+        talk = await converse("rate_limit,ok")
+
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert ["reply 2"] == talk.heard
+        assert [(order[0], "recovered", None)] == told(recorder)
+        assert [(order[0], "rate_limit_exceeded"), (order[0], None)] == attempts(recorder)
+        assert 0 == second.connections
+
+
+@pytest.mark.parametrize("order", ORDERS[:1], indirect=True, ids=["openai first"])
+class TestQuota:
+    """Fatal on OpenAI: its plugin ends the session, and the adapter swaps."""
+
+    async def test_told_at_once_and_heard_on_the_second(self, converse, second, recorder):
+        """The failure is known at once, with its code; asked again, the second model answers."""
+        talk = await converse("quota")
+        began = asyncio.get_running_loop().time()
+
+        error = await talk.reply()
+        took = asyncio.get_running_loop().time() - began
+        await talk.settle()
+        assert "insufficient_quota" == error.code
+        assert took <= 0.1
+        assert [] == talk.heard
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert ["reply 1"] == talk.heard == second.completed
+        assert (1, 1) == (len(talk.server.requests), len(second.requests))
+        assert [
+            ("openai", "not_recoverable", "not_recoverable"),
+            ("azure_voicelive", "succeeded", None),
+        ] == told(recorder)
+        assert [("openai", "insufficient_quota"), ("azure_voicelive", None)] == attempts(recorder)
+        assert 0 == recorder.open_spans
+
+    async def test_asked_again_at_once(self, converse, second, recorder):
+        """In the middle of the swap: the second model answers, once."""
+        talk = await converse("quota")
+
+        await talk.reply()
+        await talk.reply()
+        await talk.settle(30)
+
+        assert ["reply 1"] == talk.heard == second.completed
+        assert (1, 1) == (len(talk.server.requests), len(second.requests))
+        assert ["not_recoverable", "succeeded"] == [outcome for _, outcome, _ in told(recorder)]
+
+    @pytest.mark.parametrize("how", ["bare"], indirect=True)
+    async def test_the_adapter_alone(self, converse, second):
+        """It does not ask the second model for the reply that met the quota either."""
+        talk = await converse("quota")
+
+        error = await talk.reply()
+        await talk.settle()
+
+        assert "insufficient_quota" == error.code
+        assert [] == talk.heard
+        assert [] == second.requests
+        assert 1 == second.connections
+
+
+class TestSwapWhileAReplyIsPending:
+    @pytest.mark.parametrize("script", ["silence", "rate_limit:10"])
+    async def test_a_plain_reply(self, script, converse, order, second, recorder):
+        """In an attempt or in a wait: interrupted by the swap, and nothing is sent afterwards."""
+        talk = await converse(script)
+        handle = talk.ask()
+        await asked(talk, 1)
+        await talk.model.restart_session(switch_model=True)
+        await handle
+        await talk.settle(30)
+
+        assert [(order[0], "interrupted", "interrupted")] == told(recorder)
+        assert [] == talk.heard
+        assert (1, 0) == (len(talk.server.requests), len(second.requests))
+        assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize("script", ["tool:look_up,silence", "tool:look_up,rate_limit:10"])
+    async def test_a_tools_reply(self, script, converse, order, second, recorder):
+        """The adapter asks again: heard once, on the second; the first one's retry has stopped."""
+        talk = await converse(script)
+        talk.ask()
+        await asked(talk, 2)
+        await talk.model.restart_session(switch_model=True)
+        await talk.settle(30)
+
+        assert ["reply 1"] == talk.heard == second.completed
+        assert (2, 1) == (len(talk.server.requests), len(second.requests))
+        assert [
+            (order[0], "succeeded", None),
+            (order[0], "interrupted", "interrupted"),
+            (order[1], "succeeded", None),
+        ] == told(recorder)
+        assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize("how", ["bare"], indirect=True)
+    @pytest.mark.parametrize(
+        ("script", "heard"),
+        [
+            ("tool:look_up,silence", ["reply 1"]),
+            ("tool:look_up,rate_limit:10", []),  # told of failure at once, so no longer "thinking"
+        ],
+    )
+    async def test_a_tools_reply_without_us(self, script, heard, converse):
+        """The adapter alone."""
+        talk = await converse(script)
+        talk.ask()
+        await asked(talk, 2)
+        await talk.model.restart_session(switch_model=True)
+        await talk.settle(30)
+
+        assert heard == talk.heard
+
+    async def test_while_it_is_spoken(self, converse, order, second, recorder):
+        """The adapter cuts it short and asks again; both are replies of their own."""
+        talk = await converse("slow:5")
+        talk.ask()
+        await asked(talk, 1)
+        await talk.model.restart_session(switch_model=True)
+        await talk.settle(30)
+
+        assert ["reply", "reply 1"] == talk.heard
+        assert [(order[0], "succeeded", None), (order[1], "succeeded", None)] == told(recorder)
+
+
+class TestAServerThatDies:
+    async def test_a_plain_reply(self, converse, order, second, recorder):
+        """Not recoverable as soon as the plugin gives up; not heard, not asked for again."""
+        talk = await converse("silence")
+        handle = talk.ask()
+        await asked(talk, 1)
+        began = asyncio.get_running_loop().time()
+        await talk.server.close()
+        await handle
+        took = asyncio.get_running_loop().time() - began
+        await talk.settle(30)
+
+        assert [(order[0], "not_recoverable", "not_recoverable")] == told(recorder)
+        assert [(order[0], "connection_lost")] == attempts(recorder)
+        assert [] == talk.heard
+        assert [] == second.requests
+        assert 1 == second.connections
+        assert took <= 1.2
+        assert 0 == recorder.open_spans
+
+    async def test_a_tools_reply(self, converse, order, second, recorder):
+        """The adapter asks again: heard once, on the second."""
+        talk = await converse("tool:look_up,silence")
+        talk.ask()
+        await asked(talk, 2)
+        await talk.server.close()
+        await talk.settle(30)
+
+        assert ["reply 1"] == talk.heard == second.completed
+        assert [
+            (order[0], "succeeded", None),
+            (order[0], "not_recoverable", "not_recoverable"),
+            (order[1], "succeeded", None),
+        ] == told(recorder)
+        assert 0 == recorder.open_spans
+
+
+class TestRefusedOnReconnect:
+    """The key is revoked in the middle of a call, while a tool's reply is pending."""
+
+    @pytest.mark.parametrize("how", ["bare"], indirect=True)
+    async def test_the_adapter_alone(self, converse, second):
+        """It asks again on the second model once the plugin has given up, 1.1 s later."""
+        talk = await converse("tool:look_up,unauthorized")
+        talk.ask()
+        await asked(talk, 2)
+        await talk.settle(30)
+
+        assert ["reply 1"] == talk.heard
+
+    async def test_with_us(self, converse, order, second, recorder):
+        """No worse than without us: behind a fallback, a refusal is the adapter's business."""
+        talk = await converse("tool:look_up,unauthorized")
+        talk.ask()
+        await asked(talk, 2)
+        await talk.settle(30)
+
+        assert ["reply 1"] == talk.heard
+        assert [
+            (order[0], "not_recoverable", "not_recoverable"),
+            (order[1], "succeeded", None),
+        ] == told(recorder)[-2:]

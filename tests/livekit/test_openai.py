@@ -191,6 +191,17 @@ class TestExactlyOnce:
         assert 6.0 <= second.at - first.at <= 6.1
         assert ["reply 2"] == talk.heard
 
+    @pytest.mark.parametrize("script", ["uncorrelated,failed", "late:4,failed"])
+    async def test_without_a_wait_the_attempts_are_not_mixed_up(self, script, converse, recorder):
+        """The end of an abandoned request is noted a turn late; the next is sent by then."""
+        talk = await converse(script, base_delay=0, attempt_timeout=2)
+
+        await talk.reply()
+        await talk.settle()
+
+        assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
+        assert [] == talk.heard
+
     async def test_two_replies_in_turn(self, converse, recorder):
         """One conversation, several replies, each its own trace."""
         talk = await converse("rate_limit,ok,error:server_error,ok")

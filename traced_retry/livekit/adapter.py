@@ -31,6 +31,10 @@ class Replies(Protocol):
     def policy(self) -> RetryPolicy:
         """The policy in force."""
 
+    @property
+    def has_fallback(self) -> bool:
+        """Whether another model takes over when this one has failed for good."""
+
     def wake(self) -> None:
         """Have each look again at :meth:`ObservedRequest.ready`."""
 
@@ -148,9 +152,11 @@ def of_event(event: llm.RealtimeModelError) -> Failure:
     code = plain_code(getattr(body, "code", None)) or plain_code(getattr(body, "type", None))
     if code is not None:
         return told(CODES.get(code, "unknown"), what, code)
-    for source in (error.__cause__, error):
-        if source is not None and (kind := explain(source).kind) not in ("unknown", "bug"):
+    source: BaseException | None = error
+    while source is not None:  # a plugin's error may wrap its SDK's, and that one HTTP's
+        if (kind := explain(source).kind) not in ("unknown", "bug"):
             return told(kind, what)
+        source = source.__cause__
     return told("connection_lost" if isinstance(error, APIConnectionError) else "unknown", what)
 
 

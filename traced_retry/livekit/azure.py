@@ -22,11 +22,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
-from livekit.agents import llm
-
-from traced_retry.failure import Failure, Kind, explain, failure
-from traced_retry.guard import harmless
-from traced_retry.livekit.adapter import Call, Replies, told
+from traced_retry.failure import Failure, failure
+from traced_retry.livekit.adapter import Call
 from traced_retry.livekit.openai import OpenAIAdapter, OpenAIRequest
 from traced_retry.telemetry import Target
 
@@ -45,10 +42,7 @@ class VoiceLiveAdapter(OpenAIAdapter):
     """What one session's server said, as far as its replies are concerned."""
 
     needs: ClassVar[tuple[str, ...]] = ("_response_created_futures",)
-
-    def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
-        super().__init__(session, replies)
-        session.on("azure_server_event_received", self._on_event)
+    raw_event: ClassVar[str] = "azure_server_event_received"
 
     def target(self) -> Target:
         """The server is in the model's options; where that has moved it is left out."""
@@ -65,18 +59,8 @@ class VoiceLiveAdapter(OpenAIAdapter):
     def discard(self, ids: set[str]) -> None:
         """Nothing: the plugin discards the id of a future that ended, over a reconnect as well."""
 
-    def _on_event(self, event: Mapping[str, Any]) -> None:
-        with harmless("reading a server event"):
-            kind = event.get("type", "")
-            self._on_server_event({**event, "type": _NAMES.get(kind, kind)})
-
-    def _on_error(self, event: llm.RealtimeModelError) -> None:
-        with harmless("reading an error event"):
-            super()._on_error(event)
-            if self.refused is None and (kind := _refusal(event.error)) is not None:
-                # The plugin tries the same key again for seconds; the caller would hear silence.
-                self.refused = told(kind, "the connection was refused")
-                self.replies.interject(self.refused, "not_recoverable")
+    def _on_server_event(self, kind: str, event: Mapping[str, Any]) -> None:
+        super()._on_server_event(_NAMES.get(kind, kind), event)
 
 
 class VoiceLiveRequest(OpenAIRequest):
@@ -94,13 +78,3 @@ class VoiceLiveRequest(OpenAIRequest):
         if "closed" in str(error):
             return failure(error, "session_closed")
         return failure(error, "timeout" if self._adapter.connected else "connection_lost")
-
-
-def _refusal(error: BaseException | None) -> Kind | None:
-    """Why the server will not be connected to: the plugin's error wraps the SDK's, that HTTP's."""
-    while error is not None:
-        kind = explain(error).kind
-        if kind in ("authentication", "quota"):
-            return kind
-        error = error.__cause__
-    return None

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from livekit.agents import APIConnectionError, llm
@@ -60,6 +61,8 @@ class OpenAIAdapter(Adapter):
     """What one session's server said, as far as its replies are concerned."""
 
     needs: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_discarded_event_ids")
+    raw_event: ClassVar[str] = "openai_server_event_received"
+    """The session's event that carries each event of the server, before it is dealt with."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         super().__init__(session, replies)
@@ -68,7 +71,7 @@ class OpenAIAdapter(Adapter):
         self.connected = True
         self.refused: Failure | None = None
         """Why the server refuses to be connected to for good, if it does."""
-        self.errors: dict[str, dict[str, Any]] = {}
+        self.errors: dict[str, Mapping[str, Any]] = {}
         """The ``error`` events that answered a request, by its id, until it asks."""
         self.open: list[OpenAIRequest] = []
         """Requests sent and not yet answered."""
@@ -76,7 +79,7 @@ class OpenAIAdapter(Adapter):
         self._abandoned: dict[str, None] = {}
         self._deliveries: dict[str, Delivery] = {}
         """Responses to our requests that are being spoken, by response id."""
-        session.on("openai_server_event_received", self._on_server_event)
+        session.on(self.raw_event, self._on_raw_event)
         session.on("session_reconnected", self._on_connected)
         session.on("error", self._on_error)
 
@@ -115,22 +118,24 @@ class OpenAIAdapter(Adapter):
 
     # --- what the server says ------------------------------------------------------------------
 
-    def _on_server_event(self, event: dict[str, Any]) -> None:
+    def _on_raw_event(self, event: Mapping[str, Any]) -> None:
         with harmless("reading a server event"):
-            kind = event.get("type")
-            if not self.connected:
-                self._on_connected()
-            if kind == "response.created":
-                self._on_response_created(event["response"])
-            elif kind in _OUTPUT and (delivery := self._deliveries.get(event["response_id"])):
-                if kind != "response.output_item.done" or _is_call(event["item"]):
-                    delivery.output()
-            elif kind == "response.done":
-                self._on_response_done(event["response"])
-            elif kind == "error":
-                self._on_server_error(event["error"])
+            self._on_server_event(str(event.get("type")), event)
 
-    def _on_response_created(self, response: dict[str, Any]) -> None:
+    def _on_server_event(self, kind: str, event: Mapping[str, Any]) -> None:
+        if not self.connected:
+            self._on_connected()
+        if kind == "response.created":
+            self._on_response_created(event["response"])
+        elif kind in _OUTPUT and (delivery := self._deliveries.get(event["response_id"])):
+            if kind != "response.output_item.done" or _is_call(event["item"]):
+                delivery.output()
+        elif kind == "response.done":
+            self._on_response_done(event["response"])
+        elif kind == "error":
+            self._on_server_error(event["error"])
+
+    def _on_response_created(self, response: Mapping[str, Any]) -> None:
         self._active.add(response["id"])
         asked_by = (response.get("metadata") or {}).get("client_event_id")
         asker = next((request for request in self.open if asked_by in request.ids), None)
@@ -141,7 +146,7 @@ class OpenAIAdapter(Adapter):
             del self._abandoned[asked_by]
             self.session._discarded_event_ids.add(asked_by)  # type: ignore[attr-defined]
 
-    def _on_response_done(self, response: dict[str, Any]) -> None:
+    def _on_response_done(self, response: Mapping[str, Any]) -> None:
         self._active.discard(response["id"])
         delivery = self._deliveries.pop(response["id"], None)
         if delivery is not None:
@@ -150,7 +155,7 @@ class OpenAIAdapter(Adapter):
             delivery.end(failed, cancelled=status == "cancelled")
         self.replies.wake()
 
-    def _on_server_error(self, error: dict[str, Any]) -> None:
+    def _on_server_error(self, error: Mapping[str, Any]) -> None:
         asked_by = error.get("event_id")
         if asked_by is not None:
             if any(asked_by in request.ids for request in self.open):
@@ -172,17 +177,19 @@ class OpenAIAdapter(Adapter):
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         if not (event.recoverable and isinstance(event.error, APIConnectionError)):
             return
-        self.losses += 1
-        self.connected = False
-        self._active.clear()
-        for delivery in self._deliveries.values():
-            delivery.end(told("connection_lost", "the connection was lost during the reply"))
-        self._deliveries.clear()
-        why = of_event(event)
-        if why.kind in ("authentication", "quota"):
-            # The plugin tries the same key again for seconds; the caller would hear silence.
-            self.refused = why
-            self.replies.interject(why, "not_recoverable")
+        with harmless("reading an error event"):
+            self.losses += 1
+            self.connected = False
+            self._active.clear()
+            for delivery in self._deliveries.values():
+                delivery.end(told("connection_lost", "the connection was lost during the reply"))
+            self._deliveries.clear()
+            why = of_event(event)
+            if why.kind in ("authentication", "quota") and not self.replies.has_fallback:
+                # The plugin tries the same key again for seconds; the caller would hear silence.
+                # (A fallback adapter waits for the plugin to give up, and then asks elsewhere.)
+                self.refused = why
+                self.replies.interject(why, "not_recoverable")
 
 
 class OpenAIRequest(ObservedRequest):
@@ -196,6 +203,7 @@ class OpenAIRequest(ObservedRequest):
         self.delivered: Delivery | None = None
         """Set once the server has created the response."""
         self._losses = 0
+        self._current: asyncio.Future[Generation] | None = None
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send it, and learn its id."""
@@ -203,15 +211,17 @@ class OpenAIRequest(ObservedRequest):
         self._losses = self._adapter.losses
         attempt = self.call()
         self.ids = self._adapter.pending() - before
+        self._current = attempt
         self._adapter.open.append(self)
         if self._adapter.refused is not None:
             self._adapter.replies.interject(self._adapter.refused, "not_recoverable", only=self)
-        attempt.add_done_callback(lambda _: self._close())
+        attempt.add_done_callback(self._on_done)
         return attempt
 
     def explain(self, error: BaseException) -> Failure:
         """Use the raw event where there was one: the future's error may have lost its code."""
-        raw = next((self._adapter.errors.pop(i) for i in self.ids if i in self._adapter.errors), {})
+        errors = self._adapter.errors
+        raw: Mapping[str, Any] = next((errors.pop(i) for i in self.ids if i in errors), {})
         why = explain(error)
         if why.code is None and isinstance(error, llm.RealtimeError):
             code = plain_code(raw.get("code")) or plain_code(raw.get("type"))
@@ -259,16 +269,21 @@ class OpenAIRequest(ObservedRequest):
         """Watch the response to its end: it may still fail without a word."""
         return self.delivered
 
+    def _on_done(self, attempt: asyncio.Future[Generation]) -> None:
+        # Comes a turn late: where nothing is waited, the next attempt may be open by then.
+        if attempt is self._current:
+            self._close()
+
     def _close(self) -> None:
         if self in self._adapter.open:
             self._adapter.open.remove(self)
 
 
-def _is_call(item: dict[str, Any]) -> bool:
+def _is_call(item: Mapping[str, Any]) -> bool:
     return item.get("type") == "function_call"
 
 
-def _why_unfinished(response: dict[str, Any]) -> Failure:
+def _why_unfinished(response: Mapping[str, Any]) -> Failure:
     details = response.get("status_details") or {}
     error = details.get("error") or {}
     said = (error.get("code"), error.get("type"), details.get("reason"))

@@ -15,6 +15,7 @@ ADAPTERS: Final = {
     # the class that a session of OpenAI, xAI, Azure OpenAI or LiveKit inference derives from.
     "livekit.agents.llm._realtime.openai": "traced_retry.livekit.openai:OpenAIAdapter",
     "livekit.plugins.openai.realtime.realtime_model": "traced_retry.livekit.openai:OpenAIAdapter",
+    "livekit.plugins.azure.realtime.realtime_model": "traced_retry.livekit.azure:VoiceLiveAdapter",
 }
 
 
