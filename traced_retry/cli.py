@@ -190,6 +190,14 @@ def report(
         render(Console(highlight=False), replies, torn=replies.torn)
 
 
+def _known_providers() -> str:
+    try:
+        from traced_retry.simulator import PROVIDERS  # noqa: PLC0415
+    except ModuleNotFoundError:
+        return "openai, and others"
+    return ", ".join(PROVIDERS)
+
+
 def _describe_script() -> str:
     try:
         from traced_retry.simulator.script import describe_faults  # noqa: PLC0415
@@ -203,7 +211,9 @@ def _describe_script() -> str:
     + _describe_script()
 )
 def simulate(
-    provider: Annotated[str, typer.Argument(help="Whose protocol to speak: openai.")],
+    provider: Annotated[
+        str, typer.Argument(help=f"Whose protocol to speak: {_known_providers()}.")
+    ],
     *,
     script: Annotated[
         str, typer.Option(help='What to do to each request, such as "rate_limit,late:3,ok".')
@@ -213,7 +223,7 @@ def simulate(
     ] = 0,
 ) -> None:
     """Serve a provider's protocol on 127.0.0.1 and fail on a script, for your own agent's tests."""
-    from traced_retry.simulator import PROVIDERS, Simulator  # noqa: PLC0415
+    from traced_retry.simulator import PROVIDERS, Simulator, simulator  # noqa: PLC0415
 
     if provider not in PROVIDERS:
         raise typer.BadParameter(
@@ -230,7 +240,7 @@ def simulate(
                     f"request {request.number}: {request.fault or 'rejected, one is active'}"
                 )
 
-    server = PROVIDERS[provider](script, port=port)
+    server = simulator(provider)(script, port=port)
     try:
         asyncio.run(serve(server))
     except KeyboardInterrupt:

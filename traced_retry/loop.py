@@ -394,7 +394,7 @@ class Reply(Generic[T]):
 
     def _remember(self, failure: Failure) -> None:
         """The agent is told the last that the provider said, rather than that our time was up."""
-        if self._last is None or not failure.provoked:
+        if self._last is None or self._last.provoked or not failure.provoked:
             self._last = failure
 
     def _close_attempt(

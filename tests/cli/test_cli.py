@@ -181,7 +181,7 @@ class TestSimulate:
         done = run("simulate", "opnai")
 
         assert 2 == done.returncode
-        assert "'opnai' is not simulated; known: openai" in " ".join(done.stderr.split())
+        assert "'opnai' is not simulated; known: openai, xai" in " ".join(done.stderr.split())
 
 
 class Receiver(http.server.BaseHTTPRequestHandler):

@@ -16,6 +16,10 @@ ADAPTERS: Final = {
     "livekit.agents.llm._realtime.openai": "traced_retry.livekit.openai:OpenAIAdapter",
     "livekit.plugins.openai.realtime.realtime_model": "traced_retry.livekit.openai:OpenAIAdapter",
     "livekit.plugins.azure.realtime.realtime_model": "traced_retry.livekit.azure:VoiceLiveAdapter",
+    "livekit.plugins.ultravox.realtime.realtime_model": (
+        "traced_retry.livekit.ultravox:UltravoxAdapter"
+    ),
+    "livekit.plugins.phonic.realtime.realtime_model": "traced_retry.livekit.phonic:PhonicAdapter",
 }
 
 

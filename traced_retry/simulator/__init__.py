@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local servers that fail on a script, for testing without a provider."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
 from traced_retry.simulator.openai import OpenAISimulator as OpenAISimulator
 from traced_retry.simulator.script import FAULTS as FAULTS
 from traced_retry.simulator.script import Fault as Fault
@@ -10,5 +15,27 @@ from traced_retry.simulator.script import describe_faults as describe_faults
 from traced_retry.simulator.server import Request as Request
 from traced_retry.simulator.server import Simulator as Simulator
 
-PROVIDERS = {"openai": OpenAISimulator}
-"""The simulators by the name of their provider."""
+PROVIDERS: Final = {
+    "openai": "openai:OpenAISimulator",
+    "xai": "openai_kin:XAISimulator",
+    "azure-openai": "openai_kin:AzureOpenAISimulator",
+    "azure-voicelive": "azure:VoiceLiveSimulator",
+    "google": "google:GoogleSimulator",
+    "ultravox": "ultravox:UltravoxSimulator",
+    "phonic": "phonic:PhonicSimulator",
+    "aws": "aws:AWSSimulator",
+    "nvidia": "nvidia:PersonaPlexSimulator",
+}
+"""Where each provider's simulator is; LiveKit inference is served by OpenAI's."""
+
+
+def simulator(provider: str) -> type[Simulator]:
+    """The simulator of ``provider``, one of :data:`PROVIDERS`.
+
+    Raises:
+        KeyError: it is none of them.
+        ModuleNotFoundError: it needs a package that is not installed (``traced-retry[simulator]``).
+    """
+    module, _, name = PROVIDERS[provider].partition(":")
+    found: type[Simulator] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return found

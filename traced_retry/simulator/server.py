@@ -126,6 +126,9 @@ class Simulator(ABC):
             raise RuntimeError("the simulator is not running")
         return f"http://{self._host}:{self._runner.addresses[0][1]}"
 
+    def add_routes(self, app: web.Application) -> None:  # noqa: B027 - most serve nothing else
+        """What the provider serves besides its WebSocket."""
+
     async def start(self) -> None:
         """Begins to listen.
 
@@ -137,6 +140,7 @@ class Simulator(ABC):
             raise RuntimeError("the simulator is running already")
         app = web.Application()
         app.router.add_get(self.path, self._accept)
+        self.add_routes(app)
         app.on_shutdown.append(self._hang_up_all)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_TIMEOUT)
         await runner.setup()

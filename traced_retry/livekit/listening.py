@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listening, for plugins with one slot for the open request and no ids in the replies.
+
+Such a plugin keeps the future of the open request in one slot of its session, and resolves what
+is there with whatever the server begins next. Sending again after a silence would have the caller
+hear two replies. So the next attempt is ``listen``: nothing is sent, and a fresh future takes the
+slot in the very call that ends the attempt before, ahead of the plugin's own time-out, which then
+finds the slot taken and leaves it alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+from livekit.agents import llm
+
+from traced_retry import semconv
+from traced_retry.failure import Failure
+from traced_retry.livekit.adapter import (
+    Adapter,
+    Call,
+    Generation,
+    ObservedRequest,
+    Replies,
+    unanswered,
+)
+
+_AHEAD = 0.1
+"""Seconds by which an attempt ends before the plugin's own time-out would empty the slot."""
+_SLIVER = 1.0
+"""Seconds before the deadline that are not worth a window of their own."""
+
+
+class ListeningAdapter(Adapter):
+    """One session of a plugin that has one slot for the request it waits for."""
+
+    actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "listen")
+    slot: ClassVar[str]
+    """Name of the session's attribute with the future of the open request, or None."""
+    window: ClassVar[float]
+    """Seconds after which the plugin itself gives up, and that one ``listen`` takes."""
+
+    def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
+        super().__init__(session, replies)
+        self.connected = True
+        """Whether the plugin is not known to have lost its server."""
+        self.dead: Failure | None = None
+        """Why nothing can be asked of this session any more, where we know better than the hook."""
+        self._given_up: ListeningRequest | None = None
+        session.on("input_speech_started", lambda _: self.watch_for(None))
+
+    def request(self, call: Call) -> ListeningRequest:
+        """One reply's request."""
+        return ListeningRequest(self, call)
+
+    @property
+    def waiting(self) -> asyncio.Future[Generation] | None:
+        """The future that the server's next reply resolves."""
+        future: asyncio.Future[Generation] | None = getattr(self.session, self.slot)
+        return None if future is None or future.done() else future
+
+    def install(self, future: asyncio.Future[Generation] | None) -> None:
+        """Have the server's next reply resolve ``future``, or nothing."""
+        setattr(self.session, self.slot, future)
+
+    def let_go(self, attempt: asyncio.Future[Generation]) -> bool:
+        """Have the server's next reply no longer resolve ``attempt``; False if it did not."""
+        if self.waiting is not attempt:
+            return False
+        self.install(None)
+        return True
+
+    def die(self, why: Failure) -> None:
+        """End what is asked of this session, now and later."""
+        self.dead = why
+        self.replies.interject(why, "not_recoverable")
+
+    def watch_for(self, request: ListeningRequest | None) -> None:
+        """Count the server's next reply as the late one of ``request``.
+
+        What it begins after another request, or after the caller spoke, is taken for an answer to
+        that, and is not counted.
+        """
+        self._given_up = request
+
+    def heard(self) -> None:
+        """The server begins a reply."""
+        request, self._given_up = self._given_up, None
+        if request is not None and self.waiting is None:
+            request.late()
+
+
+class ListeningRequest(ObservedRequest):
+    """One reply's request: sent once, then listened for."""
+
+    def __init__(self, adapter: ListeningAdapter, call: Call) -> None:
+        super().__init__(call)
+        self._adapter = adapter
+        self._attempts = 0
+        self._began = 0.0
+        self._action: semconv.Action = "send"
+
+    def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
+        """Send it, or take the slot for the wait to go on."""
+        if not self._attempts:
+            self._began = asyncio.get_running_loop().time()
+        self._attempts += 1
+        self._action = action
+        self._adapter.watch_for(None)
+        if self._adapter.dead is not None:
+            self._adapter.replies.interject(self._adapter.dead, "not_recoverable", only=self)
+        if action != "listen":
+            return self.call()
+        attempt: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+        self._adapter.install(attempt)
+        return attempt
+
+    def limit(self, action: semconv.Action) -> float | None:
+        """The plugin's own time; the last ``listen`` costs nothing, and lasts to the deadline."""
+        policy, window = self._adapter.replies.policy, self._adapter.window
+        if self._attempts >= policy.max_retries:
+            return None
+        if action == "send":
+            return window - _AHEAD
+        left = self._began + policy.deadline - asyncio.get_running_loop().time()
+        return window if left > window + _SLIVER else None
+
+    def timed_out(self, seconds: float) -> Failure:
+        """Our own time-out; it was the connection's fault where that is down."""
+        return unanswered(seconds, "timeout" if self._adapter.connected else "connection_lost")
+
+    def next_action(self, why: Failure) -> semconv.Action | None:
+        """After silence, listen; send again only where the user chose to hear a reply twice."""
+        if why.kind not in ("timeout", "connection_lost"):
+            return None
+        resend = self._adapter.replies.policy.on_silence == "resend"
+        return "send" if resend and self._action == "listen" else "listen"
+
+    def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
+        """Keep the slot for a ``listen`` that follows; else let go of it."""
+        if then != "listen":
+            self._adapter.let_go(attempt)
+        if then is None:
+            self._adapter.watch_for(self)
+
+    def cancel(self, attempt: asyncio.Future[Generation]) -> None:
+        """Barge-in. The caller speaks, and the server answers that; nothing is told to it."""
+        self._adapter.let_go(attempt)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phonic: one slot, no request ids, and no way back once the connection is lost.
+
+Facts (livekit-plugins-phonic 1.8.9, ``realtime/realtime_model.py``):
+
+* The slot is resolved by whatever the server begins to say. The plugin's time-out (10 s) empties
+  it. A request waits in a task of its own until the conversation is ready; the time-out does not
+  stop that task, so it would be sent after the agent was told of failure.
+* The caller's typed words are sent along with the first request and forgotten then.
+* There is no reconnect. A lost connection emits an ``error`` event with ``recoverable=True`` and
+  then the same with False; any other end of the session only the latter, at which the hook stops.
+  But a close with 1000 emits nothing at all: the main task just ends.
+* The error of a connection that was refused has the request's headers in its text: the API key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+from livekit.agents import llm
+
+from traced_retry import semconv
+from traced_retry.guard import harmless
+from traced_retry.livekit.adapter import Call, Generation, Replies, of_event, told
+from traced_retry.livekit.listening import ListeningAdapter, ListeningRequest
+
+
+class PhonicAdapter(ListeningAdapter):
+    """One session with Phonic."""
+
+    needs: ClassVar[tuple[str, ...]] = (
+        "_pending_generate_reply_fut",
+        "_generate_reply_task",
+        "_pending_user_text",
+        "_main_atask",
+    )
+    slot = "_pending_generate_reply_fut"
+    window = 10.0
+
+    def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
+        super().__init__(session, replies)
+        self._watched = False
+        session.on("generation_created", self._on_generation)
+        session.on("error", self._on_error)
+
+    def request(self, call: Call) -> PhonicRequest:
+        """One reply's request."""
+        return PhonicRequest(self, call)
+
+    def let_go(self, attempt: asyncio.Future[Generation]) -> bool:
+        """See the base class; a request that was not sent yet never will be."""
+        gone = super().let_go(attempt)
+        task: asyncio.Task[None] | None = self.session._generate_reply_task  # type: ignore[attr-defined]
+        if gone and task is not None:
+            task.cancel()
+        return gone
+
+    def watch_for_the_end(self) -> None:
+        """Notice that the main task has ended, or will: nothing else tells of a close with 1000."""
+        if not self._watched:
+            self._watched = True
+            self.session._main_atask.add_done_callback(self._on_over)  # type: ignore[attr-defined]
+
+    def _on_over(self, _: asyncio.Task[None]) -> None:
+        with harmless("seeing the conversation end"):
+            self.die(self.dead or told("connection_lost", "the conversation is over"))
+
+    def _on_generation(self, event: Generation) -> None:
+        # Emitted after the slot was resolved: then somebody waited for it.
+        with harmless("reading a generation"):
+            if event.user_initiated:
+                self.watch_for(None)
+            else:
+                self.heard()
+
+    def _on_error(self, event: llm.RealtimeModelError) -> None:
+        # Our hook hangs on the session before anyone else: nobody after us sees the key.
+        with harmless("removing the key from an error"):
+            if getattr(event.error, "headers", None):
+                event.error.headers = None  # type: ignore[attr-defined]
+        with harmless("reading an error event"):
+            if event.recoverable:
+                self.die(told("connection_lost", "the connection was lost"))
+            elif self.dead is None:
+                self.dead = of_event(event)
+
+
+class PhonicRequest(ListeningRequest):
+    """One reply's request to Phonic."""
+
+    _adapter: PhonicAdapter
+
+    def __init__(self, adapter: PhonicAdapter, call: Call) -> None:
+        super().__init__(adapter, call)
+        self._typed: str | None = None
+
+    def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
+        """Send it, the caller's typed words with each ``send``; or listen."""
+        session: Any = self._adapter.session
+        if action == "send":
+            self._typed = session._pending_user_text = session._pending_user_text or self._typed
+        self._adapter.watch_for_the_end()
+        return super().attempt(action)
+
+    def cancel(self, attempt: asyncio.Future[Generation]) -> None:
+        """Barge-in: as the plugin does, forget what the caller typed and was not sent yet."""
+        if self._adapter.let_go(attempt):
+            self._adapter.session._pending_user_text = None  # type: ignore[attr-defined]

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ultravox: one slot, no request ids, and a future that must never be cancelled.
+
+Facts (livekit-plugins-ultravox 1.8.9, ``realtime/realtime_model.py``):
+
+* The slot is resolved by the state ``speaking`` or the agent's first words, where the epoch beside
+  it is set. The plugin's time-out (5 s) empties both.
+* Cancelling the slot's future makes the plugin send an empty immediate message. ``deferResponse``
+  is lost on its way (a pydantic alias), so by the protocol it asks for *one more* reply. So we
+  never cancel: to let go of a request is to empty the slot.
+* ``generation_created`` of a reply says ``user_initiated=False``, comes as early as the state
+  ``thinking``, and makes the agent read the same streams a second time. So it tells nothing of
+  whether a reply is heard, and a stream is never looked into; the raw events tell.
+* A call that was lost is over: an ``error`` event with ``recoverable=False``, at which the hook
+  stops. Only a call that could not be reached is tried again; what was to be sent waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import Any, ClassVar
+
+from livekit.agents import APIStatusError, llm
+
+from traced_retry.failure import explain
+from traced_retry.guard import harmless
+from traced_retry.livekit.adapter import Generation, Replies, told
+from traced_retry.livekit.listening import ListeningAdapter
+
+_STATUS = re.compile(r"HTTP (\d{3})\b")
+"""The plugin tells why a call was refused only in words: ``HTTP 401: Unauthorized``."""
+
+
+class UltravoxAdapter(ListeningAdapter):
+    """What one call's server said, as far as its replies are concerned."""
+
+    needs: ClassVar[tuple[str, ...]] = ("_pending_generation_fut", "_pending_generation_epoch")
+    slot = "_pending_generation_fut"
+    window = 5.0
+
+    def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
+        super().__init__(session, replies)
+        session.on("ultravox_server_event_received", self._on_server_event)
+        session.on("error", self._on_error)
+
+    def install(self, future: asyncio.Future[Generation] | None) -> None:
+        """See the base class; the slot is resolved only where the epoch beside it is set."""
+        super().install(future)
+        # The plugin compares it with the time of an event: any moment before now will do.
+        epoch = None if future is None else time.perf_counter()
+        self.session._pending_generation_epoch = epoch  # type: ignore[attr-defined]
+
+    def _on_server_event(self, event: dict[str, Any]) -> None:
+        with harmless("reading a server event"):
+            self.connected = True
+            if event.get("state") == "speaking" or event.get("role") == "agent":
+                self.heard()
+
+    def _on_error(self, event: llm.RealtimeModelError) -> None:
+        with harmless("reading an error event"):
+            if event.recoverable:
+                self.connected = False
+            elif status := _STATUS.search(str(event.error)):
+                # The hook stops at this event too, but cannot tell a wrong key from a lost call.
+                kind = explain(APIStatusError("", status_code=int(status[1]))).kind
+                self.die(told(kind, "the call was refused"))

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An Ultravox server, text only, that fails on a script.
+
+The protocol as livekit-plugins-ultravox 1.8.9 speaks it: POST ``/api/calls`` gives a ``joinUrl``,
+and the WebSocket there carries states, transcripts and tool calls. No message of it names a
+request, and none carries an error: a server that gives up closes the call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from functools import partial
+from typing import Any, ClassVar
+
+from aiohttp import WSCloseCode, web
+
+from traced_retry.simulator.script import Fault, Script
+from traced_retry.simulator.server import (
+    Connection,
+    OnEvent,
+    Request,
+    Simulator,
+)
+
+Event = dict[str, Any]
+
+_REFUSALS = {"unauthorized": 401, "quota": 402, "rate_limit": 429}
+"""Faults that refuse the next call, and the HTTP status they do it with."""
+
+
+class UltravoxSimulator(Simulator):
+    """Plays a script to Ultravox clients; ``url`` is what they take as base URL.
+
+    A ``user_text_message`` without ``deferResponse`` asks for a reply and takes one element, as
+    does a tool's result. So does the empty immediate message by which the plugin means to cancel:
+    it leaves out ``deferResponse``. That one counts in ``cancels`` as well.
+
+    ``unauthorized``, ``quota`` and ``rate_limit`` are taken by the next POST that would create a
+    call. A request that meets one of them in a call is not answered: the call is closed.
+
+    Args:
+        script: a parsed script, or its text.
+        host: 127.0.0.1, and no other.
+        port: 0 picks a free one.
+        on_event: called with "received" or "sent" and each JSON event; must not raise.
+        thinks: say at once that the model is thinking, and only the answer comes late. The plugin
+            then creates the generation long before it is spoken.
+    """
+
+    path = "/join"
+    faults: ClassVar[frozenset[str]] = frozenset(
+        {"ok", "silence", "late", "slow", "tool", "malformed", "drop_before", "drop_during"}
+    ) | frozenset(_REFUSALS)
+
+    def __init__(
+        self,
+        script: Script | str = "ok",
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        on_event: OnEvent | None = None,
+        thinks: bool = False,
+    ) -> None:
+        super().__init__(script, host=host, port=port, on_event=on_event)
+        self.thinks = thinks
+
+    @property
+    def url(self) -> str:
+        """``http://127.0.0.1:PORT/api``. Raises RuntimeError unless the server is running."""
+        return super().url + "/api"
+
+    def add_routes(self, app: web.Application) -> None:
+        """Calls are created by a POST, and joined by WebSocket."""
+        app.router.add_post("/api/calls", self._create_call)
+
+    async def _create_call(self, http: web.Request) -> web.StreamResponse:
+        fault = self.next_fault.name
+        if fault in _REFUSALS:
+            self.advance()
+            return self._refuse(_REFUSALS[fault], "The script says so.", fault)
+        join = super().url.replace("http", "ws", 1) + self.path
+        return web.json_response({"callId": str(uuid.uuid4()), "joinUrl": join}, status=201)
+
+    def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
+        """Makes the server's side of a call just joined."""
+        return _Call(self, ws)
+
+
+class _Call(Connection):
+    """One call: answers each request as the script's next element says."""
+
+    def __init__(self, server: UltravoxSimulator, ws: web.WebSocketResponse) -> None:
+        super().__init__(ws)
+        self.server = server
+        self.ordinal = 0
+
+    async def greet(self) -> None:
+        await self.send("call_started", callId=str(uuid.uuid4()))
+        await self.send("state", state="listening")
+
+    async def send(self, kind: str, **fields: Any) -> None:
+        event = {"type": kind, **fields}
+        await self.ws.send_str(json.dumps(event))
+        self.server.record("sent", event)
+
+    async def say(self, text: str, *, final: bool = False) -> None:
+        words: Event = {"text": text} if final else {"delta": text}
+        where = {"role": "agent", "medium": "text", "ordinal": self.ordinal}
+        await self.send("transcript", **where, **words, final=final)
+
+    async def receive(self, data: str) -> None:
+        event = json.loads(data)
+        self.server.record("received", event)
+        kind = event.get("type")
+        if kind == "user_text_message" and not event.get("deferResponse"):
+            if event.get("urgency") == "immediate" and not event.get("text"):
+                self.server.cancels.append(None)
+            await self.hear(event)
+        elif kind == "client_tool_result" and event.get("agentReaction", "speaks") == "speaks":
+            await self.hear({})
+
+    async def hear(self, event: Event) -> None:
+        fault = self.server.next_fault
+        self.server.advance()
+        request = Request(
+            event_id=None,
+            number=len(self.server.requests) + 1,
+            at=asyncio.get_running_loop().time(),
+            fault=fault,
+            instructions=event.get("text"),
+        )
+        self.server.requests.append(request)
+        self.server.wake()
+        await self.answer(request, fault)
+
+    async def answer(self, request: Request, fault: Fault) -> None:
+        """Does what the script says; "silence" does nothing."""
+        match fault.name:
+            case "ok":
+                await self.reply(request)
+            case "late":
+                if self.server.thinks:
+                    await self.send("state", state="thinking")
+                self.after(fault.seconds, partial(self.reply, request))
+            case "slow":
+                await self.begin()
+                self.after(fault.seconds, partial(self.end, request))
+            case "tool":
+                await self.send(
+                    "client_tool_invocation",
+                    toolName=fault.argument,
+                    invocationId=str(uuid.uuid4()),
+                    parameters={},
+                )
+            case "malformed":
+                await self.ws.send_str("{this is not JSON")
+            case "drop_during":
+                await self.begin()
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+            case "drop_before" | "unauthorized" | "quota" | "rate_limit":
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+
+    async def reply(self, request: Request) -> None:
+        await self.begin()
+        await self.end(request)
+
+    async def begin(self) -> None:
+        self.ordinal += 1
+        await self.send("state", state="thinking")
+        await self.send("state", state="speaking")
+        await self.say("reply")
+
+    async def end(self, request: Request) -> None:
+        text = f"reply {request.number}"
+        await self.say(f" {request.number}")
+        await self.say(text, final=True)
+        await self.send("state", state="listening")
+        self.server.completed.append(text)
+        self.server.wake()
