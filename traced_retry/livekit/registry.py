@@ -16,6 +16,7 @@ ADAPTERS: Final = {
     "livekit.agents.llm._realtime.openai": "traced_retry.livekit.openai:OpenAIAdapter",
     "livekit.plugins.openai.realtime.realtime_model": "traced_retry.livekit.openai:OpenAIAdapter",
     "livekit.plugins.azure.realtime.realtime_model": "traced_retry.livekit.azure:VoiceLiveAdapter",
+    "livekit.plugins.google.realtime.realtime_api": "traced_retry.livekit.google:GoogleAdapter",
     "livekit.plugins.ultravox.realtime.realtime_model": (
         "traced_retry.livekit.ultravox:UltravoxAdapter"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ class Simulator(ABC):
         self._refused_one = False
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._runner: web.AppRunner | None = None
+        self.server_ssl: ssl.SSLContext | None = None
+        """Set it before the start to speak TLS."""
 
     @abstractmethod
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
@@ -124,7 +127,8 @@ class Simulator(ABC):
         """``http://127.0.0.1:PORT``. Raises RuntimeError unless the server is running."""
         if self._runner is None:
             raise RuntimeError("the simulator is not running")
-        return f"http://{self._host}:{self._runner.addresses[0][1]}"
+        scheme = "http" if self.server_ssl is None else "https"
+        return f"{scheme}://{self._host}:{self._runner.addresses[0][1]}"
 
     def add_routes(self, app: web.Application) -> None:  # noqa: B027 - most serve nothing else
         """What the provider serves besides its WebSocket."""
@@ -145,7 +149,8 @@ class Simulator(ABC):
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_TIMEOUT)
         await runner.setup()
         try:
-            await web.TCPSite(runner, self._host, self._port).start()
+            site = web.TCPSite(runner, self._host, self._port, ssl_context=self.server_ssl)
+            await site.start()
         except OSError:
             await runner.cleanup()
             raise
@@ -296,12 +301,12 @@ class Connection(ABC):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def hang_up(self, code: int, *, by_script: bool = False) -> None:
+    async def hang_up(self, code: int, *, by_script: bool = False, reason: str = "") -> None:
         """Sends a close frame and waits, at most CLOSE_TIMEOUT, for the client's."""
         self.lost = self.lost or by_script
         self._settled.clear()
         try:
-            await self.ws.close(code=code)
+            await self.ws.close(code=code, message=reason.encode())
         finally:
             self._settled.set()
 

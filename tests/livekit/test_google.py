@@ -1,0 +1,789 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Google adapter with the real plugin and a real AgentSession: on the wire and at the ear."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+from google.genai import types
+from livekit.agents import Agent, AgentSession, function_tool, llm
+from livekit.plugins import google
+
+import traced_retry
+from traced_retry.livekit.google import LISTEN_WINDOW, PLUGIN_TIMEOUT, SEND_WINDOW, GoogleAdapter
+from traced_retry.simulator.google import GoogleSimulator
+
+RESTART = SEND_WINDOW + LISTEN_WINDOW
+"""Seconds from the request to the restart."""
+
+MANUAL = types.RealtimeInputConfig(
+    automatic_activity_detection=types.AutomaticActivityDetection(disabled=True)
+)
+
+
+class Conversation:
+    """One agent talking to one server."""
+
+    def __init__(self, server, model, session):
+        self.server = server
+        self.model = model
+        self.session = session
+
+    @property
+    def realtime(self):
+        """The plugin's session under the agent's."""
+        return self.session._activity._rt_session
+
+    @property
+    def heard(self):
+        """What the agent said, in order: the text of its messages."""
+        return [
+            item.text_content
+            for item in self.session.history.items
+            if item.type == "message" and item.role == "assistant"
+        ]
+
+    def ask(self, **kwargs):
+        """Ask for a reply; returns its SpeechHandle."""
+        return self.session.generate_reply(**kwargs)
+
+    async def reply(self, **kwargs):
+        """Ask for a reply and wait until it is over; returns its exception, if any."""
+        handle = self.ask(**kwargs)
+        await handle
+        return handle.exception()
+
+    async def asked(self, times=1):
+        """Until the server has heard that many requests."""
+        await self.server.wait_for(lambda: len(self.server.requests) >= times)
+
+    async def settle(self, seconds=30.0):
+        """Let time pass: whatever would be heard late is heard now."""
+        await asyncio.sleep(seconds)
+
+
+@pytest.fixture
+async def converse(recorder):
+    """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def converse(script, *, agent=None, bare=False, options=None, **policy):
+            server = await stack.enter_async_context(GoogleSimulator(script))
+            model = google.realtime.RealtimeModel(
+                api_key="SECRET-key",
+                modalities=[types.Modality.TEXT],
+                http_options=types.HttpOptions(**server.http_options),
+                **(options or {}),
+            )
+            if not bare:
+                traced_retry.wrap(
+                    model, policy=traced_retry.RetryPolicy(**policy), **recorder.providers
+                )
+            session = await stack.enter_async_context(AgentSession(llm=model))
+            await session.start(agent or Agent(instructions="SECRET instructions"))
+            return Conversation(server, model, session)
+
+        yield converse
+
+
+def ended(recorder):
+    """Outcome and stop reason of each reply."""
+    names = ("traced_retry.outcome", "traced_retry.stop_reason")
+    return [tuple(reply.get(name) for name in names) for reply in recorder.replies]
+
+
+def actions(recorder):
+    """The action of each attempt."""
+    return [attempt["traced_retry.action"] for attempt in recorder.attempts]
+
+
+def codes(recorder):
+    """Error code, else error type, of each attempt; None for one that succeeded."""
+    return [a.get("traced_retry.error_code", a.get("error.type")) for a in recorder.attempts]
+
+
+def now():
+    """The virtual clock."""
+    return asyncio.get_running_loop().time()
+
+
+SENT = ["send"]
+SILENT = ["send", "listen", "restart", "listen"]
+TWICE = ["send", "send"]
+ALWAYS = ["send"] * 4
+FULL = SEND_WINDOW * 2 + LISTEN_WINDOW * 2
+
+ROWS = {
+    # script: heard, outcome, stop reason, actions, seconds at least and at most
+    "ok": (["reply 1"], "succeeded", None, SENT, 0.0, 0.01),
+    "late:3": (["reply 1"], "succeeded", None, SENT, 3.0, 3.01),
+    "late:7": (["reply 1"], "recovered", None, ["send", "listen"], 7.0, 7.01),
+    "late:12": ([], "exhausted", "max_attempts", SILENT, FULL, 20.0),
+    "late:12,ok": (["reply 2"], "recovered", None, SILENT[:3], RESTART, RESTART + 0.01),
+    "late:12,late:7": (["reply 2"], "recovered", None, SILENT, RESTART + 7, RESTART + 7.01),
+    "silence,ok": (["reply 2"], "recovered", None, SILENT[:3], RESTART, RESTART + 0.01),
+    "silence": ([], "exhausted", "max_attempts", SILENT, FULL, 20.0),
+    "late:25": ([], "exhausted", "max_attempts", SILENT, FULL, 20.0),
+    "incomplete,ok": (["reply 2"], "recovered", None, SILENT[:3], RESTART, RESTART + 0.01),
+    "drop_before,ok": (["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
+    "error:1011,ok": (["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
+    "error:1008,ok": (["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
+    "error:1000,ok": (["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
+    "error:503,ok": (["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
+    "rate_limit,ok": (["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
+    "malformed,ok": (["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
+    "drop_before": ([], "exhausted", "max_attempts", ALWAYS, 0.3, 7.1),
+    "rate_limit": ([], "exhausted", "max_attempts", ALWAYS, 0.3, 7.1),
+    "drop_before,silence,ok": (
+        ["reply 3"],
+        "recovered",
+        None,
+        ["send", "send", "listen", "restart"],
+        RESTART + 0.1,
+        RESTART + 1.11,
+    ),
+    "drop_during": (["reply"], "not_recoverable", "output_started", SENT, 0.0, 0.01),
+    "quota": ([], "not_recoverable", "not_recoverable", SENT, 0.0, 0.01),
+    "error:1007": ([], "not_recoverable", "not_recoverable", SENT, 0.0, 0.01),
+}
+
+BARE = {
+    # script: heard, whether the agent is told of failure, seconds at most
+    "late:7": (["reply 1"], True, 5.01),
+    "late:12": (["reply 1"], True, 5.01),
+    "silence,ok": ([], True, 5.01),
+    "silence": ([], True, 5.01),
+    "late:25": (["reply 1"], True, 5.01),
+    "incomplete,ok": ([], True, 5.01),
+    "rate_limit,ok": ([], True, 5.01),
+    "malformed,ok": ([], True, 5.01),
+    # The session is resumed, and here the server answers then what it owes. Whether Google's
+    # does is not known.
+    "drop_before,ok": (["reply 1"], False, 0.2),
+    "drop_during": (["reply"], False, 0.01),
+    "quota": ([], True, 5.01),
+}
+
+
+class TestEachFault:
+    @pytest.mark.parametrize("script", ROWS)
+    async def test_row(self, script, converse, recorder):
+        """Heard once, or known to have failed; nothing later; no span left open."""
+        heard, outcome, stop_reason, did, least, most = ROWS[script]
+        talk = await converse(script)
+        began = now()
+
+        error = await talk.reply(instructions="SECRET")
+        took = now() - began
+        await talk.settle()
+
+        assert heard == talk.heard
+        assert [(outcome, stop_reason)] == ended(recorder)
+        assert did == actions(recorder)
+        assert least <= took <= most
+        # LiveKit closes the session on 1007, and interrupts the handle before it reads our future.
+        told = outcome in ("exhausted", "not_recoverable") and not heard and "1007" not in script
+        assert told == isinstance(error, llm.RealtimeError)
+        assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize("script", BARE)
+    async def test_the_plugin_alone(self, script, converse):
+        """What it is like without us."""
+        heard, told, most = BARE[script]
+        talk = await converse(script, bare=True)
+        began = now()
+
+        error = await talk.reply(instructions="SECRET")
+        took = now() - began
+        await talk.settle()
+
+        assert heard == talk.heard
+        assert told == isinstance(error, llm.RealtimeError)
+        assert took <= most
+
+    @pytest.mark.parametrize(
+        ("script", "code"),
+        [
+            ("error:1011,ok", "1011"),
+            ("error:1008,ok", "1008"),
+            ("error:1000,ok", "1000"),
+            ("error:503,ok", "503"),
+            ("rate_limit,ok", "429"),
+            ("quota", "1011"),
+            ("malformed,ok", "_OTHER"),
+        ],
+    )
+    async def test_the_code_is_told(self, script, code, converse, recorder):
+        """Google's close code, or the code of its message, is on the attempt."""
+        talk = await converse(script)
+
+        await talk.reply()
+
+        assert code == codes(recorder)[0]
+
+    async def test_a_refused_reconnect(self, converse, recorder):
+        """The plugin takes any connection refused for final, and so do we, with its status."""
+        talk = await converse("ok,unauthorized")
+        await talk.reply()
+
+        with pytest.raises(llm.RealtimeError) as caught:
+            await talk.realtime.generate_reply()
+        await talk.settle()
+
+        assert "401" == caught.value.code
+        assert ["reply 1"] == talk.heard
+        assert ("not_recoverable", "not_recoverable") == ended(recorder)[1]
+        assert 0 == recorder.open_spans
+
+    async def test_what_the_model_cannot_do(self, converse, recorder):
+        """Refused by the plugin itself: told at once, and the session is left alone."""
+        talk = await converse("ok")
+        talk.model.capabilities.mutable_chat_context = False
+
+        with pytest.raises(llm.RealtimeError):
+            await talk.realtime.generate_reply(instructions="SECRET")
+        await talk.settle()
+
+        assert [("not_recoverable", "not_recoverable")] == ended(recorder)
+        assert 1 == talk.server.connections
+
+
+class TestRestart:
+    async def test_keeps_the_conversation(self, converse):
+        """The new session is told all that was said, each thing once, and then asked."""
+        talk = await converse("ok,silence,ok,ok")
+        await talk.reply(user_input="one")
+        assert None is await talk.reply(user_input="two", instructions="be brief")
+        await talk.reply(user_input="three")
+
+        said = [("user", "one"), ("model", "reply 1"), ("user", "two")]
+        asked = [("model", "be brief"), ("user", ".")]
+        assert [None, None] == talk.server.handles
+        assert said + asked == talk.server.contexts[2]
+        assert [*said, *asked, ("model", "reply 3"), ("user", "three"), ("user", ".")] == (
+            talk.server.contexts[3]
+        )
+        assert ["reply 1", "reply 3", "reply 4"] == talk.heard
+
+    @pytest.mark.parametrize("loss", ["drop_before", "rate_limit", "malformed"])
+    async def test_so_does_a_loss(self, loss, converse):
+        """A lost connection is not resumed either: the server would answer the old turn too."""
+        talk = await converse(f"ok,{loss},ok")
+        await talk.reply(user_input="one")
+
+        assert None is await talk.reply(user_input="two")
+        await talk.settle()
+
+        assert [None, None] == talk.server.handles
+        assert [("user", "one"), ("model", "reply 1"), ("user", "two"), ("user", ".")] == (
+            talk.server.contexts[2]
+        )
+        assert ["reply 1", "reply 3"] == talk.heard
+
+    @pytest.mark.parametrize(("dropped", "heard"), [(False, ["reply 1"]), (True, [])])
+    async def test_why_the_handle_goes(self, dropped, heard, converse):
+        """A session that is resumed answers the turn of the old one."""
+        talk = await converse("late:8", bare=True)
+        reply = talk.realtime.generate_reply()
+        await talk.asked()
+        await asyncio.sleep(1)
+        if dropped:
+            talk.realtime._session_resumption_handle = None
+        talk.realtime._mark_restart_needed()
+        with pytest.raises(llm.RealtimeError):
+            await reply
+        await talk.settle()
+
+        assert heard == talk.heard
+
+    async def test_a_handle_that_comes_back(self, converse, monkeypatch):
+        """The old session's last word may be a new handle: the connection made is given up."""
+        talk = await converse("late:12,ok")
+        mark = talk.realtime._mark_restart_needed
+        handles = [next(reversed(talk.server.conversations), None)]
+
+        def mark_and_hear():
+            mark()
+            if handles:
+                talk.realtime._session_resumption_handle = f"handle-{2 + bool(handles.pop())}"
+
+        monkeypatch.setattr(talk.realtime, "_mark_restart_needed", mark_and_hear)
+
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert [None, "handle-2", None] == talk.server.handles
+        assert ["reply 2"] == talk.heard
+
+    @pytest.mark.parametrize("off", [-0.01, -0.001, 0.0, 0.001, 0.01])
+    @pytest.mark.parametrize("at", [SEND_WINDOW, PLUGIN_TIMEOUT, RESTART])
+    async def test_a_reply_in_the_very_moment(self, at, off, converse, recorder):
+        """As one window ends and the next begins, no reply is lost and none is heard twice."""
+        talk = await converse(f"late:{at + off:.3f},ok")
+
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert 1 == len(talk.heard)
+        assert talk.heard[0] in ("reply 1", "reply 2")
+        assert ended(recorder)[0] in (("succeeded", None), ("recovered", None))
+        assert not [turn for turn in talk.server.contexts[-1] if turn[0] == "model"]
+        assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize("off", [-0.01, -0.001, 0.0, 0.001, 0.01])
+    async def test_a_reply_in_the_moment_of_giving_up(self, off, converse, recorder):
+        """It is heard and told as a success, or neither."""
+        talk = await converse(f"late:{RESTART + off:.3f}", max_retries=1)
+
+        error = await talk.reply()
+        await talk.settle()
+
+        assert (["reply 1"] if error is None else []) == talk.heard
+        assert 0 == recorder.open_spans
+
+    async def test_asked_before_the_loss_is_told(self, converse, monkeypatch):
+        """Between the loss and the event that tells of it a request may be queued: sent once."""
+        talk = await converse("ok,late:1")
+        await talk.reply()
+        mark, asked = talk.realtime._mark_restart_needed, []
+
+        def mark_and_ask(**kwargs):
+            mark(**kwargs)
+            if not asked:
+                asked.append(talk.realtime.generate_reply())
+
+        monkeypatch.setattr(talk.realtime, "_mark_restart_needed", mark_and_ask)
+        (connection,) = talk.server._open
+        await connection.hang_up(1011)
+        await talk.server.wait_for(lambda: asked)
+        await asked[0]
+        await talk.settle()
+
+        assert 2 == len(talk.server.requests)
+
+    async def test_what_the_agent_cuts_itself(self, converse, recorder):
+        """New tools restart the plugin's session, also in the middle of a reply: no failure."""
+        talk = await converse("slow:5")
+        handle = talk.ask()
+        await talk.asked()
+        await asyncio.sleep(1)
+        await talk.realtime.update_tools([_tool])
+        await handle
+        await talk.settle()
+
+        assert [("succeeded", None)] == ended(recorder)
+        assert 2 == talk.server.connections
+
+
+class TestOnSilence:
+    async def test_listen(self, converse, recorder):
+        """Only listens, to the deadline: a slow answer is heard, a lost one is not recovered."""
+        talk = await converse("late:18,ok", on_silence="listen", max_retries=1)
+
+        assert None is await talk.reply()
+
+        assert ["reply 1"] == talk.heard
+        assert ["send", "listen"] == actions(recorder)
+
+    async def test_listen_in_vain(self, converse, recorder):
+        """And after the deadline the late reply is not heard."""
+        talk = await converse("late:25", on_silence="listen")
+        began = now()
+
+        assert isinstance(await talk.reply(), llm.RealtimeError)
+        took = now() - began
+        await talk.settle()
+
+        assert 20.0 == pytest.approx(took)
+        assert [] == talk.heard
+        assert [("exhausted", "deadline")] == ended(recorder)
+
+    async def test_resend(self, converse, recorder):
+        """At least once: here twice, as the user chose."""
+        talk = await converse("late:12,ok", on_silence="resend")
+
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert ["reply 1", "reply 2"] == sorted(talk.heard)
+        assert ["send", "listen", "send"] == actions(recorder)
+
+    async def test_an_attempt_timeout(self, converse, recorder):
+        """Shorter windows, and nothing is cancelled on the way."""
+        talk = await converse("late:3", attempt_timeout=2.0)
+
+        assert None is await talk.reply()
+
+        assert ["reply 1"] == talk.heard
+        assert ["send", "listen"] == actions(recorder)
+
+    async def test_no_retries(self, converse, recorder):
+        """One attempt, and the late reply is not heard after the agent was told."""
+        talk = await converse("late:7", max_retries=0)
+
+        assert isinstance(await talk.reply(), llm.RealtimeError)
+        await talk.settle()
+
+        assert [] == talk.heard
+        assert [("exhausted", "max_attempts")] == ended(recorder)
+
+
+class TestInterruption:
+    @pytest.mark.parametrize(
+        ("script", "after"),
+        [
+            ("late:15,ok", 1.0),  # in the attempt
+            ("late:15,ok", 7.0),  # while listening
+            ("late:15,late:5", 12.0),  # after the restart
+            ("drop_before,late:5", 0.05),  # before the connection is back
+        ],
+    )
+    async def test_barge_in(self, script, after, converse, recorder):
+        """Over at once, and never heard: with server VAD nothing else would stop the reply."""
+        talk = await converse(script)
+        handle = talk.ask(user_input="one")
+        await talk.asked()
+        await asyncio.sleep(after)
+        began = now()
+        handle.interrupt()
+        await handle
+
+        assert began == now()
+        await talk.settle()
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert [] == talk.heard
+        assert 0 == recorder.open_spans
+
+    async def test_the_plugin_alone(self, converse):
+        """It speaks the reply that was called off."""
+        talk = await converse("late:4", bare=True)
+        handle = talk.ask()
+        await talk.asked()
+        handle.interrupt()
+        await handle
+        await talk.settle()
+
+        assert ["reply 1"] == talk.heard
+
+    async def test_the_conversation_goes_on(self, converse):
+        """The next reply knows what was said before the barge-in."""
+        talk = await converse("ok,late:5,ok")
+        await talk.reply(user_input="one")
+        handle = talk.ask(user_input="two")
+        await talk.asked(2)
+        handle.interrupt()
+        await handle
+        await talk.settle(0.01)
+
+        assert None is await talk.reply(user_input="three")
+        await talk.settle()
+        assert ["reply 1", "reply 3"] == talk.heard
+        assert [
+            ("user", "one"),
+            ("model", "reply 1"),
+            ("user", "two"),
+            ("user", "three"),
+            ("user", "."),
+        ] == talk.server.contexts[2]
+
+    @pytest.mark.parametrize("after", [1.0, 7.0])
+    async def test_manual_activity_detection(self, after, converse, recorder):
+        """There the plugin tells the server that the user speaks, and it stops by itself."""
+        talk = await converse("late:8", options={"realtime_input_config": MANUAL})
+        reply = talk.realtime.generate_reply()
+        await talk.asked()
+        await asyncio.sleep(after)
+        reply.cancel()
+        await talk.settle()
+
+        assert [None] == talk.server.cancels
+        assert 1 == talk.server.connections
+        assert [] == talk.heard
+        assert [("interrupted", "interrupted")] == ended(recorder)
+
+    async def test_as_the_reply_comes(self, converse, recorder):
+        """Cancelled in the very moment it began: nobody reads it, and it is not heard."""
+        talk = await converse("slow:5")
+        talk.realtime.on("generation_created", lambda _: reply.cancel())
+        reply = talk.realtime.generate_reply()
+
+        with pytest.raises(asyncio.CancelledError):
+            await reply
+        await talk.settle()
+
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert [] == talk.heard
+        assert 1 == talk.server.connections
+
+    async def test_while_another_is_spoken(self, converse, recorder):
+        """What is being said is said to its end; then the session is begun anew."""
+        talk = await converse("slow:3,late:6,ok")
+        first = talk.ask()
+        await talk.asked()
+        await asyncio.sleep(1)
+        second = talk.realtime.generate_reply()
+        await talk.asked(2)
+        second.cancel()
+        await asyncio.sleep(1)
+        assert 1 == talk.server.connections
+        await first
+        await talk.settle()
+
+        assert ["reply 1"] == talk.heard
+        assert [None, None] == talk.server.handles
+        assert [("succeeded", None), ("interrupted", "interrupted")] == ended(recorder)
+
+    async def test_superseded(self, converse, recorder):
+        """The plugin cancels the older request for a newer one, and so is it told."""
+        talk = await converse("silence,ok")
+        first = talk.realtime.generate_reply()
+        await talk.asked()
+        second = talk.realtime.generate_reply()
+        await second
+
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+    async def test_superseded_while_listening(self, converse, recorder):
+        """Our own future in the slot goes the same way."""
+        talk = await converse("silence,ok")
+        first = talk.realtime.generate_reply()
+        await asyncio.sleep(7)
+        await talk.realtime.generate_reply()
+
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
+
+    async def test_a_waiting_one_lets_a_newer_one_pass(self, converse, recorder):
+        """Asked while another waits for the connection: both are heard."""
+        talk = await converse("drop_before,late:2,ok")
+        first = talk.realtime.generate_reply()
+        await talk.server.wait_for("connection_lost")
+        await asyncio.sleep(0.05)
+        second = talk.realtime.generate_reply()
+        await asyncio.gather(first, second)
+
+        assert {("succeeded", None), ("recovered", None)} == set(ended(recorder))
+        assert 3 == len(talk.server.requests)
+
+
+class TestSessionEnds:
+    @pytest.mark.parametrize(
+        ("script", "after"), [("silence", 1.0), ("silence", 7.0), ("drop_before", 0.05)]
+    )
+    async def test_closed(self, script, after, converse, recorder):
+        """Closing the realtime session ends a pending reply, in an attempt or in a wait."""
+        talk = await converse(script)
+        reply = talk.realtime.generate_reply()
+        await talk.asked()
+        await asyncio.sleep(after)
+        await talk.realtime.aclose()
+
+        with pytest.raises(llm.RealtimeError):
+            await reply
+        await talk.settle()
+        assert [("not_recoverable", "session_closed")] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+    async def test_the_agent_goes(self, converse, recorder):
+        """The agent's session closes with a reply in mid-air: nothing stays."""
+        talk = await converse("late:5")
+        talk.ask()
+        await talk.asked()
+        await talk.session.aclose()
+        await talk.settle()
+
+        assert [] == talk.heard
+        assert 1 == len(ended(recorder))
+        assert 0 == recorder.open_spans
+
+
+class TestAfterwards:
+    @pytest.mark.parametrize("script", ["silence", "drop_before", "late:25"])
+    async def test_the_session_goes_on(self, script, converse, recorder):
+        """One lost reply is not the end of the conversation, even asked for at once."""
+        talk = await converse(f"{','.join([script] * 2)},ok", max_retries=1, on_silence="resend")
+        await talk.reply()
+
+        if script == "drop_before":
+            assert None is await talk.reply()
+        else:
+            await talk.reply()
+            assert None is await talk.reply()
+        await talk.settle()
+        assert ["reply 3"] == talk.heard
+        assert 0 == recorder.open_spans
+
+    async def test_tools(self, converse, recorder):
+        """A tool call is a reply; Gemini answers its result unasked."""
+        called = []
+
+        class Helper(Agent):
+            @function_tool
+            async def look_up(self) -> str:
+                """Look it up."""
+                called.append(True)
+                return "found"
+
+        talk = await converse("tool:look_up,ok", agent=Helper(instructions="SECRET"))
+        await talk.session.run(user_input="question")
+        await talk.settle()
+
+        assert [True] == called
+        assert ["reply 2"] == talk.heard
+        assert [("succeeded", None)] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+
+class TestTarget:
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            (
+                {"api_key": "k", "model": "m"},
+                ("gcp.gemini", "m", "generativelanguage.googleapis.com", 443),
+            ),
+            (
+                {"api_key": "k", "model": "m", "http_options": {"base_url": "https://h.test:8"}},
+                ("gcp.gemini", "m", "h.test", 8),
+            ),
+            (
+                {"vertexai": True, "project": "p", "model": "m"},
+                ("gcp.vertex_ai", "m", None, None),
+            ),
+        ],
+    )
+    def test_target(self, settings, expected):
+        """Semantic conventions' names, and no URL in any of them."""
+        settings = dict(settings)
+        if "http_options" in settings:
+            settings["http_options"] = types.HttpOptions(**settings["http_options"])
+        model = google.realtime.RealtimeModel(**settings)
+        target = GoogleAdapter(SimpleNamespace(on=lambda *_: None, realtime_model=model), None)
+
+        found = target.target()
+
+        assert expected == (found.provider, found.model, found.server_address, found.server_port)
+
+
+class TestNothingLeaks:
+    @pytest.mark.parametrize("script", ["silence", "rate_limit", "quota", "error:1007", "ok"])
+    async def test_no_content_and_no_key(self, script, converse, recorder, caplog):
+        """Neither instructions nor key nor the server's words are in spans, metrics or our log."""
+        talk = await converse(script)
+        error = await talk.reply(instructions="SECRET instructions", user_input="SECRET")
+
+        told = [
+            repr([s.to_json() for s in recorder.spans() if s.name.startswith("generate_reply")]),
+            repr([recorder.points(m) for m in recorder.metric_names()]),
+            repr([vars(r) for r in caplog.records if r.name == "traced_retry"]),
+            repr(error),
+        ]
+        assert not [t for t in told if "SECRET" in t or "billing" in t]
+
+
+class TestContract:
+    """What the Google adapter relies on, in the installed plugin. See CONTRIBUTING."""
+
+    async def test_private_attributes(self, converse):
+        """A plugin version that moves one fails here, by its name."""
+        talk = await converse("ok", bare=True)
+
+        assert [] == GoogleAdapter(talk.realtime, None).missing()
+
+    async def test_the_class_comes_from_the_module_we_register(self, converse):
+        """By which a session gets this adapter."""
+        talk = await converse("ok", bare=True)
+
+        assert "livekit.plugins.google.realtime.realtime_api" == type(talk.realtime).__module__
+
+    async def test_the_slot(self, converse):
+        """The future that generate_reply returns is the slot, and so is one that we put there."""
+        talk = await converse("late:1", bare=True)
+        reply = talk.realtime.generate_reply()
+        assert reply is talk.realtime._pending_generation_fut
+        ours = asyncio.get_running_loop().create_future()
+        talk.realtime._pending_generation_fut = ours
+        reply.cancel()
+        await asyncio.sleep(0.5)
+        assert ours is talk.realtime._pending_generation_fut
+
+        event = await ours
+
+        assert event.user_initiated
+        assert None is talk.realtime._pending_generation_fut
+
+    async def test_the_time_out(self, converse):
+        """The plugin's own is what our window is a little shorter than."""
+        talk = await converse("silence", bare=True)
+        began = now()
+
+        with pytest.raises(llm.RealtimeError, match="timed out"):
+            await talk.realtime.generate_reply()
+
+        assert PLUGIN_TIMEOUT == pytest.approx(now() - began)
+        assert SEND_WINDOW < PLUGIN_TIMEOUT
+
+    async def test_a_connection_is_told_by_an_empty_request_id(self, converse):
+        """Before anything is read from it, and with the session made active right after."""
+        talk = await converse("ok", bare=True)
+        seen = []
+
+        def on_metrics(metrics):
+            if metrics.request_id == "":
+                seen.append(talk.realtime._active_session)
+                asyncio.get_running_loop().call_soon(
+                    lambda: seen.append(talk.realtime._active_session is not None)
+                )
+
+        talk.realtime.on("metrics_collected", on_metrics)
+        await talk.reply()
+        talk.realtime._mark_restart_needed()
+        await talk.settle(1)
+
+        assert [None, True] * 2 == seen  # the first one, and the one after the restart
+
+    async def test_a_request_is_the_only_complete_turn_in_the_queue(self, converse):
+        """Which is how it is taken out again."""
+        talk = await converse("ok", bare=True)
+        await talk.settle(1)
+        await talk.realtime.update_chat_ctx(llm.ChatContext([_said("one")]))
+        talk.realtime.generate_reply(instructions="SECRET")
+        queue = talk.realtime._msg_ch
+        messages = [queue.recv_nowait() for _ in range(queue.qsize())]
+
+        assert [False, True] == [message.turn_complete for message in messages]
+
+    async def test_a_generation(self, converse):
+        """Its private record tells whether it came to its end."""
+        talk = await converse("slow:1", bare=True)
+        seen = []
+        talk.realtime.on(
+            "input_speech_stopped",
+            lambda _: seen.append(talk.realtime._current_generation._completed_timestamp),
+        )
+        event = await talk.realtime.generate_reply()
+        generation = talk.realtime._current_generation
+        assert event.response_id == generation.response_id
+        assert (False, None) == (generation._done, generation._completed_timestamp)
+        await talk.settle()
+
+        assert generation._done
+        assert [generation._completed_timestamp] == seen
+        assert generation.function_ch.closed
+        assert "reply 1" == generation.output_text
+
+
+@function_tool
+async def _tool() -> None:
+    """Do nothing."""
+
+
+def _said(text):
+    return llm.ChatMessage(role="user", content=[text])

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Gemini Live server, text only, that fails on a script.
+
+google-genai speaks nothing but ``wss`` to the Gemini API, so this one has a certificate of its
+own, made at start-up; :attr:`GoogleSimulator.http_options` says how a client comes to trust it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import trustme
+from aiohttp import WSCloseCode, web
+
+from traced_retry.simulator.script import Fault, Script
+from traced_retry.simulator.server import (
+    Connection,
+    OnEvent,
+    Request,
+    Simulator,
+)
+
+Turn = tuple[str, str]
+"""Whose words, ``user`` or ``model``, and what."""
+
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+_CLOSE_CODES = range(1000, 5000)
+
+
+@dataclass
+class _Conversation:
+    """What the server knows of a session, and of each that resumes it by one of its handles."""
+
+    context: list[Turn] = field(default_factory=list)
+    unanswered: dict[int, tuple[float, Request]] = field(default_factory=dict)
+    """Requests still to be answered, by number, each with the loop time at which it will be."""
+
+
+class GoogleSimulator(Simulator):
+    """Plays a script to Gemini Live clients; ``http_options`` is what they take.
+
+    Each turn the client completes takes one element, and so does a tool's response, which Gemini
+    answers unasked. The answer to a turn outlives its connection: a client that comes back with
+    a resumption handle is given what was asked before, at once where it is due. A client that
+    comes back without one has begun anew, and tells the server what it should know.
+
+    ``error:CODE`` closes the connection with that code where it is one of WebSocket's (1011, 1008,
+    1000, 1007, ...), else sends it in a message as Gemini does with 429. ``incomplete`` ends the
+    turn without a word. ``unauthorized`` is taken by the next connection attempt.
+
+    Attributes:
+        contexts: per request, all that the model had before it: turns resumed, replayed or new,
+            those of the request included.
+        handles: per connection, the resumption handle it came with.
+    """
+
+    path = "/ws/google.ai.generativelanguage.{version}.GenerativeService.BidiGenerateContent"
+    faults = frozenset(
+        {
+            *("ok", "late", "slow", "silence", "tool", "incomplete", "malformed"),
+            *("error", "rate_limit", "quota", "unauthorized", "drop_before", "drop_during"),
+        }
+    )
+
+    def __init__(
+        self,
+        script: Script | str = "ok",
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        super().__init__(script, host=host, port=port, on_event=on_event)
+        self.contexts: list[list[Turn]] = []
+        self.handles: list[str | None] = []
+        self.conversations: dict[str, _Conversation] = {}
+        authority = trustme.CA()
+        self.server_ssl = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert(host).configure_cert(self.server_ssl)
+        self.client_ssl = ssl.create_default_context()
+        authority.configure_trust(self.client_ssl)
+
+    @property
+    def http_options(self) -> dict[str, Any]:
+        """Arguments of ``google.genai.types.HttpOptions`` that lead a client here."""
+        return {"base_url": self.url, "async_client_args": {"ssl": self.client_ssl}}
+
+    def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
+        """Makes the server's side of a connection just accepted."""
+        return _GoogleConnection(ws, self)
+
+
+class _GoogleConnection(Connection):
+    """One client. What it is told comes from its conversation, which may be older than it."""
+
+    def __init__(self, ws: web.WebSocketResponse, server: GoogleSimulator) -> None:
+        super().__init__(ws)
+        self.server = server
+        self.conversation = _Conversation()
+        self.speaking: Request | None = None
+
+    async def greet(self) -> None:
+        """The client speaks first."""
+
+    async def receive(self, data: str) -> None:
+        message = json.loads(data)
+        self.server.record("received", message)
+        for key, body in message.items():
+            match key:
+                case "setup":
+                    await self.set_up((body.get("sessionResumption") or {}).get("handle"))
+                case "client_content":
+                    turns = [_turn(turn) for turn in body.get("turns") or ()]
+                    self.conversation.context += turns
+                    if body.get("turnComplete"):
+                        await self.hear(turns)
+                case "tool_response":
+                    self.conversation.context.append(("user", "(the tool's result)"))
+                    await self.hear([])
+                case "realtime_input" if "activityStart" in body:
+                    await self.interrupt()
+
+    async def set_up(self, handle: str | None) -> None:
+        """Begins anew, or goes on where the handle says."""
+        self.server.handles.append(handle)
+        if handle in self.server.conversations:
+            self.conversation = self.server.conversations[handle]
+        await self.send({"setupComplete": {}})
+        await self.give_handle()
+        for due, request in list(self.conversation.unanswered.values()):
+            self.after(max(0.0, due - self.now), partial(self.reply_open, request))
+
+    async def hear(self, turns: list[Turn]) -> None:
+        """Takes the script's next element for a request."""
+        fault = self.server.next_fault
+        if fault.name != "unauthorized":
+            self.server.advance()
+        said = [text for role, text in turns if role == "model"]
+        request = Request(
+            event_id=None,
+            number=len(self.server.requests) + 1,
+            at=self.now,
+            fault=fault,
+            instructions=said[-1] if said else None,
+        )
+        self.server.requests.append(request)
+        self.server.contexts.append(list(self.conversation.context))
+        self.server.wake()
+        await self.give_handle()
+        await self.answer(request, fault)
+
+    async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901, PLR0912 - a table
+        """Does what the script says; "silence", and nothing else, does nothing."""
+        code = int(fault.argument) if fault.argument.isdigit() else 500
+        match fault.name:
+            case "ok":
+                await self.begin(request)
+                await self.end(request)
+            case "late":
+                self.owe(request, fault.seconds)
+                self.after(fault.seconds, partial(self.reply_open, request))
+            case "slow":
+                await self.begin(request)
+                self.after(fault.seconds, partial(self.end, request))
+            case "tool":
+                call = {"id": f"call-{request.number}", "name": fault.argument, "args": {}}
+                await self.send({"toolCall": {"functionCalls": [call]}})
+            case "incomplete":
+                await self.content(generationComplete=True)
+                await self.content(turnComplete=True)
+            case "malformed":
+                await self.ws.send_str("{this is not JSON")
+            case "rate_limit":
+                await self.send({"code": 429, "status": "RESOURCE_EXHAUSTED", "message": QUOTA})
+            case "quota":
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True, reason=QUOTA)
+            case "error" if code in _CLOSE_CODES:
+                self.owe(request)
+                await self.hang_up(code, by_script=True)
+            case "error":
+                await self.send({"code": code, "message": "The script says so."})
+            case "drop_before":
+                self.owe(request)
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+            case "drop_during":
+                await self.begin(request)
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+            case "unauthorized":
+                await self.hang_up(WSCloseCode.POLICY_VIOLATION, by_script=True)
+
+    async def interrupt(self) -> None:
+        """The user began to speak, so the client says: what is said or owed ends."""
+        open_requests = list(self.conversation.unanswered)
+        if open_requests or self.speaking:
+            self.conversation.unanswered.clear()
+            self.speaking = None
+            self.server.cancels.append(None)
+            await self.content(interrupted=True)
+            await self.content(turnComplete=True)
+
+    def owe(self, request: Request, seconds: float = 0.0) -> None:
+        """Have the request answered in so long, on whatever connection it then is."""
+        self.conversation.unanswered[request.number] = (self.now + seconds, request)
+
+    async def reply_open(self, request: Request) -> None:
+        if not self.ws.closed and request.number in self.conversation.unanswered:
+            del self.conversation.unanswered[request.number]
+            await self.begin(request)
+            await self.end(request)
+
+    async def begin(self, request: Request) -> None:
+        self.speaking = request
+        await self.say("reply")
+
+    async def end(self, request: Request) -> None:
+        if self.speaking is not request:  # Interrupted meanwhile.
+            return
+        self.speaking = None
+        await self.say(f" {request.number}")
+        text = f"reply {request.number}"
+        self.conversation.context.append(("model", text))
+        self.server.completed.append(text)
+        await self.content(generationComplete=True)
+        await self.content(turnComplete=True)
+        await self.give_handle()
+
+    async def say(self, text: str) -> None:
+        await self.content(modelTurn={"role": "model", "parts": [{"text": text}]})
+
+    async def content(self, **what: Any) -> None:
+        await self.send({"serverContent": what})
+
+    async def give_handle(self) -> None:
+        """A new handle for this conversation; the older ones stay good."""
+        handle = f"handle-{len(self.server.conversations) + 1}"
+        self.server.conversations[handle] = self.conversation
+        await self.send({"sessionResumptionUpdate": {"newHandle": handle, "resumable": True}})
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if not self.ws.closed:
+            await self.ws.send_str(json.dumps(message))
+            self.server.record("sent", message)
+
+    @property
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _turn(turn: dict[str, Any]) -> Turn:
+    text = "".join(part.get("text", "") for part in turn.get("parts") or ())
+    return turn.get("role", "user"), text
