@@ -66,3 +66,7 @@ core = test -x .venv/core-$(1)/bin/pytest || { $(2) -m venv .venv/core-$(1) && \
 	.venv/core-$(1)/bin/pip --disable-pip-version-check --quiet install $(CORE_NEEDS) $(3); }; \
 	rm -rf build; .venv/core-$(1)/bin/pip --disable-pip-version-check --quiet install --force-reinstall --no-deps . \
 	&& rm -rf build && touch $@
+
+.PHONY: matrix
+matrix: .venv/.test  ## every provider x every fault, with us and without; writes docs/providers.md
+	$(BIN)/python tools/matrix.py --write docs/providers.md

@@ -72,6 +72,12 @@ CODES: Final[dict[str, Kind]] = {
     "authentication_error": "authentication",
     "permission_denied": "authentication",
     "session_expired": "connection_lost",
+    # Bedrock, on opening a stream
+    "AccessDeniedException": "authentication",
+    "ThrottlingException": "rate_limit",
+    "ServiceQuotaExceededException": "quota",
+    "ValidationException": "invalid_request",
+    "ResourceNotFoundException": "invalid_request",
     # Google tells only the code of the WebSocket's close, or HTTP's
     "1000": "connection_lost",
     "1001": "connection_lost",

@@ -173,9 +173,7 @@ async def test_promise(batch, recorder, caplog):
     assert set(outcomes) <= set(semconv.OUTCOMES)
     assert outcomes == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
     assert sum(one.requests for one in told) == len(attempts)
-    assert len(attempts) == sum(
-        recorder.counted(semconv.METRIC_ATTEMPTS, semconv.RESULT).values()
-    )
+    assert len(attempts) == sum(recorder.counted(semconv.METRIC_ATTEMPTS, semconv.RESULT).values())
     assert len(attempts) == sum(r[semconv.ATTEMPTS] for r in replies)
     assert sum(len(one.heard) for one in told) >= outcomes["succeeded"] + outcomes["recovered"]
     assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT)

@@ -10,7 +10,10 @@ durations come out exact.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import selectors
+import threading
+from pathlib import Path
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -21,12 +24,23 @@ class _JumpingSelector(selectors.DefaultSelector):
     def select(self, timeout=None):
         if timeout is not None and timeout <= 0:
             return super().select(0)
+        if self.loop.patience and (events := self._rest()):
+            return events
         # A jump must not overtake a packet, nor a thread that is at work.
         while events := super().select(0.0005 if self.loop.sockets else 0):
             return events
         if self.loop.threads or timeout is None:
             return super().select(0.05)
         self.loop.now += timeout
+        return []
+
+    def _rest(self):
+        """Wait for as long as the loop's patience without an event or a thread at work."""
+        rested = 0.0
+        while rested < self.loop.patience:
+            if events := super().select(0.005):
+                return events
+            rested = 0.0 if _others_at_work() else rested + 0.005
         return []
 
 
@@ -38,6 +52,8 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         selector.loop = self
         self.now = 0.0
         self.threads = 0
+        self.patience = 0.0
+        """Real seconds of rest before each jump; for clients that do their IO in own threads."""
         super().__init__(selector)
 
     def time(self):
@@ -56,3 +72,13 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
 
     def _thread_done(self, _):
         self.threads -= 1
+
+
+def _others_at_work():
+    """Whether a thread of this process but the calling one is running (Linux; elsewhere: no)."""
+    me = str(threading.get_native_id())
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            if stat.parent.name != me and stat.read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False

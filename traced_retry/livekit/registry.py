@@ -20,6 +20,9 @@ ADAPTERS: Final = {
     "livekit.plugins.ultravox.realtime.realtime_model": (
         "traced_retry.livekit.ultravox:UltravoxAdapter"
     ),
+    "livekit.plugins.aws.experimental.realtime.realtime_model": (
+        "traced_retry.livekit.aws:AWSAdapter"
+    ),
     "livekit.plugins.phonic.realtime.realtime_model": "traced_retry.livekit.phonic:PhonicAdapter",
 }
 

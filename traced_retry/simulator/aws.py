@@ -204,7 +204,7 @@ class AWSSimulator(Simulator):
             raise RuntimeError(
                 "the AWS simulator needs Python 3.12 and livekit-plugins-aws[realtime]"
             ) from error
-        stand_ins = {
+        stand_ins: dict[str, Callable[[Any], Any]] = {
             "_BedrockRuntimeConfig": lambda real: _Config(real, self.url),
             "AWSCRTHTTPClient": partial(_trusting, ca=self.ca),
             "_get_credentials_resolver": lambda _: _Credentials,
@@ -283,12 +283,17 @@ class _Client(asyncio.Protocol):
         if isinstance(event, h2.events.RequestReceived):
             self.open(event.stream_id)
         elif isinstance(event, h2.events.DataReceived):
-            self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            # A window update at once, not when half the window is spent: it takes the TCP
+            # acknowledgement along, which the client's next small packet waits for (40 ms).
+            if event.flow_controlled_length:
+                self.h2.increment_flow_control_window(event.flow_controlled_length)
+                self.h2.increment_flow_control_window(event.flow_controlled_length, event.stream_id)
             if session := self.streams.get(event.stream_id):
                 session.feed(event.data)
-        elif isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)):
-            if session := self.streams.get(event.stream_id):
-                session.end()
+        elif isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)) and (
+            session := self.streams.get(event.stream_id)
+        ):
+            session.end()
 
     def open(self, stream_id: int) -> None:
         """Answers a request's headers at once; its body never ends by itself."""
@@ -372,7 +377,7 @@ class _Session:
         self.server.wake()
         self.answer(f"reply {number}", fault)
 
-    def answer(self, text: str, fault: Fault) -> None:
+    def answer(self, text: str, fault: Fault) -> None:  # noqa: C901 - a table
         """Does what the script says; "silence", and nothing else, does nothing."""
         match fault.name:
             case "ok":
@@ -510,7 +515,7 @@ class _Config:
 
 def _trusting(real: Any, ca: bytes) -> Any:
     """The SDK's transport, as a class that trusts the simulator's certificate and no other."""
-    from awscrt import io  # noqa: PLC0415 - optional; the plugin brings it
+    from awscrt import io  # type: ignore[import-untyped]  # noqa: PLC0415 - the plugin brings it
 
     class Transport(real):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -531,7 +536,8 @@ class _Credentials:
     async def get_identity(self, **_: Any) -> Any:
         from smithy_aws_core.identity import AWSCredentialsIdentity  # noqa: PLC0415 - optional
 
-        return AWSCredentialsIdentity(access_key_id="simulator", secret_access_key="simulator")
+        made_up = "simulator"
+        return AWSCredentialsIdentity(access_key_id=made_up, secret_access_key=made_up)
 
     def get_credential_expiry_time(self) -> float | None:
         return None

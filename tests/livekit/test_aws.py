@@ -1,0 +1,710 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova Sonic: the real plugin and its AWS CRT client, a real AgentSession, HTTP/2 over TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+
+import pytest
+from livekit.agents import Agent, AgentSession, function_tool, llm
+
+import traced_retry
+from traced_retry.livekit.aws import AWSAdapter
+from traced_retry.simulator import ScriptError
+
+plugin = pytest.importorskip(
+    "livekit.plugins.aws.experimental.realtime.realtime_model",
+    reason="livekit-plugins-aws[realtime] needs Python 3.12",
+)
+from traced_retry.simulator import aws  # noqa: E402 - needs h2 and trustme
+from traced_retry.simulator.aws import AWSSimulator, decode_frame, encode_frame  # noqa: E402
+
+LATE = "traced_retry.late_replies"
+
+
+@pytest.fixture(autouse=True)
+async def patient_clock():
+    """The virtual clock does not overtake the CRT's threads: it jumps after 50 ms of rest."""
+    asyncio.get_running_loop().patience = 0.05
+
+
+class Conversation:
+    """One agent talking to one server."""
+
+    def __init__(self, server, model, session):
+        self.server = server
+        self.model = model
+        self.session = session
+        self.realtime = session._activity._rt_session
+        self.announced = []
+        self.realtime.on("generation_created", self.announced.append)
+
+    @property
+    def heard(self):
+        """What the agent said. LiveKit adds an empty message per reply, of the asker's handle."""
+        items = self.session.history.items
+        said = [i.text_content for i in items if i.type == "message" and i.role == "assistant"]
+        return [text for text in said if text]
+
+    def ask(self, **kwargs):
+        return self.session.generate_reply(**(kwargs or {"instructions": "SECRET instructions"}))
+
+    async def reply(self, **kwargs):
+        """Ask, wait until it is over; returns the exception and the seconds it took."""
+        began = now()
+        handle = self.ask(**kwargs)
+        await handle
+        return handle.exception(), round(now() - began, 3)
+
+
+def now():
+    """The loop's seconds."""
+    return asyncio.get_running_loop().time()
+
+
+@pytest.fixture
+async def converse(recorder):
+    """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def converse(script, *, bare=False, agent=None, ready=True, **policy):
+            server = await stack.enter_async_context(AWSSimulator(script))
+            stack.enter_context(server.redirected())
+            model = plugin.RealtimeModel()
+            if not bare:
+                policy = traced_retry.RetryPolicy(**policy)
+                traced_retry.wrap(model, policy=policy, **recorder.providers)
+            session = await stack.enter_async_context(AgentSession(llm=model))
+            await session.start(agent or Agent(instructions="SECRET"))
+            if ready:
+                await asyncio.sleep(1)  # the plugin opens its stream after 0.55 s
+            return Conversation(server, model, session)
+
+        yield converse
+
+
+def ended(recorder):
+    """Outcome and stop reason of each reply."""
+    names = ("traced_retry.outcome", "traced_retry.stop_reason")
+    return [tuple(reply.get(name) for name in names) for reply in recorder.replies]
+
+
+def actions(recorder):
+    """What each attempt did."""
+    return [attempt["traced_retry.action"] for attempt in recorder.attempts]
+
+
+def causes(recorder):
+    """``error.type`` of each attempt."""
+    return [attempt.get("error.type") for attempt in recorder.attempts]
+
+
+def late(recorder):
+    """How many late replies were counted."""
+    return sum(recorder.counted(LATE).values())
+
+
+OK = ("succeeded", None)
+AGAIN = ("recovered", None)
+DEADLINE = ("exhausted", "deadline")
+DEAD = ("not_recoverable", "not_recoverable")
+ONCE, TWICE = ["send"], ["send", "listen"]
+
+ROWS = {
+    # script: replies heard, late ones counted, outcome and stop reason, actions, seconds
+    "ok": (1, 0, OK, ONCE, 0),
+    "slow:3": (1, 0, OK, ONCE, 3),
+    "late:7": (1, 0, OK, ONCE, 7),
+    "late:12": (1, 0, AGAIN, TWICE, 12),
+    "silence": (0, 0, DEADLINE, TWICE, 20),
+    "silence,ok": (0, 0, DEADLINE, TWICE, 20),  # lost for good: nothing tells, nothing cancels
+    "late:25": (1, 1, DEADLINE, TWICE, 20),
+    "rate_limit": (0, 0, DEADLINE, TWICE, 20),  # a new stream, silently, and the text is lost
+    "error:modelTimeoutException,ok": (0, 0, DEADLINE, TWICE, 20),
+    "error:systemInstability,ok": (0, 0, DEADLINE, TWICE, 20),
+    "error:validationException": (0, 0, DEAD, ONCE, 0),
+    "error:internalServerException": (0, 0, DEAD, ONCE, 0),
+    "malformed": (0, 0, DEAD, ONCE, 0),
+    "drop_before": (0, 0, DEAD, ONCE, 2),
+    "drop_during": (1, 0, OK, ONCE, 2),  # begun, then cut
+    "unauthorized": (0, 0, DEAD, ONCE, 0),
+}
+
+BARE = {
+    # script: replies heard, whether the agent is told of success, seconds
+    "ok": (1, True, 0),
+    "late:7": (1, True, 7),
+    "late:12": (1, False, 10),  # told of failure, and spoken after that
+    "silence": (0, False, 10),
+    "late:25": (1, False, 10),
+    "rate_limit": (0, False, 10),
+    "drop_before": (0, False, 10),
+    "unauthorized": (0, False, 10),
+}
+
+CLOSES_THE_AGENT = {"error:validationException", "error:internalServerException", "malformed"}
+"""LiveKit closes the session on the event, and interrupts the handle before it reads our error."""
+
+
+class TestEachRow:
+    @pytest.mark.parametrize("script", ROWS)
+    async def test_with_us(self, script, converse, recorder):
+        """Heard at most once; the outcome, the attempts and the seconds are exact."""
+        heard, late_ones, outcome, did, seconds = ROWS[script]
+        talk = await converse(script)
+
+        error, took = await talk.reply()
+        await asyncio.sleep(20)
+
+        assert heard == len(talk.heard)
+        assert late_ones == late(recorder)
+        assert [outcome] == ended(recorder)
+        assert did == actions(recorder)
+        assert seconds == took
+        assert 0 == recorder.open_spans
+        if outcome[0] in ("exhausted", "not_recoverable") and script not in CLOSES_THE_AGENT:
+            assert isinstance(error, llm.RealtimeError)
+
+    @pytest.mark.parametrize("script", BARE)
+    async def test_the_plugin_alone(self, script, converse):
+        """What users have today."""
+        heard, succeeded, seconds = BARE[script]
+        talk = await converse(script, bare=True)
+
+        error, took = await talk.reply()
+        await asyncio.sleep(20)
+
+        assert (heard, succeeded, seconds) == (len(talk.heard), error is None, took)
+
+    async def test_cut_short_alone(self, converse):
+        """The plugin alone never closes such a reply's streams: the agent waits for ever."""
+        talk = await converse("drop_during", bare=True)
+        handle = talk.ask()
+        await asyncio.sleep(300)
+
+        assert not handle.done()
+
+    @pytest.mark.parametrize(
+        ("script", "cause"),
+        [
+            ("silence", ["timeout", "timeout"]),
+            ("error:validationException", ["invalid_request"]),
+            ("error:internalServerException", ["server_error"]),
+            ("drop_before", ["connection_lost"]),
+        ],
+    )
+    async def test_why(self, script, cause, converse, recorder):
+        """``error.type`` of each attempt."""
+        await (await converse(script)).reply()
+
+        assert cause == causes(recorder)
+
+    async def test_refused(self, converse, recorder):
+        """AWS's own code is on the span, and the agent can read it."""
+        error, _ = await (await converse("unauthorized")).reply()
+
+        assert "AccessDeniedException" == error.code
+        assert ["AccessDeniedException"] == [
+            a["traced_retry.error_code"] for a in recorder.attempts
+        ]
+
+    async def test_asked_of_a_dead_stream(self, converse, recorder):
+        """Known at once, where the plugin alone lets the agent wait."""
+        talk = await converse("drop_before")
+        await talk.reply()
+        began = now()
+
+        with pytest.raises(llm.RealtimeError):
+            await talk.realtime.generate_reply(instructions="SECRET")
+
+        assert began == now()
+        assert [DEAD] * 2 == ended(recorder)
+
+
+class TestUserMessage:
+    async def test_is_resent_by_the_plugin(self, converse, recorder):
+        """After throttling the plugin asks again by itself; so we never do."""
+        talk = await converse("rate_limit,ok")
+
+        assert (None, 0.05) == await talk.reply(user_input="SECRET question")
+        await asyncio.sleep(15)
+
+        assert ["reply 2"] == talk.heard
+        assert [OK] == ended(recorder)
+        assert ["send"] == actions(recorder)
+        assert 2 == len(talk.server.requests)
+
+    @pytest.mark.parametrize(
+        ("script", "outcome", "seconds"),
+        [("late:12", AGAIN, 12), ("silence", DEADLINE, 20), ("late:25", DEADLINE, 20)],
+    )
+    async def test_ends_by_our_deadline(self, script, outcome, seconds, converse, recorder):
+        """The plugin's future of a user's message has no time-out of its own."""
+        talk = await converse(script)
+
+        _, took = await talk.reply(user_input="SECRET question")
+
+        assert ([outcome], TWICE, seconds) == (ended(recorder), actions(recorder), took)
+        assert 1 == len(talk.server.requests)
+
+    async def test_is_never_cancelled_for_others(self, converse, recorder):
+        """Two callers wait for one reply; one leaves, the other gets it."""
+        talk = await converse("late:5,ok")
+        handle = talk.ask(user_input="SECRET question")
+        await talk.server.wait_for(lambda: talk.server.requests)
+        other = talk.realtime.generate_reply()
+        await asyncio.sleep(1)
+        handle.interrupt()
+
+        assert await other is talk.announced[0]
+        assert [("interrupted", "interrupted"), OK] == ended(recorder)
+        assert None is talk.realtime._pending_generation_fut
+
+    async def test_shared_by_two(self, converse, recorder):
+        """Both callers are told of the one reply, which is heard once."""
+        talk = await converse("late:5")
+        handle = talk.ask(user_input="SECRET question")
+        await talk.server.wait_for(lambda: talk.server.requests)
+        other = talk.realtime.generate_reply()
+        await handle
+        await other
+        await asyncio.sleep(10)
+
+        assert [OK, OK] == ended(recorder)
+        assert ["reply 1"] == talk.heard
+
+    async def test_cancelled_by_another(self, converse, recorder):
+        """Whoever cancels the plugin's own future supersedes the reply; nobody is left waiting."""
+        talk = await converse("silence")
+        handle = talk.ask(user_input="SECRET question")
+        await talk.server.wait_for(lambda: talk.server.requests)
+        talk.realtime._pending_generation_fut.cancel()
+        await asyncio.wait_for(handle.wait_for_playout(), 1)
+
+        assert [("superseded", "superseded")] == ended(recorder)
+
+
+class TestNothingSent:
+    async def test_nothing_to_answer(self, converse, recorder):
+        """Without instructions or message the plugin sends nothing and never resolves."""
+        talk = await converse("ok")
+        began = now()
+
+        with pytest.raises(llm.RealtimeError):
+            await talk.realtime.generate_reply()
+
+        assert (20, [], [DEADLINE]) == (now() - began, talk.server.requests, ended(recorder))
+
+    async def test_what_comes_is_its_reply(self, converse, recorder):
+        """It does not take the reply of a request that was sent: both get it."""
+        talk = await converse("late:3")
+        nothing = talk.realtime.generate_reply()
+        asked = talk.realtime.generate_reply(instructions="SECRET")
+
+        assert (await nothing) is (await asked)
+        assert [OK, OK] == ended(recorder)
+
+    async def test_audio_only(self, converse, recorder):
+        """A model that takes no text answers at once with nothing: no failure, no retry."""
+        talk = await converse("ok")
+        talk.model._opts.modalities = "audio"
+
+        assert (None, 0) == await talk.reply()
+        assert ([OK], ["send"], []) == (ended(recorder), actions(recorder), talk.server.requests)
+
+
+class TestInOrder:
+    async def test_two_at_once(self, converse, recorder):
+        """The first is not orphaned by the second, as in the plugin's single slot."""
+        talk = await converse("late:3,late:5")
+        first = talk.realtime.generate_reply(instructions="SECRET")
+        second = talk.realtime.generate_reply(instructions="SECRET")
+        began = now()
+
+        await first
+        assert 3 == round(now() - began, 3)
+        await second
+        assert 5 == round(now() - began, 3)
+        await asyncio.sleep(10)
+        assert ["reply 1", "reply 2"] == talk.heard
+        assert [OK, OK] == ended(recorder)
+
+    async def test_two_in_turn(self, converse, recorder):
+        """One conversation, several replies."""
+        talk = await converse("ok,late:12,ok")
+
+        for _ in range(3):
+            await talk.reply()
+        await asyncio.sleep(1)
+
+        assert ["reply 1", "reply 2", "reply 3"] == talk.heard
+        assert [OK, AGAIN, OK] == ended(recorder)
+        assert 0 == late(recorder)
+
+    async def test_recycled_for_other_tools(self, converse, recorder):
+        """The plugin ends its stream and opens another one: that is no loss of the connection."""
+
+        @function_tool
+        async def look_up() -> str:
+            """Look it up."""
+            return "found"
+
+        talk = await converse("silence")
+        reply = talk.realtime.generate_reply(instructions="SECRET")
+        await asyncio.sleep(3)
+        await talk.realtime.update_tools([look_up])
+
+        with pytest.raises(llm.RealtimeError):
+            await reply
+        assert 2 == talk.server.connections
+        assert ([DEADLINE], TWICE) == (ended(recorder), actions(recorder))
+
+    async def test_recycled_by_the_clock(self, converse, recorder, monkeypatch):
+        """The plugin's recycling cancels itself and leaves nobody to read: known at once."""
+        monkeypatch.setattr(plugin, "MAX_SESSION_DURATION_SECONDS", 15)
+        talk = await converse("ok")
+        await talk.reply()
+        await asyncio.sleep(20)
+
+        assert (2, True) == (talk.server.connections, talk.realtime._response_task.done())
+        assert 0 == (await talk.reply())[1]
+        assert [OK, DEAD] == ended(recorder)
+
+    async def test_tool(self, converse, recorder):
+        """The plugin has the result answered by itself; nobody asks us for that reply."""
+
+        class Helper(Agent):
+            @function_tool
+            async def look_up(self) -> str:
+                """Look it up."""
+                return "found"
+
+        talk = await converse("tool:look_up", agent=Helper(instructions="SECRET"))
+        await talk.reply()
+        await asyncio.sleep(5)
+
+        assert ["reply 1"] == talk.heard
+        assert [OK] == ended(recorder)
+
+
+class TestLate:
+    async def test_is_linked_and_logged_once(self, converse, recorder, caplog):
+        """One record, with the trace of the reply that had failed."""
+        talk = await converse("late:25")
+        await talk.reply()
+        await asyncio.sleep(20)
+
+        trace_id = format(recorder.spans("generate_reply")[0].context.trace_id, "032x")
+        records = [r for r in caplog.records if "heard after it was reported" in r.getMessage()]
+        assert [trace_id] == [r.trace_id for r in records]
+
+    async def test_after_the_user_spoke(self, converse, recorder):
+        """What is heard then answers the user, or cannot be told from it."""
+        talk = await converse("late:25")
+        await talk.reply()
+        talk.realtime.emit("input_speech_started", llm.InputSpeechStartedEvent())
+        await asyncio.sleep(20)
+
+        assert (1, 0) == (len(talk.heard), late(recorder))
+
+    async def test_before_the_next(self, converse, recorder):
+        """It resolves the next request; that one's own reply is then the one too many."""
+        talk = await converse("late:25,late:10")
+        await talk.reply()
+        await talk.reply()
+        await asyncio.sleep(20)
+
+        assert [DEADLINE, OK] == ended(recorder)
+        assert (2, 1) == (len(talk.heard), late(recorder))
+
+
+class TestOnSilence:
+    async def test_resend(self, converse, recorder):
+        """By explicit choice, after a window of listening; it recovers a lost request."""
+        talk = await converse("silence,ok", on_silence="resend", attempt_timeout=5, base_delay=0)
+
+        assert (None, 10) == await talk.reply()
+        await asyncio.sleep(20)
+
+        assert ["send", "listen", "send"] == actions(recorder)
+        assert (["reply 2"], [AGAIN]) == (talk.heard, ended(recorder))
+
+    async def test_resend_is_at_least_once(self, converse, recorder):
+        """A slow one is then heard twice, which is why it is no default."""
+        talk = await converse("late:12,ok", on_silence="resend", attempt_timeout=5, base_delay=0)
+
+        await talk.reply()
+        await asyncio.sleep(20)
+
+        assert ["reply 2", "reply 1"] == talk.heard
+
+    async def test_nothing_of_ours_to_resend(self, converse, recorder):
+        """A user's message was sent by update_chat_ctx: asking again would send nothing."""
+        talk = await converse("silence", on_silence="resend", attempt_timeout=4)
+        await talk.reply(user_input="SECRET question")
+
+        assert ["send", "listen", "listen", "listen"] == actions(recorder)
+        assert [("exhausted", "max_attempts")] == ended(recorder)
+
+    async def test_restart_means_listen(self, converse, recorder):
+        """There is no restart here that would keep an old turn from being answered."""
+        await (await converse("silence", on_silence="restart")).reply()
+
+        assert TWICE == actions(recorder)
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("seconds", [3, 13])
+    async def test_in_the_attempt(self, seconds, converse, recorder):
+        """In ``send`` or ``listen``: over at once. No cancel exists: the reply is still spoken."""
+        talk = await converse("late:15")
+        handle = talk.ask()
+        await asyncio.sleep(seconds)
+        handle.interrupt()
+        await handle
+        await asyncio.sleep(20)
+
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert (TWICE if seconds > 10 else ONCE) == actions(recorder)
+        assert (1, 0, 0) == (len(talk.heard), late(recorder), recorder.open_spans)
+
+    async def test_before_it_was_sent(self, converse, recorder):
+        """The stream was not up yet: the text is dropped, and never heard."""
+        talk = await converse("ok", ready=False)
+        handle = talk.ask()
+        await asyncio.sleep(0.1)
+        handle.interrupt()
+        await handle
+        await asyncio.sleep(20)
+
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert ([], []) == (talk.server.requests, talk.heard)
+
+    async def test_given_up_before_it_was_sent(self, converse, recorder):
+        """The same where our deadline ends it."""
+        talk = await converse("ok", ready=False, deadline=0.3)
+        error, _ = await talk.reply()
+        await asyncio.sleep(20)
+
+        assert isinstance(error, llm.RealtimeError)
+        assert ([DEADLINE], [], []) == (ended(recorder), talk.server.requests, talk.heard)
+
+    async def test_the_caller_closes(self, converse, recorder):
+        """The agent's session is closed with a reply in mid-air."""
+        talk = await converse("silence")
+        talk.ask()
+        await asyncio.sleep(3)
+        await talk.session.aclose()
+
+        assert 1 == len(ended(recorder))
+        assert ended(recorder)[0][0] in ("interrupted", "not_recoverable")
+        assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize("seconds", [3, 13])
+    async def test_the_session_is_closed(self, seconds, converse, recorder):
+        """In ``send`` or ``listen``."""
+        talk = await converse("silence")
+        reply = talk.realtime.generate_reply(instructions="SECRET")
+        await asyncio.sleep(seconds)
+        await talk.realtime.aclose()
+
+        with pytest.raises(llm.RealtimeError):
+            await reply
+        assert [("not_recoverable", "session_closed")] == ended(recorder)
+
+
+class TestRawExceptions:
+    @pytest.mark.parametrize(
+        ("raw", "outcome", "cause"),
+        [
+            (ValueError("SECRET"), DEAD, "invalid_request"),
+            (OSError("SECRET"), ("exhausted", "unsafe_to_resend"), "connection_lost"),
+        ],
+    )
+    async def test_of_a_send(self, raw, outcome, cause, converse, recorder, monkeypatch):
+        """LiveKit catches a RealtimeError only; the cause is kept, its text is not repeated."""
+        talk = await converse("ok")
+
+        async def fail(*args, **kwargs):
+            raise raw
+
+        monkeypatch.setattr(talk.realtime, "_send_text_message", fail)
+        error, took = await talk.reply()
+
+        assert (llm.RealtimeError, raw, 0) == (type(error), error.__cause__, took)
+        assert "SECRET" not in repr(error)
+        assert ([outcome], [cause]) == (ended(recorder), causes(recorder))
+
+    @pytest.mark.parametrize("script", ["rate_limit", "unauthorized", "silence", "drop_before"])
+    async def test_nothing_leaks(self, script, converse, recorder, caplog):
+        """Instructions are not in our spans, metrics, log or error."""
+        error, _ = await (await converse(script)).reply()
+
+        told = [
+            repr([s.to_json() for s in recorder.spans() if s.name.startswith("generate_reply")]),
+            repr([recorder.points(m) for m in recorder.metric_names()]),
+            repr([vars(r) for r in caplog.records if r.name == "traced_retry"]),
+            repr(error),
+        ]
+        assert not [t for t in told if "SECRET" in t]
+
+
+class TestContract:
+    """What the adapter relies on; each fails where a new version of the plugin moved it."""
+
+    async def test_attributes(self, converse):
+        """Each of ``needs`` is there, and the model's time-out."""
+        talk = await converse("ok", bare=True)
+
+        assert [] == AWSAdapter(talk.realtime, None).missing()
+        assert 10.0 == talk.model._generate_reply_timeout
+
+    async def test_target(self, converse, recorder):
+        """Semantic conventions' name for the provider."""
+        await (await converse("ok")).reply()
+
+        (reply,) = recorder.replies
+        assert ("aws.bedrock", "amazon.nova-2-sonic-v1:0") == (
+            reply["gen_ai.provider.name"],
+            reply["gen_ai.request.model"],
+        )
+
+    async def test_slot(self, converse):
+        """One slot; without instructions its future is shared, else a fresh one is made."""
+        talk = await converse("silence", bare=True)
+        realtime = talk.realtime
+        empty = realtime.generate_reply()
+        first = realtime.generate_reply(instructions="SECRET")
+
+        assert realtime._pending_generation_fut is first is realtime.generate_reply()
+        assert realtime.generate_reply(instructions="SECRET") is realtime._pending_generation_fut
+        assert not empty.done()
+        for future in (first, realtime._pending_generation_fut):
+            future.cancel()
+
+    async def test_announcements(self, converse):
+        """Twice per reply, under one id, and never as asked by the user."""
+        talk = await converse("ok", bare=True)
+        await talk.reply()
+        await asyncio.sleep(1)
+
+        assert [False, False] == [event.user_initiated for event in talk.announced]
+        assert 1 == len({event.response_id for event in talk.announced})
+
+    async def test_reader(self, converse):
+        """The one task that reads the stream, and another one after throttling."""
+        talk = await converse("rate_limit", bare=True)
+        before = talk.realtime._response_task
+        await talk.reply()
+
+        assert before.done()
+        assert not talk.realtime._response_task.done()
+
+
+class TestSimulator:
+    def test_frames(self):
+        """What is encoded is decoded, and the SDK's own encoder agrees."""
+        events = pytest.importorskip("smithy_aws_event_stream.events")
+        headers = {":message-type": "event", ":event-type": "chunk"}
+        frame = encode_frame(headers, b"payload")
+
+        assert (headers, b"payload", len(frame)) == decode_frame(frame + b"more")
+        assert events.EventMessage(headers=headers, payload=b"payload").encode() == frame
+
+    def test_headers_of_other_types(self):
+        """Those that are no strings are skipped."""
+        events = pytest.importorskip("smithy_aws_event_stream.events")
+        headers = {"a": True, "b": 5, "c": b"bytes", "d": events.Long(7), "e": "text"}
+        frame = events.EventMessage(headers=headers, payload=b"").encode()
+
+        assert ({"e": "text"}, b"", len(frame)) == decode_frame(frame)
+
+    @pytest.mark.parametrize("length", [0, 15, 30])
+    def test_a_frame_in_pieces(self, length):
+        """None until it is whole."""
+        assert None is decode_frame(encode_frame({"a": "b"}, b"a payload")[:length])
+
+    @pytest.mark.parametrize("at", [2, -6])
+    def test_a_bad_checksum(self, at):
+        """Of the prelude, or of the whole."""
+        frame = bytearray(encode_frame({"a": "b"}, struct.pack("!I", 7)))
+        frame[at] ^= 1
+
+        with pytest.raises(ValueError, match="checksum"):
+            decode_frame(bytes(frame))
+
+    async def test_what_it_heard(self, converse):
+        """Requests, texts that asked for nothing, and what it completed."""
+        talk = await converse("ok")
+        await talk.reply()
+
+        (request,) = talk.server.requests
+        assert ("SECRET instructions", 1, "ok") == (
+            request.instructions,
+            request.number,
+            str(request.fault),
+        )
+        assert [("SYSTEM", "SECRET")] == talk.server.history
+        assert (["reply 1"], [], 1) == (
+            talk.server.completed,
+            talk.server.cancels,
+            talk.server.connections,
+        )
+
+    async def test_words(self, converse):
+        """What can be waited for."""
+        talk = await converse("drop_before")
+        await talk.server.wait_for("connected")
+        await talk.reply()
+        await talk.server.wait_for("connection_lost")
+
+        assert 1 == talk.server.lost
+
+    async def test_refuses(self, converse):
+        """A stream that the script does not let open."""
+        talk = await converse("unauthorized")
+        await talk.server.wait_for("connection_refused")
+
+        assert (1, 0) == (talk.server.refused, talk.server.connections)
+
+    @pytest.mark.parametrize("script", ["quota", "active", "uncorrelated"])
+    def test_unknown_words(self, script):
+        """A fault that means nothing here is an error."""
+        with pytest.raises(ScriptError, match="means nothing to AWSSimulator"):
+            AWSSimulator(script)
+
+    async def test_running(self):
+        """It has a URL while it runs, and is started once."""
+        server = AWSSimulator()
+        with pytest.raises(RuntimeError, match="not running"):
+            _ = server.url
+        async with server:
+            assert server.url.startswith("https://127.0.0.1:")
+            with pytest.raises(RuntimeError, match="running already"):
+                await server.start()
+        await server.close()
+
+    async def test_redirected_is_undone(self):
+        """The plugin is as it was."""
+        names = ("_BedrockRuntimeConfig", "AWSCRTHTTPClient", "_get_credentials_resolver")
+        before = [getattr(plugin, name) for name in names]
+        async with AWSSimulator() as server:
+            with server.redirected():
+                assert not set(before) & {getattr(plugin, name) for name in names}
+
+        assert before == [getattr(plugin, name) for name in names]
+
+    async def test_redirected_where_the_plugin_moved(self, monkeypatch):
+        """The error names what is gone."""
+        monkeypatch.delattr(plugin, "AWSCRTHTTPClient")
+        async with AWSSimulator() as server:
+            with pytest.raises(RuntimeError, match="has no AWSCRTHTTPClient"), server.redirected():
+                pass
+
+    def test_old_sdk(self):
+        """Before 0.10 its configuration class was called, not resolved."""
+        made = aws._Config(dict, "https://127.0.0.1:1")(endpoint_uri="https://aws", region="x")
+
+        assert {"endpoint_uri": "https://127.0.0.1:1", "region": "x"} == made

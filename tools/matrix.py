@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Provider x fault: what becomes of one reply, with us, without us, and with blind retries.
+
+``make matrix`` prints the tables and writes them to ``docs/providers.md``. Each cell is a real
+AgentSession with the real plugin over a real socket to that provider's simulator, on the virtual
+clock of the tests. Exit status 1 where a reply is heard twice with us, a caller waits past the
+deadline, or a span stays open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+warnings.simplefilter("ignore")
+
+import aiohttp  # noqa: E402
+from google.genai import types  # noqa: E402
+from livekit.agents import (  # noqa: E402
+    Agent,
+    AgentSession,
+    APIConnectOptions,
+    inference,
+    llm,
+)
+from livekit.plugins import azure, google, openai, phonic, ultravox, xai  # noqa: E402
+from livekit.plugins.aws.experimental.realtime import realtime_model as aws  # noqa: E402
+from livekit.plugins.nvidia.experimental import realtime as nvidia  # noqa: E402
+from support.clock import VirtualClockLoop  # noqa: E402
+from support.recorder import Recorder  # noqa: E402
+
+import traced_retry  # noqa: E402
+from traced_retry.simulator import OpenAISimulator  # noqa: E402
+from traced_retry.simulator.aws import AWSSimulator  # noqa: E402
+from traced_retry.simulator.azure import VoiceLiveSimulator  # noqa: E402
+from traced_retry.simulator.google import GoogleSimulator  # noqa: E402
+from traced_retry.simulator.nvidia import PersonaPlexSimulator  # noqa: E402
+from traced_retry.simulator.openai_kin import AzureOpenAISimulator, XAISimulator  # noqa: E402
+from traced_retry.simulator.phonic import PhonicSimulator, redirected  # noqa: E402
+from traced_retry.simulator.ultravox import UltravoxSimulator  # noqa: E402
+
+MARK = "SECRET"
+"""In every key, instruction and question; found nowhere in what we tell."""
+DEADLINE = traced_retry.RetryPolicy().deadline
+FAST = APIConnectOptions(max_retry=3, retry_interval=0.5, timeout=5.0)
+
+
+def _openai(server, http, stack):
+    return openai.realtime.RealtimeModel(
+        api_key=MARK,
+        base_url=server.url,
+        modalities=["text"],
+        http_session=http,
+        conn_options=FAST,
+    )
+
+
+def _xai(server, http, stack):
+    return xai.realtime.RealtimeModel(
+        api_key=MARK, base_url=server.url, http_session=http, conn_options=FAST
+    )
+
+
+def _azure_openai(server, http, stack):
+    return openai.realtime.RealtimeModel.with_azure(
+        azure_deployment="deployed",
+        azure_endpoint=server.url,
+        api_key=MARK,
+        modalities=["text"],
+        http_session=http,
+    )
+
+
+def _inference(server, http, stack):
+    return inference.RealtimeModel(
+        "openai/gpt-realtime",
+        api_key=MARK,
+        api_secret=MARK * 6,
+        base_url=server.url,
+        modalities=["text"],
+        http_session=http,
+        conn_options=FAST,
+    )
+
+
+def _voicelive(server, http, stack):
+    return azure.realtime.RealtimeModel(
+        api_key=MARK, endpoint=server.url, modalities=["text"], conn_options=FAST
+    )
+
+
+def _google(server, http, stack):
+    return google.realtime.RealtimeModel(
+        api_key=MARK,
+        modalities=[types.Modality.TEXT],
+        http_options=types.HttpOptions(**server.http_options),
+    )
+
+
+def _ultravox(server, http, stack):
+    return ultravox.realtime.RealtimeModel(
+        api_key=MARK, base_url=server.url, http_session=http, output_medium="text"
+    )
+
+
+def _phonic(server, http, stack):
+    stack.enter_context(redirected(server.url))
+    return phonic.realtime.RealtimeModel(api_key=MARK)
+
+
+def _nvidia(server, http, stack):
+    return nvidia.RealtimeModel(base_url=server.url, http_session=http)
+
+
+def _aws(server, http, stack):
+    stack.enter_context(server.redirected())
+    return aws.RealtimeModel()
+
+
+PROVIDERS = {
+    "openai": (OpenAISimulator, _openai),
+    "xai": (XAISimulator, _xai),
+    "azure-openai": (AzureOpenAISimulator, _azure_openai),
+    "inference": (OpenAISimulator, _inference),
+    "azure-voicelive": (VoiceLiveSimulator, _voicelive),
+    "google": (GoogleSimulator, _google),
+    "ultravox": (UltravoxSimulator, _ultravox),
+    "phonic": (PhonicSimulator, _phonic),
+    "aws": (AWSSimulator, _aws),
+    "nvidia": (PersonaPlexSimulator, _nvidia),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that may happen."""
+
+    name: str
+    script: str
+    at: float | None = None
+    """Seconds after which ``what`` is done."""
+    what: str = ""
+    instead: dict[str, str] = field(default_factory=dict)
+    """Another script, by provider."""
+
+
+ROWS = (
+    Row("ok", "ok"),
+    Row("answered after 7 s", "late:7"),
+    Row("answered after 12 s", "late:12"),
+    Row("first request silently lost, second answered", "silence,ok"),
+    Row("every request lost", "silence"),
+    Row("answered only after the deadline", "late:25"),
+    Row("dropped during the attempt", "drop_before,ok"),
+    Row(
+        "coded error, then ok",
+        "error:server_error,ok",
+        instead={"google": "error:503,ok", "aws": "error:validationException,ok"},
+    ),
+    Row("rate limit, then ok", "rate_limit,ok"),
+    Row("quota or authentication", "quota", instead={"aws": "unauthorized"}),
+    Row("barge-in during the attempt", "late:4", 2, "interrupt"),
+    Row(
+        "barge-in during the wait",
+        "rate_limit:8,ok",
+        2,
+        "interrupt",
+        instead={"google": "late:9", "ultravox": "late:9", "phonic": "late:14", "aws": "late:14"},
+    ),
+    Row("superseded by a second call", "late:3", 1, "supersede"),
+    Row("session closed", "late:4", 2, "close"),
+    Row("caller closes", "late:4", 2, "hang up"),
+)
+
+
+@dataclass
+class Cell:
+    """What became of the reply."""
+
+    asked: int = 1
+    heard: int = 0
+    seconds: float = 0.0
+    told: str = ""
+    """Outcome and stop reason with us; "told" or "not told" of failure without."""
+    actions: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        count = f"{self.heard}" if self.asked == 1 else f"{self.heard} of {self.asked}"
+        return f"{count}, {self.told}, {self.seconds:.1f} s"
+
+
+def blindly(session: Any) -> None:
+    """Retry as the upstream proposal does: send again after any RealtimeError."""
+    original = session.generate_reply
+
+    def generate_reply(**kwargs: Any) -> asyncio.Future[Any]:
+        async def again() -> Any:
+            for n in range(4):
+                try:
+                    return await original(**kwargs)
+                except llm.RealtimeError:
+                    if n == 3:
+                        raise
+                    await asyncio.sleep(min(2**n, 10))
+            raise AssertionError
+
+        return asyncio.ensure_future(again())
+
+    session.generate_reply = generate_reply
+
+
+async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901 - a script
+    """One conversation."""
+    simulator, make = PROVIDERS[provider]
+    cell, recorder = Cell(), Recorder()
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        script = "ok" if provider == "nvidia" else row.instead.get(provider, row.script)
+        server = await stack.enter_async_context(simulator(script))
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        model = make(server, http, stack)
+        if mode == "ours":
+            providers = recorder.providers
+            traced_retry.wrap(model, policy=traced_retry.RetryPolicy(), **providers)
+        session = AgentSession(llm=model)
+        await session.start(Agent(instructions=f"{MARK} instructions"))
+        realtime = session._activity._rt_session
+        if provider == "aws":
+            await asyncio.sleep(1)  # the plugin opens its stream after 0.55 s
+        if mode == "blind":
+            blindly(realtime)
+        began, second = loop.time(), None
+        handle = session.generate_reply(instructions=f"{MARK} question")
+        if row.at is not None:
+            await asyncio.sleep(row.at)
+            with contextlib.suppress(Exception):
+                if row.what == "interrupt":
+                    handle.interrupt()
+                elif row.what == "supersede":
+                    cell.asked, second = 2, realtime.generate_reply()
+                elif row.what == "close":
+                    await realtime.aclose()
+                else:
+                    await session.aclose()
+        await asyncio.wait({asyncio.ensure_future(handle.wait_for_playout())}, timeout=60)
+        cell.seconds = loop.time() - began
+        if not handle.done():
+            cell.problems.append("the caller hangs")
+        await asyncio.sleep(40)
+        items = session.history.items
+        said = [
+            i.text_content or "" for i in items if i.type == "message" and i.role == "assistant"
+        ]
+        cell.heard = sum(text.count("reply") for text in said)
+        if second is not None and second.done() and not second.cancelled():
+            cell.heard += second.exception() is None and cell.heard == 0
+        failed = handle.done() and handle.exception() is not None
+        cell.told = "told failed" if failed else ("" if cell.heard else "silence")
+        with contextlib.suppress(Exception):
+            await session.aclose()
+    if mode == "ours":
+        judge(cell, recorder)
+    recorder.shutdown()
+    return cell
+
+
+def judge(cell: Cell, recorder: Recorder) -> None:
+    """Hold the cell to the promise."""
+    replies = recorder.replies
+    first = replies[0] if replies else {}
+    stop = first.get("traced_retry.stop_reason")
+    cell.told = " ".join(filter(None, (first.get("traced_retry.outcome"), stop and f"({stop})")))
+    letters = [a["traced_retry.action"][0].upper() for a in recorder.attempts]
+    cell.actions = " ".join(letters[: first.get("traced_retry.attempts", 0)])
+    late = sum(recorder.points("traced_retry.late_replies").values())
+    if late:
+        cell.told += f" + {late} late, counted"
+    if cell.heard > cell.asked:
+        cell.problems.append("heard twice")
+    if cell.seconds > DEADLINE + 0.01:
+        cell.problems.append("past the deadline")
+    if recorder.open_spans:
+        cell.problems.append("a span stays open")
+    if cell.heard and not late and first.get("traced_retry.outcome") == "exhausted":
+        cell.problems.append("heard after failure was told")
+    told = json.dumps([s.to_json() for s in recorder.spans()]) + repr(
+        [recorder.points(name) for name in recorder.metric_names()]
+    )
+    if MARK in told:
+        cell.problems.append("content in telemetry")
+
+
+def run(provider: str, row: Row, mode: str) -> Cell:
+    """One cell, on a virtual clock of its own."""
+    loop = VirtualClockLoop()
+    loop.patience = 0.05 if provider == "aws" else 0.0  # its client does its IO in own threads
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(play(provider, row, mode))
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def main() -> int:
+    """Run the matrix."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--against", default="bare,blind", help="also run: bare, blind")
+    parser.add_argument("--only", default="", help="these providers, separated by commas")
+    parser.add_argument("--write", type=Path, help="the page to write the tables into")
+    arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    against = [mode for mode in arguments.against.split(",") if mode]
+    names = [n for n in arguments.only.split(",") if n] or list(PROVIDERS)
+    tables, problems = [], []
+    for provider in names:
+        heads = ["", "script", "with us", "attempts", *against]
+        lines = [f"### {provider}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row in ROWS:
+            script = row.instead.get(provider, row.script)
+            if provider == "nvidia":
+                if row.name != "ok":
+                    continue
+            elif {f.partition(":")[0] for f in script.split(",")} - PROVIDERS[provider][0].faults:
+                lines.append(f"| {row.name} | `{script}` | not in this protocol | | | |")
+                continue
+            ours = run(provider, row, "ours")
+            others = [str(run(provider, row, mode)) for mode in against]
+            problems += [f"{provider}, {row.name}: {p}" for p in ours.problems]
+            cells = [row.name, f"`{script}`", str(ours), ours.actions, *others]
+            lines.append(f"| {' | '.join(cells)} |")
+            print(f"{provider:<16}{row.name:<46}", *cells[2:], sep="  | ", flush=True)
+        tables.append("\n".join(lines))
+    if arguments.write is not None:
+        page = arguments.write.read_text()
+        head, _, _ = page.partition("<!-- matrix -->")
+        arguments.write.write_text(f"{head}<!-- matrix -->\n\n" + "\n\n".join(tables) + "\n")
+    for problem in problems:
+        print("PROBLEM", problem)
+    print(f"{len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
