@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import logging
 import sys
 import warnings
@@ -126,6 +125,19 @@ def _aws(server, http, stack):
     stack.enter_context(server.redirected())
     return aws.RealtimeModel()
 
+
+class _Log(logging.Handler):
+    """What we logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+LOG = _Log()
 
 PROVIDERS = {
     "openai": (OpenAISimulator, _openai),
@@ -294,11 +306,15 @@ def judge(cell: Cell, recorder: Recorder) -> None:
         cell.problems.append("a span stays open")
     if cell.heard and not late and first.get("traced_retry.outcome") == "exhausted":
         cell.problems.append("heard after failure was told")
-    told = json.dumps([s.to_json() for s in recorder.spans()]) + repr(
-        [recorder.points(name) for name in recorder.metric_names()]
+    told = (
+        repr([s.to_json() for s in recorder.spans()]),
+        repr([recorder.points(name) for name in recorder.metric_names()]),
+        repr([vars(record) | {"text": record.getMessage()} for record in LOG.records]),
+        str(cell),
     )
-    if MARK in told:
-        cell.problems.append("content in telemetry")
+    if any(MARK in one for one in told):
+        cell.problems.append("content in a span, a metric, the log or the output")
+    LOG.records.clear()
 
 
 def run(provider: str, row: Row, mode: str) -> Cell:
@@ -320,7 +336,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="these providers, separated by commas")
     parser.add_argument("--write", type=Path, help="the page to write the tables into")
     arguments = parser.parse_args()
-    logging.disable(logging.CRITICAL)
+    logging.getLogger().addHandler(logging.NullHandler())  # the plugins tell what scripts do
+    logging.getLogger("traced_retry").addHandler(LOG)
+    logging.getLogger("traced_retry").setLevel(logging.INFO)
     against = [mode for mode in arguments.against.split(",") if mode]
     names = [n for n in arguments.only.split(",") if n] or list(PROVIDERS)
     tables, problems = [], []

@@ -63,6 +63,8 @@ KIN = {
 @pytest.fixture(params=KIN)
 def kin(request):
     """One of them: model, simulator, name."""
+    if request.param.startswith("inference") and not hasattr(inference, "RealtimeModel"):
+        pytest.skip("LiveKit inference got its realtime model after livekit-agents 1.7.0")
     return KIN[request.param]
 
 

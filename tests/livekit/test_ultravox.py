@@ -359,6 +359,8 @@ class TestLateReplies:
     async def test_what_is_said_verbatim_is_not(self, converse, recorder):
         """say() after the failure is no late reply."""
         talk = await converse("silence")
+        if not talk.realtime.capabilities.supports_say:
+            pytest.skip("the plugin has no say() yet in 1.7.0")
         await talk.reply()
         said = talk.realtime.say("sorry")
         (call,) = talk.server._open
