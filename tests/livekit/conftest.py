@@ -3,55 +3,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 
 import aiohttp
 import pytest
 from livekit.agents import Agent, AgentSession, APIConnectOptions
 from livekit.plugins import openai
+from support.conversation import Conversation
 
 import traced_retry
 from traced_retry.simulator import OpenAISimulator
-
-
-class Conversation:
-    """One agent talking to one server."""
-
-    def __init__(self, server, model, session):
-        self.server = server
-        self.model = model
-        self.session = session
-        self.errors = []
-        session.on("error", self.errors.append)
-
-    @property
-    def realtime(self):
-        """The plugin's session under the agent's."""
-        return self.session._activity._rt_session
-
-    @property
-    def heard(self):
-        """What the agent said, in order: the text of its messages."""
-        return [
-            item.text_content
-            for item in self.session.history.items
-            if item.type == "message" and item.role == "assistant"
-        ]
-
-    def ask(self, **kwargs):
-        """Ask for a reply; returns its SpeechHandle."""
-        return self.session.generate_reply(**kwargs)
-
-    async def reply(self, **kwargs):
-        """Ask for a reply and wait until it is over; returns its exception, if any."""
-        handle = self.ask(**kwargs)
-        await handle
-        return handle.exception()
-
-    async def settle(self, seconds=15.0):
-        """Let time pass: whatever would be heard late is heard now."""
-        await asyncio.sleep(seconds)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import struct
 
 import pytest
 from livekit.agents import Agent, AgentSession, function_tool, llm
+from support.conversation import Conversation, actions, ended, late, now
 
 import traced_retry
 from traced_retry.livekit.aws import AWSAdapter
@@ -30,43 +31,27 @@ async def patient_clock():
     asyncio.get_running_loop().patience = 0.05
 
 
-class Conversation:
-    """One agent talking to one server."""
+class Talk(Conversation):
+    """With Nova Sonic."""
 
     def __init__(self, server, model, session):
-        self.server = server
-        self.model = model
-        self.session = session
-        self.realtime = session._activity._rt_session
+        super().__init__(server, model, session)
         self.announced = []
         self.realtime.on("generation_created", self.announced.append)
 
     @property
     def heard(self):
         """What the agent said. LiveKit adds an empty message per reply, of the asker's handle."""
-        items = self.session.history.items
-        said = [i.text_content for i in items if i.type == "message" and i.role == "assistant"]
-        return [text for text in said if text]
+        return [text for text in super().heard if text]
 
     def ask(self, **kwargs):
-        return self.session.generate_reply(**(kwargs or {"instructions": "SECRET instructions"}))
-
-    async def reply(self, **kwargs):
-        """Ask, wait until it is over; returns the exception and the seconds it took."""
-        began = now()
-        handle = self.ask(**kwargs)
-        await handle
-        return handle.exception(), round(now() - began, 3)
-
-
-def now():
-    """The loop's seconds."""
-    return asyncio.get_running_loop().time()
+        """Ask for a reply, with instructions unless something else is said."""
+        return super().ask(**(kwargs or {"instructions": "SECRET instructions"}))
 
 
 @pytest.fixture
 async def converse(recorder):
-    """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
+    """Of a script and a policy's settings makes a :class:`Talk`, closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def converse(script, *, bare=False, agent=None, ready=True, **policy):
@@ -80,30 +65,14 @@ async def converse(recorder):
             await session.start(agent or Agent(instructions="SECRET"))
             if ready:
                 await asyncio.sleep(1)  # the plugin opens its stream after 0.55 s
-            return Conversation(server, model, session)
+            return Talk(server, model, session)
 
         yield converse
-
-
-def ended(recorder):
-    """Outcome and stop reason of each reply."""
-    names = ("traced_retry.outcome", "traced_retry.stop_reason")
-    return [tuple(reply.get(name) for name in names) for reply in recorder.replies]
-
-
-def actions(recorder):
-    """What each attempt did."""
-    return [attempt["traced_retry.action"] for attempt in recorder.attempts]
 
 
 def causes(recorder):
     """``error.type`` of each attempt."""
     return [attempt.get("error.type") for attempt in recorder.attempts]
-
-
-def late(recorder):
-    """How many late replies were counted."""
-    return sum(recorder.counted(LATE).values())
 
 
 OK = ("succeeded", None)
@@ -155,7 +124,7 @@ class TestEachRow:
         heard, late_ones, outcome, did, seconds = ROWS[script]
         talk = await converse(script)
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert heard == len(talk.heard)
@@ -173,7 +142,7 @@ class TestEachRow:
         heard, succeeded, seconds = BARE[script]
         talk = await converse(script, bare=True)
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert (heard, succeeded, seconds) == (len(talk.heard), error is None, took)
@@ -197,13 +166,13 @@ class TestEachRow:
     )
     async def test_why(self, script, cause, converse, recorder):
         """``error.type`` of each attempt."""
-        await (await converse(script)).reply()
+        await (await converse(script)).timed_reply()
 
         assert cause == causes(recorder)
 
     async def test_refused(self, converse, recorder):
         """AWS's own code is on the span, and the agent can read it."""
-        error, _ = await (await converse("unauthorized")).reply()
+        error, _ = await (await converse("unauthorized")).timed_reply()
 
         assert "AccessDeniedException" == error.code
         assert ["AccessDeniedException"] == [
@@ -213,7 +182,7 @@ class TestEachRow:
     async def test_asked_of_a_dead_stream(self, converse, recorder):
         """Known at once, where the plugin alone lets the agent wait."""
         talk = await converse("drop_before")
-        await talk.reply()
+        await talk.timed_reply()
         began = now()
 
         with pytest.raises(llm.RealtimeError):
@@ -228,7 +197,7 @@ class TestUserMessage:
         """After throttling the plugin asks again by itself; so we never do."""
         talk = await converse("rate_limit,ok")
 
-        assert (None, 0.05) == await talk.reply(user_input="SECRET question")
+        assert (None, 0.05) == await talk.timed_reply(user_input="SECRET question")
         await asyncio.sleep(15)
 
         assert ["reply 2"] == talk.heard
@@ -244,7 +213,7 @@ class TestUserMessage:
         """The plugin's future of a user's message has no time-out of its own."""
         talk = await converse(script)
 
-        _, took = await talk.reply(user_input="SECRET question")
+        _, took = await talk.timed_reply(user_input="SECRET question")
 
         assert ([outcome], TWICE, seconds) == (ended(recorder), actions(recorder), took)
         assert 1 == len(talk.server.requests)
@@ -311,7 +280,7 @@ class TestNothingSent:
         talk = await converse("ok")
         talk.model._opts.modalities = "audio"
 
-        assert (None, 0) == await talk.reply()
+        assert (None, 0) == await talk.timed_reply()
         assert ([OK], ["send"], []) == (ended(recorder), actions(recorder), talk.server.requests)
 
 
@@ -336,7 +305,7 @@ class TestInOrder:
         talk = await converse("ok,late:12,ok")
 
         for _ in range(3):
-            await talk.reply()
+            await talk.timed_reply()
         await asyncio.sleep(1)
 
         assert ["reply 1", "reply 2", "reply 3"] == talk.heard
@@ -365,11 +334,11 @@ class TestInOrder:
         """The plugin's recycling cancels itself and leaves nobody to read: known at once."""
         monkeypatch.setattr(plugin, "MAX_SESSION_DURATION_SECONDS", 15)
         talk = await converse("ok")
-        await talk.reply()
+        await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert (2, True) == (talk.server.connections, talk.realtime._response_task.done())
-        assert 0 == (await talk.reply())[1]
+        assert 0 == (await talk.timed_reply())[1]
         assert [OK, DEAD] == ended(recorder)
 
     async def test_tool(self, converse, recorder):
@@ -382,7 +351,7 @@ class TestInOrder:
                 return "found"
 
         talk = await converse("tool:look_up", agent=Helper(instructions="SECRET"))
-        await talk.reply()
+        await talk.timed_reply()
         await asyncio.sleep(5)
 
         assert ["reply 1"] == talk.heard
@@ -393,7 +362,7 @@ class TestLate:
     async def test_is_linked_and_logged_once(self, converse, recorder, caplog):
         """One record, with the trace of the reply that had failed."""
         talk = await converse("late:25")
-        await talk.reply()
+        await talk.timed_reply()
         await asyncio.sleep(20)
 
         trace_id = format(recorder.spans("generate_reply")[0].context.trace_id, "032x")
@@ -403,7 +372,7 @@ class TestLate:
     async def test_after_the_user_spoke(self, converse, recorder):
         """What is heard then answers the user, or cannot be told from it."""
         talk = await converse("late:25")
-        await talk.reply()
+        await talk.timed_reply()
         talk.realtime.emit("input_speech_started", llm.InputSpeechStartedEvent())
         await asyncio.sleep(20)
 
@@ -412,8 +381,8 @@ class TestLate:
     async def test_before_the_next(self, converse, recorder):
         """It resolves the next request; that one's own reply is then the one too many."""
         talk = await converse("late:25,late:10")
-        await talk.reply()
-        await talk.reply()
+        await talk.timed_reply()
+        await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert [DEADLINE, OK] == ended(recorder)
@@ -425,7 +394,7 @@ class TestOnSilence:
         """By explicit choice, after a window of listening; it recovers a lost request."""
         talk = await converse("silence,ok", on_silence="resend", attempt_timeout=5, base_delay=0)
 
-        assert (None, 10) == await talk.reply()
+        assert (None, 10) == await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert ["send", "listen", "send"] == actions(recorder)
@@ -435,7 +404,7 @@ class TestOnSilence:
         """A slow one is then heard twice, which is why it is no default."""
         talk = await converse("late:12,ok", on_silence="resend", attempt_timeout=5, base_delay=0)
 
-        await talk.reply()
+        await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert ["reply 2", "reply 1"] == talk.heard
@@ -443,7 +412,7 @@ class TestOnSilence:
     async def test_nothing_of_ours_to_resend(self, converse, recorder):
         """A user's message was sent by update_chat_ctx: asking again would send nothing."""
         talk = await converse("silence", on_silence="resend", attempt_timeout=4)
-        await talk.reply(user_input="SECRET question")
+        await talk.timed_reply(user_input="SECRET question")
 
         assert ["send", "listen", "listen", "listen"] == actions(recorder)
         assert [("exhausted", "max_attempts")] == ended(recorder)
@@ -485,7 +454,7 @@ class TestInterruption:
     async def test_given_up_before_it_was_sent(self, converse, recorder):
         """The same where our deadline ends it."""
         talk = await converse("ok", ready=False, deadline=0.3)
-        error, _ = await talk.reply()
+        error, _ = await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert isinstance(error, llm.RealtimeError)
@@ -531,7 +500,7 @@ class TestRawExceptions:
             raise raw
 
         monkeypatch.setattr(talk.realtime, "_send_text_message", fail)
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
 
         assert (llm.RealtimeError, raw, 0) == (type(error), error.__cause__, took)
         assert "SECRET" not in repr(error)
@@ -540,7 +509,7 @@ class TestRawExceptions:
     @pytest.mark.parametrize("script", ["rate_limit", "unauthorized", "silence", "drop_before"])
     async def test_nothing_leaks(self, script, converse, recorder, caplog):
         """Instructions are not in our spans, metrics, log or error."""
-        error, _ = await (await converse(script)).reply()
+        error, _ = await (await converse(script)).timed_reply()
 
         told = [
             repr([s.to_json() for s in recorder.spans() if s.name.startswith("generate_reply")]),
@@ -587,7 +556,7 @@ class TestContract:
     async def test_announcements(self, converse):
         """Twice per reply, under one id, and never as asked by the user."""
         talk = await converse("ok", bare=True)
-        await talk.reply()
+        await talk.timed_reply()
         await asyncio.sleep(1)
 
         assert [False, False] == [event.user_initiated for event in talk.announced]
@@ -597,7 +566,7 @@ class TestContract:
         """The one task that reads the stream, and another one after throttling."""
         talk = await converse("rate_limit", bare=True)
         before = talk.realtime._response_task
-        await talk.reply()
+        await talk.timed_reply()
 
         assert before.done()
         assert not talk.realtime._response_task.done()
@@ -638,7 +607,7 @@ class TestSimulator:
     async def test_what_it_heard(self, converse):
         """Requests, texts that asked for nothing, and what it completed."""
         talk = await converse("ok")
-        await talk.reply()
+        await talk.timed_reply()
 
         (request,) = talk.server.requests
         assert ("SECRET instructions", 1, "ok") == (
@@ -657,7 +626,7 @@ class TestSimulator:
         """What can be waited for."""
         talk = await converse("drop_before")
         await talk.server.wait_for("connected")
-        await talk.reply()
+        await talk.timed_reply()
         await talk.server.wait_for("connection_lost")
 
         assert 1 == talk.server.lost

@@ -8,11 +8,11 @@ import asyncio
 import pytest
 from livekit.agents import Agent, function_tool, llm
 from livekit.plugins.azure import realtime as azure
+from support.conversation import codes, ended
 
 from traced_retry.livekit.azure import VoiceLiveAdapter
 from traced_retry.simulator.azure import VoiceLiveSimulator
 
-END = ("traced_retry.outcome", "traced_retry.stop_reason")
 HOME = "livekit.plugins.azure.realtime.realtime_model"
 
 
@@ -37,16 +37,6 @@ def converse(converse):
         return talk
 
     return converse_over_voicelive
-
-
-def ended(recorder):
-    """Outcome and stop reason of each reply."""
-    return [tuple(reply.get(name) for name in END) for reply in recorder.replies]
-
-
-def codes(recorder):
-    """Error code, else error type, of each attempt; None for one that succeeded."""
-    return [a.get("traced_retry.error_code", a.get("error.type")) for a in recorder.attempts]
 
 
 ALONE = {

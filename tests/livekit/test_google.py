@@ -11,6 +11,7 @@ import pytest
 from google.genai import types
 from livekit.agents import Agent, AgentSession, function_tool, llm
 from livekit.plugins import google
+from support.conversation import Conversation, actions, codes, ended, now
 
 import traced_retry
 from traced_retry.livekit.google import LISTEN_WINDOW, PLUGIN_TIMEOUT, SEND_WINDOW, GoogleAdapter
@@ -24,50 +25,17 @@ MANUAL = types.RealtimeInputConfig(
 )
 
 
-class Conversation:
-    """One agent talking to one server."""
-
-    def __init__(self, server, model, session):
-        self.server = server
-        self.model = model
-        self.session = session
-
-    @property
-    def realtime(self):
-        """The plugin's session under the agent's."""
-        return self.session._activity._rt_session
-
-    @property
-    def heard(self):
-        """What the agent said, in order: the text of its messages."""
-        return [
-            item.text_content
-            for item in self.session.history.items
-            if item.type == "message" and item.role == "assistant"
-        ]
-
-    def ask(self, **kwargs):
-        """Ask for a reply; returns its SpeechHandle."""
-        return self.session.generate_reply(**kwargs)
-
-    async def reply(self, **kwargs):
-        """Ask for a reply and wait until it is over; returns its exception, if any."""
-        handle = self.ask(**kwargs)
-        await handle
-        return handle.exception()
+class Talk(Conversation):
+    """With Google."""
 
     async def asked(self, times=1):
         """Until the server has heard that many requests."""
         await self.server.wait_for(lambda: len(self.server.requests) >= times)
 
-    async def settle(self, seconds=30.0):
-        """Let time pass: whatever would be heard late is heard now."""
-        await asyncio.sleep(seconds)
-
 
 @pytest.fixture
 async def converse(recorder):
-    """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
+    """Of a script and a policy's settings makes a :class:`Talk`, closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def converse(script, *, agent=None, bare=False, options=None, **policy):
@@ -84,30 +52,9 @@ async def converse(recorder):
                 )
             session = await stack.enter_async_context(AgentSession(llm=model))
             await session.start(agent or Agent(instructions="SECRET instructions"))
-            return Conversation(server, model, session)
+            return Talk(server, model, session)
 
         yield converse
-
-
-def ended(recorder):
-    """Outcome and stop reason of each reply."""
-    names = ("traced_retry.outcome", "traced_retry.stop_reason")
-    return [tuple(reply.get(name) for name in names) for reply in recorder.replies]
-
-
-def actions(recorder):
-    """The action of each attempt."""
-    return [attempt["traced_retry.action"] for attempt in recorder.attempts]
-
-
-def codes(recorder):
-    """Error code, else error type, of each attempt; None for one that succeeded."""
-    return [a.get("traced_retry.error_code", a.get("error.type")) for a in recorder.attempts]
-
-
-def now():
-    """The virtual clock."""
-    return asyncio.get_running_loop().time()
 
 
 SENT = ["send"]

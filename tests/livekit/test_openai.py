@@ -7,21 +7,9 @@ import asyncio
 
 import pytest
 from livekit.agents import Agent, function_tool, llm
+from support.conversation import codes, ended
 
 from traced_retry.livekit.openai import OpenAIAdapter
-
-END = ("traced_retry.outcome", "traced_retry.stop_reason")
-
-
-def ended(recorder):
-    """Outcome and stop reason of each reply."""
-    return [tuple(reply.get(name) for name in END) for reply in recorder.replies]
-
-
-def codes(recorder):
-    """Error code, else error type, of each attempt; None for one that succeeded."""
-    return [a.get("traced_retry.error_code", a.get("error.type")) for a in recorder.attempts]
-
 
 ALONE = {
     # script: heard, requests sent, outcome, stop reason, the code the agent gets, seconds at most

@@ -8,6 +8,7 @@ import asyncio
 import pytest
 from livekit.agents import inference, llm
 from livekit.plugins import openai, xai
+from support.conversation import codes, ended
 
 from traced_retry.livekit.openai import OpenAIAdapter
 from traced_retry.livekit.registry import adapter_class
@@ -17,8 +18,6 @@ from traced_retry.simulator.openai_kin import (
     AzureOpenAISimulator,
     XAISimulator,
 )
-
-END = ("traced_retry.outcome", "traced_retry.stop_reason")
 
 
 def grok(**kwargs):
@@ -76,16 +75,6 @@ def converse(converse, kin):
         return await converse(script, model=kin[0], simulator=kin[1], **kwargs)
 
     return converse_over_kin
-
-
-def ended(recorder):
-    """Outcome and stop reason of each reply."""
-    return [tuple(reply.get(name) for name in END) for reply in recorder.replies]
-
-
-def codes(recorder):
-    """Error code, else error type, of each attempt; None for one that succeeded."""
-    return [a.get("traced_retry.error_code", a.get("error.type")) for a in recorder.attempts]
 
 
 ROWS = {

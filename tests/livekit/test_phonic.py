@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 from livekit.agents import Agent, AgentSession, function_tool, llm
+from support.conversation import Conversation, actions, ended, late
 
 import traced_retry
 from traced_retry.livekit.phonic import PhonicAdapter
@@ -22,34 +23,11 @@ with warnings.catch_warnings():
 
     importlib.import_module("phonic.conversations.client")  # which it does at its first use
 
-END = ("traced_retry.outcome", "traced_retry.stop_reason")
 KEY = "sk-SECRET-key"
 
 
-class Conversation:
-    """One agent talking to one server."""
-
-    def __init__(self, server, session):
-        self.server = server
-        self.session = session
-        self.realtime = session._activity._rt_session
-        self.closed = []
-        self.errors = []
-        session.on("close", self.closed.append)
-        session.on("error", self.errors.append)
-
-    @property
-    def heard(self):
-        """What the agent said, in order."""
-        items = self.session.history.items
-        return [i.text_content for i in items if i.type == "message" and i.role == "assistant"]
-
-    async def reply(self, **kwargs):
-        """Ask for a reply and wait until it is over; its exception and the seconds it took."""
-        began = asyncio.get_running_loop().time()
-        handle = self.session.generate_reply(**kwargs)
-        await handle
-        return handle.exception(), round(asyncio.get_running_loop().time() - began, 3)
+class Talk(Conversation):
+    """With Phonic."""
 
     async def asked(self, **kwargs):
         """Ask the plugin itself for a reply, and wait until the server has heard that."""
@@ -58,14 +36,10 @@ class Conversation:
         await self.server.wait_for(lambda: len(self.server.requests) > before)
         return reply
 
-    async def settle(self, seconds=30.0):
-        """Let time pass: whatever would be heard late is heard now."""
-        await asyncio.sleep(seconds)
-
 
 @pytest.fixture
 async def converse(recorder):
-    """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
+    """Of a script and a policy's settings makes a :class:`Talk`, closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def converse(script, *, agent=None, bare=False, ready=True, **policy):
@@ -77,24 +51,9 @@ async def converse(recorder):
                 traced_retry.wrap(model, policy=policy, **recorder.providers)
             session = await stack.enter_async_context(AgentSession(llm=model))
             await session.start(agent or Agent(instructions="SECRET instructions"))
-            return Conversation(server, session)
+            return Talk(server, model, session)
 
         yield converse
-
-
-def ended(recorder):
-    """Outcome and stop reason of each reply."""
-    return [tuple(reply.get(name) for name in END) for reply in recorder.replies]
-
-
-def actions(recorder):
-    """The attempts' actions, in order."""
-    return [attempt["traced_retry.action"] for attempt in recorder.attempts]
-
-
-def late(recorder):
-    """How many late replies were counted."""
-    return sum(recorder.points("traced_retry.late_replies").values())
 
 
 LISTENS = ["send", "listen"]
@@ -133,7 +92,7 @@ class TestEachFault:
         heard, outcome, stop, acts, seconds, lates, *_ = ROWS[script]
         talk = await converse(script)
 
-        error, took = await talk.reply(instructions="SECRET")
+        error, took = await talk.timed_reply(instructions="SECRET")
         await talk.settle()
 
         assert heard == len(talk.heard)
@@ -151,7 +110,7 @@ class TestEachFault:
         *_, heard, fails, seconds = ROWS[script]
         talk = await converse(script, bare=True)
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
         await talk.settle()
 
         assert heard == len(talk.heard)
@@ -163,7 +122,7 @@ class TestEachFault:
         """The plugin never comes back from any of these."""
         talk = await converse(script)
 
-        _, took = await talk.reply(instructions="SECRET")
+        _, took = await talk.timed_reply(instructions="SECRET")
         await talk.settle()
 
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
@@ -190,7 +149,7 @@ class TestEachFault:
         """What was begun was heard; the session's error event tells of the rest."""
         talk = await converse("drop_during")
 
-        await talk.reply()
+        await talk.timed_reply()
         await talk.settle()
 
         assert [("succeeded", None)] == ended(recorder)
@@ -217,11 +176,11 @@ class TestAnEndWithoutAnEvent:
     async def test_who_asks_after_it_is_told(self, converse, recorder):
         """At once, and through the agent's handle: this session is not closed."""
         talk = await converse("ok")
-        await talk.reply()
+        await talk.timed_reply()
         await talk.server.end_conversations()
         await talk.settle(1)
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
 
         assert isinstance(error, llm.RealtimeError)
         assert 0.0 == took
@@ -236,7 +195,7 @@ class TestAnEndWithoutAnEvent:
         await talk.server.end_conversations()
         await talk.settle(1)
 
-        _, took = await talk.reply()
+        _, took = await talk.timed_reply()
 
         assert 0.0 == took
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
@@ -244,11 +203,11 @@ class TestAnEndWithoutAnEvent:
     async def test_the_plugin_alone(self, converse):
         """It lets each caller wait for ten seconds."""
         talk = await converse("ok", bare=True)
-        await talk.reply()
+        await talk.timed_reply()
         await talk.server.end_conversations()
         await talk.settle(1)
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
 
         assert isinstance(error, llm.RealtimeError)
         assert 10.0 == took
@@ -259,7 +218,7 @@ class TestPolicy:
         """Its own time-out, told after as many seconds; the late reply is counted."""
         talk = await converse("late:12", max_retries=0)
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
         await talk.settle()
 
         assert "generate_reply timed out" in str(error)
@@ -271,7 +230,7 @@ class TestPolicy:
         """Window after window; the last one reaches to the deadline."""
         talk = await converse("silence", deadline=45.0)
 
-        _, took = await talk.reply()
+        _, took = await talk.timed_reply()
 
         assert 45.0 == took
         assert ["send", "listen", "listen", "listen"] == actions(recorder)
@@ -281,7 +240,7 @@ class TestPolicy:
         """It cannot be done here; listening is what is left."""
         talk = await converse("silence", on_silence=on_silence)
 
-        await talk.reply()
+        await talk.timed_reply()
 
         assert LISTENS == actions(recorder)
 
@@ -293,7 +252,7 @@ class TestPolicy:
         """The user's explicit choice: a lost request recovers, and a slow one is heard twice."""
         talk = await converse(script, on_silence="resend", deadline=40.0)
 
-        error, _ = await talk.reply()
+        error, _ = await talk.timed_reply()
         await talk.settle()
 
         assert None is error
@@ -314,7 +273,7 @@ class TestPolicy:
         talk = await converse("ok,ok")
 
         await talk.session.run(user_input="any news?")
-        await talk.reply(instructions="go on")
+        await talk.timed_reply(instructions="go on")
 
         first, second = talk.server.requests
         assert "any news?" in first.instructions
@@ -330,7 +289,7 @@ class TestNotReady:
         asyncio.get_running_loop().call_later(15, lambda: tasks.append(ensure(talk.server.begin())))
         tasks, ensure = [], asyncio.ensure_future
 
-        assert (None, 15.0) == await talk.reply()
+        assert (None, 15.0) == await talk.timed_reply()
         await talk.settle()
 
         assert ["reply 1"] == talk.heard
@@ -341,7 +300,7 @@ class TestNotReady:
         """Given up means never sent. The plugin alone reports a failure, and sends it later."""
         talk = await converse("ok", ready=False, bare=bare)
 
-        error, _ = await talk.reply()
+        error, _ = await talk.timed_reply()
         await talk.server.begin()
         await talk.settle()
 
@@ -360,7 +319,7 @@ class TestNotReady:
         await talk.settle()
         assert [] == talk.server.requests
 
-        await talk.reply(instructions="go on")
+        await talk.timed_reply(instructions="go on")
         assert ["go on"] == [r.instructions for r in talk.server.requests]
 
 
@@ -369,7 +328,7 @@ class TestLateReplies:
         """Counted once, with one WARN record and an exemplar that lead to the failed reply."""
         talk = await converse("late:25")
 
-        await talk.reply()
+        await talk.timed_reply()
         await talk.settle()
 
         (span,) = recorder.spans("generate_reply")
@@ -384,10 +343,10 @@ class TestLateReplies:
     async def test_an_answer_to_something_else_is_not(self, event, converse, recorder):
         """What the server says after the caller spoke, or was asked again, answers that."""
         talk = await converse("silence,ok")
-        await talk.reply()
+        await talk.timed_reply()
         (connection,) = talk.server._open
         if event == "another request":
-            await talk.reply()
+            await talk.timed_reply()
         elif event == "say":
             said = talk.realtime.say("sorry")
             await asyncio.sleep(1)
@@ -487,7 +446,7 @@ class TestWhatTheAgentSees:
         talk = await converse("silence,ok,late:12")
 
         for _ in range(3):
-            await talk.reply()
+            await talk.timed_reply()
         await talk.settle()
 
         assert ["reply 2", "reply 3"] == talk.heard
@@ -505,7 +464,7 @@ class TestWhatTheAgentSees:
                 return "found"
 
         talk = await converse("tool:look_up,ok", agent=Helper(instructions="SECRET"))
-        await talk.reply()
+        await talk.timed_reply()
         await talk.settle()
 
         assert [True] == called
@@ -518,7 +477,7 @@ class TestWhatTheAgentSees:
         The plugin's own logger writes the key; that we cannot help.
         """
         talk = await converse(script)
-        error, _ = await talk.reply(instructions="SECRET instructions")
+        error, _ = await talk.timed_reply(instructions="SECRET instructions")
         with contextlib.suppress(llm.RealtimeError):
             await talk.realtime.generate_reply()
         await talk.settle()
@@ -536,14 +495,14 @@ class TestWhatTheAgentSees:
     async def test_the_key_without_us(self, converse):
         """What the plugin alone hands to everyone who listens to the session's errors."""
         talk = await converse("unauthorized", bare=True)
-        await talk.reply()
+        await talk.timed_reply()
 
         assert KEY in str(talk.errors[0].error.error)
 
     async def test_names(self, converse, recorder):
         """The provider's name is plain."""
         talk = await converse("ok")
-        await talk.reply()
+        await talk.timed_reply()
 
         assert "phonic" == recorder.replies[0]["gen_ai.provider.name"]
 
@@ -593,7 +552,7 @@ class TestContract:
     async def test_the_main_task_ends_with_the_conversation(self, converse):
         """It is all there is to notice of a close with 1000."""
         talk = await converse("ok", bare=True)
-        await talk.reply()
+        await talk.timed_reply()
         await talk.server.end_conversations()
         await talk.settle(1)
 

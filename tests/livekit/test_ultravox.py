@@ -15,37 +15,16 @@ import aiohttp
 import pytest
 from livekit.agents import Agent, AgentSession, function_tool, llm
 from livekit.plugins import ultravox
+from support.conversation import Conversation, actions, ended, late
 
 import traced_retry
 from traced_retry.livekit.adapter import told
 from traced_retry.livekit.ultravox import UltravoxAdapter
 from traced_retry.simulator.ultravox import UltravoxSimulator
 
-END = ("traced_retry.outcome", "traced_retry.stop_reason")
 
-
-class Conversation:
-    """One agent talking to one server."""
-
-    def __init__(self, server, session):
-        self.server = server
-        self.session = session
-        self.realtime = session._activity._rt_session
-        self.closed = []
-        session.on("close", self.closed.append)
-
-    @property
-    def heard(self):
-        """What the agent said, in order."""
-        items = self.session.history.items
-        return [i.text_content for i in items if i.type == "message" and i.role == "assistant"]
-
-    async def reply(self, **kwargs):
-        """Ask for a reply and wait until it is over; its exception and the seconds it took."""
-        began = asyncio.get_running_loop().time()
-        handle = self.session.generate_reply(**kwargs)
-        await handle
-        return handle.exception(), round(asyncio.get_running_loop().time() - began, 3)
+class Talk(Conversation):
+    """With Ultravox."""
 
     async def asked(self):
         """Ask the plugin itself for a reply, and wait until the server has heard that."""
@@ -54,14 +33,10 @@ class Conversation:
         await self.server.wait_for(lambda: len(self.server.requests) > before)
         return reply
 
-    async def settle(self, seconds=30.0):
-        """Let time pass: whatever would be heard late is heard now."""
-        await asyncio.sleep(seconds)
-
 
 @pytest.fixture
 async def converse(recorder):
-    """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
+    """Of a script and a policy's settings makes a :class:`Talk`, closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def converse(
@@ -80,24 +55,9 @@ async def converse(recorder):
                 traced_retry.wrap(model, policy=policy, **recorder.providers)
             session = await stack.enter_async_context(AgentSession(llm=model))
             await session.start(agent or Agent(instructions="SECRET instructions"))
-            return Conversation(server, session)
+            return Talk(server, model, session)
 
         yield converse
-
-
-def ended(recorder):
-    """Outcome and stop reason of each reply."""
-    return [tuple(reply.get(name) for name in END) for reply in recorder.replies]
-
-
-def actions(recorder):
-    """The attempts' actions, in order."""
-    return [attempt["traced_retry.action"] for attempt in recorder.attempts]
-
-
-def late(recorder):
-    """How many late replies were counted."""
-    return sum(recorder.points("traced_retry.late_replies").values())
 
 
 LISTENS = ["send", "listen", "listen", "listen"]
@@ -135,7 +95,7 @@ class TestEachFault:
         heard, outcome, stop, acts, seconds, lates, *_ = ROWS[script]
         talk = await converse(script)
 
-        error, took = await talk.reply(instructions="SECRET")
+        error, took = await talk.timed_reply(instructions="SECRET")
         await talk.settle()
 
         assert heard == len(talk.heard)
@@ -154,7 +114,7 @@ class TestEachFault:
         *_, heard, fails, seconds = ROWS[script]
         talk = await converse(script, bare=True)
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
         await talk.settle()
 
         assert heard == len(talk.heard)
@@ -167,7 +127,7 @@ class TestEachFault:
         """The generation exists before the agent is told of failure; its first word counts."""
         talk = await converse(script, thinks=thinks)
 
-        await talk.reply()
+        await talk.timed_reply()
         await talk.settle()
 
         assert ["reply 1"] == talk.heard
@@ -178,7 +138,7 @@ class TestEachFault:
         """The plugin has no way back to a lost call, nor into one it was refused."""
         talk = await converse(script)
 
-        _, took = await talk.reply(instructions="SECRET")
+        _, took = await talk.timed_reply(instructions="SECRET")
         await talk.settle()
 
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
@@ -201,7 +161,7 @@ class TestEachFault:
         """What was begun was heard; the session's error event tells of the rest."""
         talk = await converse("drop_during")
 
-        await talk.reply()
+        await talk.timed_reply()
         await talk.settle()
 
         assert [("succeeded", None)] == ended(recorder)
@@ -221,7 +181,7 @@ class TestEachFault:
         asyncio.get_running_loop().call_later(7.5, lambda: up.append(asyncio.ensure_future(start)))
         up, start = [], server.start()
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
         await talk.settle()
         await server.close()
 
@@ -240,7 +200,7 @@ class TestPolicy:
         """Listening costs nothing; to give up before would only make the reply a late one."""
         talk = await converse("late:18", max_retries=1)
 
-        assert (None, 18.0) == await talk.reply()
+        assert (None, 18.0) == await talk.timed_reply()
         await talk.settle()
 
         assert LISTENS[:2] == actions(recorder)
@@ -250,7 +210,7 @@ class TestPolicy:
         """Its own time-out, told after as many seconds; the late reply is counted."""
         talk = await converse("late:7", max_retries=0)
 
-        error, took = await talk.reply()
+        error, took = await talk.timed_reply()
         await talk.settle()
 
         assert "generate_reply timed out" in str(error)
@@ -262,7 +222,7 @@ class TestPolicy:
         """A shorter one makes more windows; the plugin's own time-out leaves our slot alone."""
         talk = await converse("late:7", attempt_timeout=2.0)
 
-        assert (None, 7.0) == await talk.reply()
+        assert (None, 7.0) == await talk.timed_reply()
         await talk.settle()
 
         assert LISTENS == actions(recorder)
@@ -273,7 +233,7 @@ class TestPolicy:
         """It cannot be done here; listening is what is left."""
         talk = await converse("silence", on_silence=on_silence)
 
-        await talk.reply()
+        await talk.timed_reply()
 
         assert LISTENS == actions(recorder)
 
@@ -284,7 +244,7 @@ class TestPolicy:
         """The user's explicit choice: a lost request recovers, and a slow one is heard twice."""
         talk = await converse(script, on_silence="resend")
 
-        error, _ = await talk.reply()
+        error, _ = await talk.timed_reply()
         await talk.settle()
 
         assert None is error
@@ -309,7 +269,7 @@ class TestLateReplies:
         """One WARN record with the trace id of the reply that had failed; counted once."""
         talk = await converse("late:25")
 
-        await talk.reply()
+        await talk.timed_reply()
         await talk.settle()
 
         assert {"ultravox": 1} == recorder.counted(
@@ -323,7 +283,7 @@ class TestLateReplies:
         """The counter's point carries the failed reply's trace and span."""
         talk = await converse("late:25")
 
-        await talk.reply()
+        await talk.timed_reply()
         await talk.settle()
 
         (span,) = recorder.spans("generate_reply")
@@ -333,9 +293,9 @@ class TestLateReplies:
     async def test_an_answer_to_something_else_is_not(self, event, converse, recorder):
         """What the server says after the caller spoke, or was asked again, answers that."""
         talk = await converse("silence,ok")
-        await talk.reply()
+        await talk.timed_reply()
         if event == "another request":
-            await talk.reply()
+            await talk.timed_reply()
         else:
             (call,) = talk.server._open
             await call.send("playback_clear_buffer")
@@ -349,7 +309,7 @@ class TestLateReplies:
     async def test_an_answer_to_what_was_interrupted_is_not(self, converse, recorder):
         """It was asked again and then interrupted: a reply now may answer either."""
         talk = await converse("silence,late:3")
-        await talk.reply()
+        await talk.timed_reply()
         (await talk.asked()).cancel()
         await talk.settle()
 
@@ -361,7 +321,7 @@ class TestLateReplies:
         talk = await converse("silence")
         if not talk.realtime.capabilities.supports_say:
             pytest.skip("the plugin has no say() yet in 1.7.0")
-        await talk.reply()
+        await talk.timed_reply()
         said = talk.realtime.say("sorry")
         (call,) = talk.server._open
         await asyncio.sleep(0)
@@ -507,7 +467,7 @@ class TestWhatTheAgentSees:
         talk = await converse("silence,ok,late:7")
 
         for _ in range(3):
-            await talk.reply()
+            await talk.timed_reply()
         await talk.settle()
 
         assert ["reply 2", "reply 3"] == talk.heard
@@ -535,7 +495,7 @@ class TestWhatTheAgentSees:
     async def test_nothing_leaks(self, script, converse, recorder, caplog):
         """Neither instructions nor key are in spans, metrics, our log or the agent's error."""
         talk = await converse(script)
-        error, _ = await talk.reply(instructions="SECRET instructions")
+        error, _ = await talk.timed_reply(instructions="SECRET instructions")
         await talk.settle()
 
         told = [
@@ -549,7 +509,7 @@ class TestWhatTheAgentSees:
     async def test_names(self, converse, recorder):
         """The provider's name is plain, and the model the plugin's."""
         talk = await converse("ok")
-        await talk.reply()
+        await talk.timed_reply()
 
         (reply,) = recorder.replies
         assert "ultravox" == reply["gen_ai.provider.name"]

@@ -76,6 +76,7 @@ class GoogleAdapter(Adapter):
         "_msg_ch",
         "_send_client_event",
         "_in_user_activity",
+        "_opts",
     )
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "listen", "restart")
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One agent talking to one server, and what the telemetry says of it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from traced_retry import semconv
+
+
+class Conversation:
+    """A running AgentSession, its server, and what was heard."""
+
+    def __init__(self, server, model, session):
+        self.server = server
+        self.model = model
+        self.session = session
+        self.errors = []
+        self.closed = []
+        session.on("error", self.errors.append)
+        session.on("close", self.closed.append)
+        self._realtime = session._activity._rt_session
+
+    @property
+    def realtime(self):
+        """The plugin's session under the agent's."""
+        return self._realtime
+
+    @property
+    def heard(self):
+        """What the agent said, in order: the text of its messages."""
+        items = self.session.history.items
+        return [i.text_content for i in items if i.type == "message" and i.role == "assistant"]
+
+    def ask(self, **kwargs):
+        """Ask for a reply; returns its SpeechHandle."""
+        return self.session.generate_reply(**kwargs)
+
+    async def reply(self, **kwargs):
+        """Ask for a reply and wait until it is over; returns its exception, if any."""
+        handle = self.ask(**kwargs)
+        await handle
+        return handle.exception()
+
+    async def timed_reply(self, **kwargs):
+        """The same, with the seconds it took."""
+        began = now()
+        error = await self.reply(**kwargs)
+        return error, round(now() - began, 3)
+
+    async def settle(self, seconds=30.0):
+        """Let time pass: whatever would be heard late is heard now."""
+        await asyncio.sleep(seconds)
+
+
+def now():
+    """The virtual clock, seconds."""
+    return asyncio.get_running_loop().time()
+
+
+def ended(recorder):
+    """Outcome and stop reason of each reply."""
+    return [
+        tuple(r.get(n) for n in (semconv.OUTCOME, semconv.STOP_REASON)) for r in recorder.replies
+    ]
+
+
+def actions(recorder):
+    """The action of each attempt."""
+    return [attempt[semconv.ACTION] for attempt in recorder.attempts]
+
+
+def codes(recorder):
+    """Error code, else error type, of each attempt; None for one that succeeded."""
+    return [a.get(semconv.ERROR_CODE, a.get(semconv.ERROR_TYPE)) for a in recorder.attempts]
+
+
+def late(recorder):
+    """How many late replies were counted."""
+    return sum(recorder.points(semconv.METRIC_LATE_REPLIES).values())
