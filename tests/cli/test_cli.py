@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 
 from traced_retry import semconv
+from traced_retry.simulator import PROVIDERS
 
 COMMAND = [sys.executable, "-m", "traced_retry.cli"]
 
@@ -166,6 +167,19 @@ class TestSimulate:
         assert first.startswith("openai on http://127.0.0.1:")
         assert "script rate_limit,late:3,ok" in first
         assert "0 requests, 0 answered in full, 0 cancelled" in rest
+
+    @pytest.mark.parametrize("provider", sorted(set(PROVIDERS) - {"openai"}))
+    def test_each_provider(self, provider):
+        """All of them listen on 127.0.0.1."""
+        with subprocess.Popen(
+            [*COMMAND, "simulate", provider], stdout=subprocess.PIPE, text=True
+        ) as process:
+            first = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=20)
+
+        assert f"{provider} on http" in first
+        assert "://127.0.0.1:" in first
 
     def test_unknown_fault(self):
         """A clear error that lists the known ones."""
