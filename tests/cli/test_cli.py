@@ -178,7 +178,7 @@ class TestSimulate:
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=20)
 
-        assert f"{provider} on http" in first
+        assert first.startswith(f"{provider} on ")
         assert "://127.0.0.1:" in first
 
     def test_unknown_fault(self):
