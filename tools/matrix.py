@@ -33,7 +33,6 @@ from livekit.agents import (  # noqa: E402
     llm,
 )
 from livekit.plugins import azure, google, openai, phonic, ultravox, xai  # noqa: E402
-from livekit.plugins.aws.experimental.realtime import realtime_model as aws  # noqa: E402
 from livekit.plugins.nvidia.experimental import realtime as nvidia  # noqa: E402
 from support.clock import VirtualClockLoop  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
@@ -122,6 +121,10 @@ def _nvidia(server, http, stack):
 
 
 def _aws(server, http, stack):
+    from livekit.plugins.aws.experimental.realtime import (  # noqa: PLC0415 - from Python 3.12 on
+        realtime_model as aws,
+    )
+
     stack.enter_context(server.redirected())
     return aws.RealtimeModel()
 
@@ -344,6 +347,10 @@ def main() -> int:
     logging.getLogger("traced_retry").setLevel(logging.INFO)
     against = [mode for mode in arguments.against.split(",") if mode]
     names = [n for n in arguments.only.split(",") if n] or list(PROVIDERS)
+    if unknown := set(names) - set(PROVIDERS):
+        parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(PROVIDERS)}")
+    if sys.version_info < (3, 12) and "aws" in names:
+        parser.error("the AWS plugin needs Python 3.12: name the others with --only")
     tables, problems = [], []
     for provider in names:
         heads = ["", "script", "with us", "attempts", *against]

@@ -277,6 +277,16 @@ class TestWhereSpansGo:
         assert [0, 1] == [a["lk.retry_count"] for a in recorder.attempts]
 
 
+class TestCounters:
+    async def test_start_at_zero_with_the_session(self, recorder):
+        """Before the first reply: a failure that is the first thing to happen is an increase."""
+        traced_retry.wrap(FakeModel(FakeSession), **recorder.providers).session()
+        points = recorder.points("traced_retry.replies")
+
+        assert {0} == set(points.values())
+        assert {"somebody.example"} == {dict(p)["gen_ai.provider.name"] for p in points}
+
+
 class TestProviders:
     @pytest.mark.parametrize(
         ("model", "expected"),

@@ -82,22 +82,20 @@ class SessionHook:
         session.generate_reply = self.generate_reply  # type: ignore[method-assign]
         session.aclose = self.aclose  # type: ignore[method-assign]
         session.on("error", self._on_error)
+        self._target()
 
     def configure(self, config: _Config) -> None:
         """Use ``config`` from the next reply on."""
         self._config = config
+        self._target()
 
     # --- what the session's user calls ---------------------------------------------------------
 
     def generate_reply(self, **kwargs: Any) -> asyncio.Future[Generation]:
         """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
         adapter = self._adapter_in_force()
-        telemetry, target = self._config.telemetry, Target("unknown")
-        with harmless("naming the provider"):
-            target = adapter.target()
-        telemetry.zero(target.provider, adapter.actions)
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
-        trace = telemetry.reply(target)
+        trace = self._config.telemetry.reply(self._target())
         request.late = trace.late
         reply = Reply(
             request,
@@ -147,6 +145,14 @@ class SessionHook:
                 reply.interject(why, stop)
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _target(self) -> Target:
+        """Whom a reply is asked of; its counters start at zero with the session, not later."""
+        target = Target("unknown")
+        with harmless("naming the provider"):
+            target = self._adapter.target()
+        self._config.telemetry.zero(target.provider, self._adapter.actions)
+        return target
 
     def _adapter_in_force(self) -> Adapter:
         # Looked at with the first reply: when the hook is installed by instrument(), the
