@@ -55,17 +55,19 @@ ALONE = {
     "rate_limit": ([], 4, "exhausted", "max_attempts", "rate_limit_exceeded", (0, 7.1)),
     "rate_limit:30": ([], 1, "exhausted", "deadline", "rate_limit_exceeded", (0, 0.1)),
     "quota": ([], 1, "not_recoverable", "not_recoverable", "insufficient_quota", (0, 0.1)),
-    "unauthorized": ([], 0, "not_recoverable", "not_recoverable", None, (0, 0)),
+    "unauthorized": ([], 0, "not_recoverable", "not_recoverable", None, (1.1, 1.2)),
     "failed": ([], 1, "exhausted", "unsafe_to_resend", None, (0, 0.1)),
     "incomplete": ([], 1, "exhausted", "unsafe_to_resend", None, (0, 0.1)),
     "drop_during": (["reply"], 1, "not_recoverable", "output_started", None, (0, 0.1)),
 }
 
-NOT_TOLD_BY_THE_HANDLE = {"failed", "incomplete", "drop_during"}
-"""The agent has its generation already; these are told by span, metric, log and on_exhausted."""
+NOT_TOLD_BY_THE_HANDLE = {"failed", "incomplete", "drop_during", "unauthorized"}
+"""These are told by span, metric, log and on_exhausted: the agent has its generation already, or
+LiveKit closes its session first."""
 
 THEN_OK = {
     # script: requests the server heard, error codes of our failed attempts, seconds
+    "unauthorized,ok": (1, [], (0.1, 0.2)),
     "late:12,ok": (2, ["timeout"], (10, 11.1)),
     "silence,ok": (2, ["timeout"], (10, 11.1)),
     "error:server_error,ok": (2, ["server_error"], (0, 1.1)),

@@ -22,7 +22,7 @@ ALONE = {
     "rate_limit:4.5": (0, 4, "exhausted", "max_attempts", "rate_limit_exceeded", 14.6),
     "rate_limit:30": (0, 1, "exhausted", "deadline", "rate_limit_exceeded", 0.1),
     "quota": (0, 1, "not_recoverable", "not_recoverable", "insufficient_quota", 0.1),
-    "unauthorized": (0, 0, "not_recoverable", "not_recoverable", None, 0.0),
+    "unauthorized": (0, 0, "not_recoverable", "not_recoverable", None, 1.1),
     "silence": (0, 2, "exhausted", "deadline", None, 20.0),
     "late:3": (1, 1, "succeeded", None, None, 3.1),
     "late:12": (0, 2, "exhausted", "deadline", None, 20.0),
@@ -41,6 +41,7 @@ NOT_TOLD_BY_THE_HANDLE = {
     "drop_during",
     # LiveKit closes the session on this, and interrupts the handle before it reads our future.
     "malformed",
+    "unauthorized",
 }
 
 THEN_OK = {
@@ -51,6 +52,8 @@ THEN_OK = {
     "rate_limit,ok": (2, ["rate_limit_exceeded"], 1.1),
     "rate_limit:4.5,ok": (2, ["rate_limit_exceeded"], 4.6),
     "silence,ok": (2, ["timeout"], 11.1),
+    "unauthorized,ok": (1, [], 0.2),  # the request waits in the plugin for its next connection
+    "drop_queued:1,ok": (1, ["connection_lost"], 3.7),  # the first is lost with the socket
     "late:3,ok": (1, [], 3.1),
     "late:12,ok": (2, ["timeout"], 11.1),
     "drop_before,ok": (2, ["connection_lost"], 2.1),
@@ -100,6 +103,32 @@ class TestEachFault:
         assert [*failed, None] == codes(recorder)
         assert requests == len(talk.server.requests)
         assert took <= seconds
+
+
+OK_IS_TOO_LATE = {
+    # script, ending in ok: heard, outcome, stop reason. A fault after which nothing is asked again.
+    "error:invalid_value,ok": ([], "not_recoverable", "not_recoverable"),
+    "quota,ok": ([], "not_recoverable", "not_recoverable"),
+    "malformed,ok": ([], "not_recoverable", "not_recoverable"),
+    "failed,ok": ([], "exhausted", "unsafe_to_resend"),
+    "incomplete,ok": ([], "exhausted", "unsafe_to_resend"),
+    "drop_during,ok": (["reply"], "not_recoverable", "output_started"),
+}
+
+
+class TestNothingFollows:
+    @pytest.mark.parametrize("script", OK_IS_TOO_LATE)
+    async def test_although_the_server_would_answer(self, script, converse, recorder):
+        """Final by its code, fatal to the session, or the agent reads the generation already."""
+        talk = await converse(script)
+
+        await talk.reply()
+        await talk.settle()
+
+        heard, *end = OK_IS_TOO_LATE[script]
+        assert [tuple(end)] == ended(recorder)
+        assert 1 == len(talk.server.requests)
+        assert heard == talk.heard
 
 
 class TestExactlyOnce:

@@ -105,7 +105,14 @@ ROWS = {
         "insufficient_quota",
         (0, 0.1),
     ),
-    "unauthorized": ([], "not_recoverable", "not_recoverable", ["authentication"], None, (0, 0)),
+    "unauthorized": (
+        [],
+        "not_recoverable",
+        "not_recoverable",
+        ["authentication"],
+        None,
+        (1.1, 4.2),
+    ),
     "failed": ([], "exhausted", "unsafe_to_resend", ["server_error"], None, (0, 0.1)),
     "drop_during": (
         ["reply"],

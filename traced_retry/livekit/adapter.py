@@ -31,10 +31,6 @@ class Replies(Protocol):
     def policy(self) -> RetryPolicy:
         """The policy in force."""
 
-    @property
-    def has_fallback(self) -> bool:
-        """Whether another model takes over when this one has failed for good."""
-
     def wake(self) -> None:
         """Have each look again at :meth:`ObservedRequest.ready`."""
 

@@ -38,8 +38,6 @@ OnExhausted = Callable[[FailedReply], "Awaitable[None] | None"]
 
 _HOOK = "_traced_retry"
 """Name of the attribute that our hook leaves on what it is installed on."""
-_FALLBACK = "_traced_retry_fallback"
-"""Name of the mark on a model that a fallback adapter stands behind."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,6 @@ class SessionHook:
         """The policy in force."""
         return self._config.policy
 
-    @property
-    def has_fallback(self) -> bool:
-        """Whether another model takes over when this one has failed for good."""
-        return hasattr(self._session.realtime_model, _FALLBACK)
-
     def wake(self) -> None:
         """Have each open reply look again."""
         for reply in list(self._open):
@@ -196,12 +189,8 @@ async def _harmlessly(awaitable: Awaitable[None]) -> None:
 
 def _install(session: llm.RealtimeSession[Any], config: _Config, *, explicit: bool) -> None:
     """Hook ``session``; a hook that is there already is only told of an explicit config."""
-    model = session.realtime_model
-    if isinstance(model, llm.RealtimeModelFallbackAdapter):
-        # It passes the future of its active child through, and the child has the hook.
-        for child in _children(model):
-            setattr(child, _FALLBACK, True)
-        return
+    if isinstance(session.realtime_model, llm.RealtimeModelFallbackAdapter):
+        return  # it passes the future of its active child through, and the child has the hook
     hook = getattr(session, _HOOK, None)
     if hook is None:
         SessionHook(session, config)

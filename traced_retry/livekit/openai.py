@@ -33,7 +33,6 @@ from traced_retry.livekit.adapter import (
     Generation,
     ObservedRequest,
     Replies,
-    of_event,
     told,
     unanswered,
 )
@@ -69,8 +68,6 @@ class OpenAIAdapter(Adapter):
         self.losses = 0
         """Connections lost so far."""
         self.connected = True
-        self.refused: Failure | None = None
-        """Why the server refuses to be connected to for good, if it does."""
         self.errors: dict[str, Mapping[str, Any]] = {}
         """The ``error`` events that answered a request, by its id, until it asks."""
         self.open: list[OpenAIRequest] = []
@@ -171,7 +168,7 @@ class OpenAIAdapter(Adapter):
     def _on_connected(self) -> None:
         # A first connection that failed emits no session_reconnected when it comes up after all;
         # any event of the server tells as well.
-        self.connected, self.refused = True, None
+        self.connected = True
         self.replies.wake()
 
     def _on_error(self, event: llm.RealtimeModelError) -> None:
@@ -184,12 +181,6 @@ class OpenAIAdapter(Adapter):
             for delivery in self._deliveries.values():
                 delivery.end(told("connection_lost", "the connection was lost during the reply"))
             self._deliveries.clear()
-            why = of_event(event)
-            if why.kind in ("authentication", "quota") and not self.replies.has_fallback:
-                # The plugin tries the same key again for seconds; the caller would hear silence.
-                # (A fallback adapter waits for the plugin to give up, and then asks elsewhere.)
-                self.refused = why
-                self.replies.interject(why, "not_recoverable")
 
 
 class OpenAIRequest(ObservedRequest):
@@ -213,8 +204,6 @@ class OpenAIRequest(ObservedRequest):
         self.ids = self._adapter.pending() - before
         self._current = attempt
         self._adapter.open.append(self)
-        if self._adapter.refused is not None:
-            self._adapter.replies.interject(self._adapter.refused, "not_recoverable", only=self)
         attempt.add_done_callback(self._on_done)
         return attempt
 
