@@ -52,7 +52,6 @@ THEN_OK = {
     "rate_limit,ok": (2, ["rate_limit_exceeded"], 1.1),
     "rate_limit:4.5,ok": (2, ["rate_limit_exceeded"], 4.6),
     "silence,ok": (2, ["timeout"], 11.1),
-    "unauthorized,ok": (1, [], 0.2),  # the request waits in the plugin for its next connection
     "drop_queued:1,ok": (1, ["connection_lost"], 3.7),  # the first is lost with the socket
     "late:3,ok": (1, [], 3.1),
     "late:12,ok": (2, ["timeout"], 11.1),
@@ -218,6 +217,16 @@ class TestExactlyOnce:
 
         assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
         assert [] == talk.heard
+
+    async def test_refused_at_first(self, converse, recorder):
+        """The request waits in the plugin, or (in 1.7.0) is discarded and asked again by us."""
+        talk = await converse("unauthorized,ok")
+
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert 1 == len(talk.heard)
+        assert [None] == [stop for _, stop in ended(recorder)]
 
     async def test_two_replies_in_turn(self, converse, recorder):
         """One conversation, several replies, each its own trace."""
