@@ -13,7 +13,7 @@ help:  ## this list
 demo: .venv/.demo  ## a dozen conversations with a server that fails, and what became of each
 	@$(BIN)/traced-retry demo
 
-test: lint types tests core oldest  ## lint, types, and all tests
+test: lint types core oldest tests  ## lint, types, and all tests
 
 lint: .venv/.test  ## ruff: rules and format
 	$(BIN)/ruff check .
