@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:  # the core installs neither
     ) from None
 
 from traced_retry import __version__
+from traced_retry.errors import UsageError
 
 app = typer.Typer(
     help="Retries for LiveKit realtime replies, traced: each is heard exactly once, or its "
@@ -40,7 +41,7 @@ def main() -> None:
     """Run the command line; errors of the user's making are one line on stderr and status 2."""
     try:
         app()
-    except _usage_errors() as error:
+    except UsageError as error:
         print(f"traced-retry: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
@@ -49,21 +50,6 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2) from None
-
-
-def _usage_errors() -> tuple[type[Exception], ...]:
-    from traced_retry.policy import PolicyError  # noqa: PLC0415
-    from traced_retry.report import ReportError  # noqa: PLC0415
-
-    found: list[type[Exception]] = [PolicyError, ReportError]
-    # What is not imported cannot have been raised.
-    for module, name in (
-        ("traced_retry.export.store", "ExportError"),
-        ("traced_retry.simulator.script", "ScriptError"),
-    ):
-        if module in sys.modules:
-            found.append(getattr(sys.modules[module], name))
-    return tuple(found)
 
 
 def _version(wanted: bool) -> None:

@@ -186,14 +186,19 @@ def plain_code(code: str | None) -> str | None:
     return code if _CODE.fullmatch(code) else semconv.OTHER
 
 
+def kind_of_status(status: int) -> Kind:
+    """What an HTTP status means; ``unknown`` below 400."""
+    if status < HTTPStatus.BAD_REQUEST:
+        return "unknown"
+    client = status < HTTPStatus.INTERNAL_SERVER_ERROR
+    return _STATUS.get(status, "invalid_request" if client else "server_error")
+
+
 def _kind(error: BaseException, code: str | None, status: int | None) -> Kind:
     if code is not None:
         return CODES.get(code, "unknown")
-    if status is not None and status >= HTTPStatus.BAD_REQUEST:
-        at_fault: Kind = (
-            "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request"
-        )
-        return _STATUS.get(status, at_fault)
+    if status is not None and (kind := kind_of_status(status)) != "unknown":
+        return kind
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         return "timeout"
     if isinstance(error, (OSError, EOFError)):

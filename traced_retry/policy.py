@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, get_args
 
 import backoff
 
+from traced_retry.errors import UsageError
 from traced_retry.failure import Failure
 
 OnSilence = Literal["restart", "listen", "resend"]
@@ -26,7 +27,7 @@ _ENV: Final = {
 }
 
 
-class PolicyError(ValueError):
+class PolicyError(UsageError):
     """A setting that cannot be. The message names the setting, its value and what is allowed."""
 
 

@@ -119,8 +119,3 @@ METRIC_LATE_REPLIES: Final = "traced_retry.late_replies"
 DURATION_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0)
 """Seconds. Floats, for Prometheus writes an int bound as ``le="1"`` and a float as ``le="1.0"``.
 5 and 10 are the plugins' own timeouts, 20 is the default deadline."""
-
-# --- the tracer provider's view ---------------------------------------------------------------
-
-REPLY_START: Final = frozenset({PROVIDER, MODEL, SERVER_ADDRESS, SERVER_PORT})
-"""Attributes given when the reply span starts, so that samplers see them."""

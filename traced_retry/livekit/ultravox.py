@@ -22,9 +22,9 @@ import re
 import time
 from typing import Any, ClassVar
 
-from livekit.agents import APIStatusError, llm
+from livekit.agents import llm
 
-from traced_retry.failure import explain
+from traced_retry.failure import kind_of_status
 from traced_retry.guard import harmless
 from traced_retry.livekit.adapter import Generation, Replies, told
 from traced_retry.livekit.listening import ListeningAdapter
@@ -64,5 +64,4 @@ class UltravoxAdapter(ListeningAdapter):
                 self.connected = False
             elif status := _STATUS.search(str(event.error)):
                 # The hook stops at this event too, but cannot tell a wrong key from a lost call.
-                kind = explain(APIStatusError("", status_code=int(status[1]))).kind
-                self.die(told(kind, "the call was refused"))
+                self.die(told(kind_of_status(int(status[1])), "the call was refused"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO, TypeAlias
 
 from traced_retry import semconv
+from traced_retry.errors import UsageError
 from traced_retry.report.model import Attempt, Reply
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
@@ -35,7 +36,7 @@ _SECOND: Final = 10**9
 _REMEDY: Final = "Give a file or folder that the local store or a Collector's file exporter writes."
 
 
-class ReportError(ValueError):
+class ReportError(UsageError):
     """There is nothing to report. The message names the path and the remedy."""
 
 

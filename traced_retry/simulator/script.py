@@ -8,10 +8,12 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from traced_retry.errors import UsageError
+
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-class ScriptError(ValueError):
+class ScriptError(UsageError):
     """A script that cannot be read; the message names the bad element and lists the known ones."""
 
 
