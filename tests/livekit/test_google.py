@@ -185,6 +185,18 @@ class TestEachFault:
         assert ("not_recoverable", "not_recoverable") == ended(recorder)[1]
         assert 0 == recorder.open_spans
 
+    async def test_asked_of_a_session_that_was_refused(self, converse):
+        """It is told what the session died of, whoever of us heard that first."""
+        talk = await converse("ok,unauthorized")
+        await talk.reply()
+        told = []
+        for _ in range(2):
+            with pytest.raises(llm.RealtimeError) as caught:
+                await talk.realtime.generate_reply()
+            told.append(caught.value.code)
+
+        assert ["401", "401"] == told
+
     async def test_what_the_model_cannot_do(self, converse, recorder):
         """Refused by the plugin itself: told at once, and the session is left alone."""
         talk = await converse("ok")

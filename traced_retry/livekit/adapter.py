@@ -76,6 +76,10 @@ class Adapter:
         """One reply's request; ``call`` is the plugin's own ``generate_reply``, arguments bound."""
         return ObservedRequest(call)
 
+    def why(self, event: llm.RealtimeModelError) -> Failure:
+        """What an ``error`` event of the session means."""
+        return of_event(event)
+
 
 class ObservedRequest:
     """A request to a provider of which nothing is known: traced, never sent again.

@@ -116,6 +116,10 @@ class GoogleAdapter(Adapter):
         """One reply's request."""
         return GoogleRequest(self, call)
 
+    def why(self, event: llm.RealtimeModelError) -> Failure:
+        """By its close code, or the status of a message or of HTTP."""
+        return _why(event.error)
+
     @property
     def connected(self) -> bool:
         """Whether there is a session, and it is not about to be closed."""
@@ -226,7 +230,7 @@ class GoogleAdapter(Adapter):
 
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         with harmless("reading an error event"):
-            why = _why(event.error)
+            why = self.why(event)
             if not event.recoverable:
                 self.replies.interject(why, "not_recoverable")
             elif self.asked is not None:

@@ -25,7 +25,7 @@ from opentelemetry import trace as otel_trace
 from traced_retry import semconv
 from traced_retry.failure import Failure
 from traced_retry.guard import harmless, log_once
-from traced_retry.livekit.adapter import Adapter, Generation, of_event, told
+from traced_retry.livekit.adapter import Adapter, Generation, told
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.loop import FailedReply, Reply
 from traced_retry.policy import RetryPolicy
@@ -163,7 +163,7 @@ class SessionHook:
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         if not event.recoverable:
             with harmless("reading an error event"):
-                self._die(of_event(event), "not_recoverable")
+                self._die(self._adapter.why(event), "not_recoverable")
 
     def _die(self, why: Failure, stop: semconv.StopReason) -> None:
         if self._dead is None:

@@ -22,7 +22,7 @@ from livekit.agents import llm
 
 from traced_retry import semconv
 from traced_retry.guard import harmless
-from traced_retry.livekit.adapter import Call, Generation, Replies, of_event, told
+from traced_retry.livekit.adapter import Call, Generation, Replies, told
 from traced_retry.livekit.listening import ListeningAdapter, ListeningRequest
 
 
@@ -83,7 +83,7 @@ class PhonicAdapter(ListeningAdapter):
             if event.recoverable:
                 self.die(told("connection_lost", "the connection was lost"))
             elif self.dead is None:
-                self.dead = of_event(event)
+                self.dead = self.why(event)
 
 
 class PhonicRequest(ListeningRequest):
