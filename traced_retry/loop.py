@@ -19,7 +19,7 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import backoff
 
@@ -64,7 +64,8 @@ class Reply(Generic[T]):
         trace: its telemetry.
         jitter: turns the upper bound of a wait into the wait; both seconds.
         on_failed: told of a reply that failed for good.
-        on_ended: told when the reply is over, its delivery included.
+        on_ended: told when the reply is over, its delivery included; and of the error, if it
+            failed when the future had resolved already.
     """
 
     __slots__ = (
@@ -88,6 +89,7 @@ class Reply(Generic[T]):
         "_on_failed",
         "_policy",
         "_request",
+        "_result",
         "_step_again",
         "_stepping",
         "_steps",
@@ -106,7 +108,7 @@ class Reply(Generic[T]):
         *,
         jitter: Callable[[float], float] = backoff.full_jitter,
         on_failed: Callable[[FailedReply], None] | None = None,
-        on_ended: Callable[[Reply[T]], None] | None = None,
+        on_ended: Callable[[Reply[T], BaseException | None], None] | None = None,
     ) -> None:
         self._request = request
         self._policy = policy
@@ -126,6 +128,8 @@ class Reply(Generic[T]):
         self._stop: semconv.StopReason | None = None
         self._last: Failure | None = None
         self._codes: list[str] = []
+        self._result: Any = None
+        """The first one, which later ones go on with."""
         self._delivery: Delivery | None = None
         self._ended = False
 
@@ -177,19 +181,28 @@ class Reply(Generic[T]):
         elif self._context is not None and not self._ended:
             self._context.run(self._step)
 
-    def interrupt(self) -> None:
-        """End the reply as interrupted, unless it has ended. Sends the cancel inward."""
+    def interrupt(self, *, cut: bool = False) -> None:
+        """End the reply as interrupted, unless it has ended. Sends the cancel inward.
+
+        With ``cut``, what had begun of it was cut already.
+        """
         if self._ended:
             return
         if self._delivery is not None and self._delivery.first_output is not None:
             self._succeed()
             return
         if self._attempt is not None:
-            with harmless("Request.cancel"):
-                self._request.cancel(self._attempt)
+            if not (cut and self._attempt.done()):
+                with harmless("Request.cancel"):
+                    self._request.cancel(self._attempt)
             self._close_attempt("interrupted")
         self._end_wait()
         self._end("interrupted")
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the agent holds its reply, or knows that it gets none."""
+        return self._future.done()
 
     # --- being resumed -------------------------------------------------------------------------
 
@@ -238,13 +251,13 @@ class Reply(Generic[T]):
     # --- its life ------------------------------------------------------------------------------
 
     def _life(self) -> Life:
-        """Attempts with waits between them, until one succeeds; then its delivery."""
+        """Attempts with waits between them, until one is heard."""
         while True:
             failure = yield from self._settled()
-            if self._ended:
+            if failure is None and not self._ended:
+                failure = yield from self._delivered()
+            if failure is None or self._ended:
                 return
-            if failure is None:
-                break
             stop, action, delay = self._decide(failure)
             if action is None or stop is not None:
                 self._give_up(failure, stop or "unsafe_to_resend")
@@ -255,7 +268,6 @@ class Reply(Generic[T]):
                 self._give_up(self._news if self._stop and self._news else failure, stop)
                 return
             self._send(action, self._end_wait())
-        yield from self._delivered()
 
     def _send(self, action: semconv.Action, delay: float) -> None:
         """Make the next attempt."""
@@ -267,6 +279,7 @@ class Reply(Generic[T]):
                 self._limit = min(self._limit, self._attempt_began + seconds)
         if self._stop is None:
             self._news = None
+        self._delivery = None
         self._trace.attempt_began(self._number, action, delay)
         try:
             attempt = self._trace.call(self._request.attempt, action)
@@ -354,32 +367,52 @@ class Reply(Generic[T]):
             yield when if now < when else self._deadline
         return self._stop or "interrupted"
 
-    def _delivered(self) -> Life:
-        """Hand the reply over, and see whether it is heard."""
+    def _delivered(self) -> Generator[float | None, None, Failure | None]:
+        """Hand the reply over, and see whether it is heard: the failure of one that was not."""
         assert self._attempt is not None
         if self._future.cancelled():  # as the reply came; nobody will listen to it
             self.interrupt()
-            return
+            return None
         result = self._attempt.result()
         self._delivery = delivery = self._request.delivery(result)
-        self._future.set_result(result)
+        if self._result is None:
+            self._result = result
+        if not (self._future.done() or (delivery is not None and delivery.failed_unheard)):
+            self._future.set_result(self._result)
         if delivery is None:
             self._succeed()
-            return
+            return None
         delivery.on_end = self.wake
+        yield from self._until_over(delivery)
+        return None if self._ended else self._conclude(delivery)
+
+    def _until_over(self, delivery: Delivery) -> Life:
+        """Wait for the end of what was handed over; before its first word we may end it."""
         while not (delivery.ended or self._ended):
             if self._stop is not None and self._news is not None:
                 # The session is gone. What was begun was heard as far as the caller let it.
-                delivery.end(None if delivery.first_output else self._judge(self._news))
-                break
-            yield None
-        if delivery.failure is not None and delivery.stop is not None:
-            self._give_up(self._judge(delivery.failure), self._stop or delivery.stop)
-        elif delivery.stop is not None:
+                delivery.end(None if delivery.first_output else self._news)
+            elif delivery.first_output:
+                yield None
+            elif (now := self._loop.time()) >= self._deadline:
+                delivery.end(self._request.timed_out(now - self._attempt_began))
+            else:
+                yield self._deadline
+
+    def _conclude(self, delivery: Delivery) -> Failure | None:
+        """End the reply, or tell the failure of a reply of which nothing was heard."""
+        if delivery.failure is not None:
+            failure = self._judge(delivery.failure)
+            if delivery.failed_unheard:
+                return failure
+            # A second try would be heard as a second reply.
+            self._give_up(failure, self._stop or "output_started")
+        elif delivery.cancelled:
             self._close_attempt("interrupted")
-            self._end(delivery.stop)
+            self._end("interrupted")
         else:
             self._succeed()
+        return None
 
     # --- keeping the books ---------------------------------------------------------------------
 
@@ -451,7 +484,8 @@ class Reply(Generic[T]):
         if stop in ("superseded", "interrupted"):
             self._future.cancel()
         if self._on_ended is not None:
-            self._on_ended(self)
+            untold = failure.error if failure is not None and self._future.done() else None
+            self._on_ended(self, untold)
 
     def _until_heard(self, began: float) -> tuple[float, int | None]:
         """Seconds from ``began`` to the first word, and when that was in Unix ns; else to now."""

@@ -45,11 +45,15 @@ class Request(Protocol[T]):
         """The caller no longer wants the reply (barge-in); the attempt may just have succeeded."""
 
     def delivery(self, result: T) -> Delivery | None:
-        """What becomes of a reply once it is handed over; None where that cannot be told."""
+        """What becomes of a reply once it has begun; None where that cannot be told.
+
+        The agent is given the first result alone. Where :meth:`next_action` allows another attempt
+        after one that began, the first result must go on with the later ones.
+        """
 
 
 class Delivery:
-    """A reply that was handed to the agent before its first word: was it heard?
+    """A reply that has begun, before its first word: is it heard?
 
     The adapter calls :meth:`output` at the first word and :meth:`end` when the provider is done.
     """
@@ -58,9 +62,15 @@ class Delivery:
         self.first_output: tuple[float, int] | None = None
         """When the first word came: the loop's seconds, and Unix nanoseconds."""
         self.ended = False
-        self.stop: semconv.StopReason | None = None
         self.failure: Failure | None = None
+        self.cancelled = False
+        """Whether it ended unheard because somebody cancelled it."""
         self.on_end: Callable[[], None] = lambda: None
+
+    @property
+    def failed_unheard(self) -> bool:
+        """Whether it failed before its first word."""
+        return self.failure is not None and self.first_output is None
 
     def output(self) -> None:
         """Something was said, or a tool called."""
@@ -73,10 +83,5 @@ class Delivery:
             return
         self.ended = True
         self.failure = failure
-        if failure is not None:
-            # Once a word was said a second try would be heard as a second reply; before it,
-            # the agent reads a generation that cannot be taken back.
-            self.stop = "output_started" if self.first_output else "unsafe_to_resend"
-        elif cancelled and self.first_output is None:
-            self.stop = "interrupted"
+        self.cancelled = cancelled and self.first_output is None
         self.on_end()

@@ -229,23 +229,65 @@ class TestDelivery:
         assert 0 == recorder.open_spans
         assert [] == self.told
 
-    @pytest.mark.parametrize(
-        ("words", "outcome", "stop"),
-        [
-            (False, "exhausted", "unsafe_to_resend"),
-            (True, "not_recoverable", "output_started"),
-        ],
-    )
-    async def test_failed(self, delivered, recorder, words, outcome, stop):
+    async def test_failed_after_a_word(self, delivered, recorder):
         """Told on span, metric and log, and to on_exhausted; never counted as heard."""
-        if words:
-            delivered[1].output()
+        delivered[1].output()
         delivered[1].end(failure(ProviderError("server_error"), "server_error"))
 
         (told,) = recorder.replies
-        assert (outcome, stop) == (told["traced_retry.outcome"], told["traced_retry.stop_reason"])
-        assert {outcome: 1} == recorder.counted("traced_retry.replies", "traced_retry.outcome")
-        assert [stop] == [failed.stop_reason for failed in self.told]
+        assert "output_started" == told["traced_retry.stop_reason"]
+        assert {"not_recoverable": 1} == recorder.counted(
+            "traced_retry.replies", "traced_retry.outcome"
+        )
+        assert ["output_started"] == [failed.stop_reason for failed in self.told]
+
+    async def test_failed_before_a_word(self, reply, recorder):
+        """An attempt that failed: the next goes on with what the agent was given."""
+        request = Request(Scripted("first", "second"))
+        request.given = first = Delivery()
+        asked = reply(request)
+        assert "first" == await asked.start()
+        request.given = second = Delivery()
+        first.end(failure(ProviderError("server_error"), "server_error"))
+        await asyncio.sleep(1.5)
+        second.output()
+        second.end()
+
+        assert ["send", "abandon, then send", "send"] == request.asked
+        assert "recovered" == recorder.replies[0]["traced_retry.outcome"]
+        assert 0 == recorder.open_spans
+
+    async def test_failed_before_it_was_handed_over(self, reply):
+        """The future waits for the next; what it then holds is the first result all the same."""
+        request = Request(Scripted("first", "second"))
+        request.given = dead = Delivery()
+        dead.end(failure(ProviderError("server_error"), "server_error"))
+        asked = reply(request)
+        future = asked.start()
+        await asyncio.sleep(0.5)
+        request.given = Delivery()
+
+        assert not future.done()
+        assert "first" == await future
+        asked.interrupt()
+
+    async def test_nothing_said_until_the_deadline(self, delivered, recorder):
+        """A reply that began and stays silent is a failure, as one that never began."""
+        await asyncio.sleep(20)
+
+        assert ("exhausted", "deadline") == (
+            recorder.replies[0]["traced_retry.outcome"],
+            recorder.replies[0]["traced_retry.stop_reason"],
+        )
+        assert ["deadline"] == [failed.stop_reason for failed in self.told]
+
+    async def test_it_may_be_slow_once_it_speaks(self, delivered, recorder):
+        """The deadline is for the first word."""
+        delivered[1].output()
+        await asyncio.sleep(60)
+        delivered[1].end()
+
+        assert "succeeded" == recorder.replies[0]["traced_retry.outcome"]
 
     async def test_cancelled_before_a_word(self, delivered, recorder):
         """The caller did not want it."""

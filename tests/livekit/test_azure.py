@@ -56,14 +56,13 @@ ALONE = {
     "rate_limit:30": ([], 1, "exhausted", "deadline", "rate_limit_exceeded", (0, 0.1)),
     "quota": ([], 1, "not_recoverable", "not_recoverable", "insufficient_quota", (0, 0.1)),
     "unauthorized": ([], 0, "not_recoverable", "not_recoverable", None, (1.1, 1.2)),
-    "failed": ([], 1, "exhausted", "unsafe_to_resend", None, (0, 0.1)),
-    "incomplete": ([], 1, "exhausted", "unsafe_to_resend", None, (0, 0.1)),
+    "failed": ([], 4, "exhausted", "max_attempts", "server_error", (0, 7.1)),
+    "incomplete": ([], 1, "not_recoverable", "not_recoverable", "content_filter", (0, 0.1)),
     "drop_during": (["reply"], 1, "not_recoverable", "output_started", None, (0, 0.1)),
 }
 
-NOT_TOLD_BY_THE_HANDLE = {"failed", "incomplete", "drop_during", "unauthorized"}
-"""These are told by span, metric, log and on_exhausted: the agent has its generation already, or
-LiveKit closes its session first."""
+NOT_TOLD_BY_THE_HANDLE = {"unauthorized"}
+"""Told by span, metric, log and on_exhausted: LiveKit closes its session first."""
 
 THEN_OK = {
     # script: requests the server heard, error codes of our failed attempts, seconds

@@ -79,13 +79,12 @@ class TestWrap:
         assert talk.realtime in talk.model._sessions
         assert "response.done" in events
 
-    async def test_only_two_attributes_of_the_instance_change(self, converse):
-        """And a mark of ours."""
+    async def test_few_attributes_of_the_instance_change(self, converse):
+        """Methods, and a mark of ours."""
         wrapped, bare = await converse("ok"), await converse("ok", bare=True)
 
-        assert {"generate_reply", "aclose", hook._HOOK} == set(vars(wrapped.realtime)) - set(
-            vars(bare.realtime)
-        )
+        methods = {"generate_reply", "interrupt", "aclose", "emit"}
+        assert {*methods, hook._HOOK} == set(vars(wrapped.realtime)) - set(vars(bare.realtime))
 
     async def test_a_session_is_not_kept_alive(self, recorder):
         """A closed session goes, with all that we hung on it."""

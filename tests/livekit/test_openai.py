@@ -28,17 +28,13 @@ ALONE = {
     "late:12": (0, 2, "exhausted", "deadline", None, 20.0),
     "drop_before": (0, 4, "exhausted", "max_attempts", None, 9.1),
     "active:1": (0, 4, "exhausted", "max_attempts", "conversation_already_has_active_response", 9),
-    "failed": (0, 1, "exhausted", "unsafe_to_resend", None, 0.1),
-    "incomplete": (0, 1, "exhausted", "unsafe_to_resend", None, 0.1),
+    "failed": (0, 4, "exhausted", "max_attempts", "server_error", 7.1),
+    "incomplete": (0, 1, "not_recoverable", "not_recoverable", "content_filter", 0.1),
     "drop_during": (0, 1, "not_recoverable", "output_started", None, 0.2),
     "malformed": (0, 1, "not_recoverable", "not_recoverable", None, 0.1),
 }
 
 NOT_TOLD_BY_THE_HANDLE = {
-    # The agent has its generation already; these are told by span, metric, log and on_exhausted.
-    "failed",
-    "incomplete",
-    "drop_during",
     # LiveKit closes the session on this, and interrupts the handle before it reads our future.
     "malformed",
     "unauthorized",
@@ -109,8 +105,7 @@ OK_IS_TOO_LATE = {
     "error:invalid_value,ok": ([], "not_recoverable", "not_recoverable"),
     "quota,ok": ([], "not_recoverable", "not_recoverable"),
     "malformed,ok": ([], "not_recoverable", "not_recoverable"),
-    "failed,ok": ([], "exhausted", "unsafe_to_resend"),
-    "incomplete,ok": ([], "exhausted", "unsafe_to_resend"),
+    "incomplete,ok": ([], "not_recoverable", "not_recoverable"),
     "drop_during,ok": (["reply"], "not_recoverable", "output_started"),
 }
 
@@ -118,7 +113,7 @@ OK_IS_TOO_LATE = {
 class TestNothingFollows:
     @pytest.mark.parametrize("script", OK_IS_TOO_LATE)
     async def test_although_the_server_would_answer(self, script, converse, recorder):
-        """Final by its code, fatal to the session, or the agent reads the generation already."""
+        """Final by its code, fatal to the session, or partly heard already."""
         talk = await converse(script)
 
         await talk.reply()
@@ -215,7 +210,7 @@ class TestExactlyOnce:
         await talk.reply()
         await talk.settle()
 
-        assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
+        assert [("exhausted", "max_attempts")] == ended(recorder)
         assert [] == talk.heard
 
     async def test_refused_at_first(self, converse, recorder):

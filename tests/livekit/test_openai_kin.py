@@ -113,7 +113,7 @@ ROWS = {
         None,
         (1.1, 4.2),
     ),
-    "failed": ([], "exhausted", "unsafe_to_resend", ["server_error"], None, (0, 0.1)),
+    "failed": ([], "exhausted", "max_attempts", ["server_error"] * 4, "server_error", (0, 7.1)),
     "drop_during": (
         ["reply"],
         "not_recoverable",

@@ -92,6 +92,8 @@ class ObservedRequest:
         self.call = call
         self.late: Callable[[], None] = lambda: None
         """To be called when the reply is heard after the agent was told that it had failed."""
+        self.speech: Any = None
+        """The ``SpeechHandle`` on whose behalf it is asked, if there is one."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send it, as the plugin does."""
@@ -131,6 +133,9 @@ class ObservedRequest:
     def delivery(self, result: Generation) -> Delivery | None:
         """Nothing is known of what follows."""
         return None
+
+    def ended(self) -> None:
+        """The reply is over, whatever its outcome."""
 
 
 def unanswered(seconds: float, kind: Kind = "timeout") -> Failure:

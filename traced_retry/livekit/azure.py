@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 from urllib.parse import urlsplit
 
+from azure.ai.voicelive.models import ClientEventResponseCancel
+
 from traced_retry.failure import Failure, failure
 from traced_retry.livekit.adapter import Call
 from traced_retry.livekit.openai import OpenAIAdapter, OpenAIRequest
@@ -41,7 +43,7 @@ _NAMES: Final = {
 class VoiceLiveAdapter(OpenAIAdapter):
     """What one session's server said, as far as its replies are concerned."""
 
-    needs: ClassVar[tuple[str, ...]] = ("_response_created_futures",)
+    needs: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_send")
     raw_event: ClassVar[str] = "azure_server_event_received"
 
     def target(self) -> Target:
@@ -55,6 +57,12 @@ class VoiceLiveAdapter(OpenAIAdapter):
     def request(self, call: Call) -> VoiceLiveRequest:
         """One reply's request."""
         return VoiceLiveRequest(self, call)
+
+    def stop(self, response_id: str) -> None:
+        """As the plugin cancels a response that came too late."""
+        self.session._send(  # type: ignore[attr-defined]
+            ClientEventResponseCancel(response_id=response_id)
+        )
 
     def discard(self, ids: set[str]) -> None:
         """Nothing: the plugin discards the id of a future that ended, over a reconnect as well."""

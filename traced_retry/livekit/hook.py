@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``wrap`` one model or ``instrument`` all: their sessions' ``generate_reply`` retries.
 
-The session object stays what it was: only two attributes of the instance are replaced
-(``generate_reply``, ``aclose``), so identity, ``isinstance``, labels, events and private state of
-the plugin are untouched.
+The session object stays what it was: only methods of the instance are replaced
+(``generate_reply``, ``interrupt``, ``aclose``; by OpenAI's adapter also ``emit``), so identity,
+``isinstance``, labels, events and private state of the plugin are untouched.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from opentelemetry import trace as otel_trace
 from traced_retry import semconv
 from traced_retry.failure import Failure
 from traced_retry.guard import harmless, log_once
-from traced_retry.livekit.adapter import Adapter, Generation, told
+from traced_retry.livekit.adapter import Adapter, Generation, ObservedRequest, told
 from traced_retry.livekit.registry import adapter_class
+from traced_retry.livekit.speech import current_speech, tell
 from traced_retry.loop import FailedReply, Reply
 from traced_retry.policy import RetryPolicy
 from traced_retry.request import Request
@@ -71,7 +72,8 @@ class SessionHook:
         inner = getattr(session, "_do_generate_reply", None)
         self._generate_reply = session.generate_reply if inner is None else inner
         self._aclose = session.aclose
-        self._open: dict[Reply[Generation], Request[Generation]] = {}
+        self._interrupt = session.interrupt
+        self._open: dict[Reply[Generation], ObservedRequest] = {}
         self._callbacks: set[asyncio.Future[None]] = set()
         self._dead: tuple[Failure, semconv.StopReason] | None = None
         self._checked = False
@@ -79,6 +81,7 @@ class SessionHook:
         setattr(session, _HOOK, self)
         session.generate_reply = self.generate_reply  # type: ignore[method-assign]
         session.aclose = self.aclose  # type: ignore[method-assign]
+        session.interrupt = self.interrupt  # type: ignore[method-assign]
         session.on("error", self._on_error)
         self._target()
 
@@ -94,18 +97,25 @@ class SessionHook:
         adapter = self._adapter_in_force()
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
         trace = self._config.telemetry.reply(self._target())
-        request.late = trace.late
+        request.late, request.speech = trace.late, current_speech()
         reply = Reply(
             request,
             self._config.policy,
             trace,
             on_failed=self._tell if self._config.on_exhausted is not None else None,
-            on_ended=self._forget,
+            on_ended=self._ended,
         )
         if self._dead is not None:
             reply.interject(*self._dead)
         self._open[reply] = request
         return reply.start()
+
+    def interrupt(self) -> None:
+        """Cut the present generation; a reply that waits for its first word ends with it."""
+        self._interrupt()
+        for reply in list(self._open):
+            if reply.handed_over:  # else the agent cancels the future
+                reply.interrupt(cut=True)
 
     async def aclose(self) -> None:
         """Close the session; what is still asked of it ends as ``session_closed``."""
@@ -170,16 +180,28 @@ class SessionHook:
             self._dead = (why, stop)
         self.interject(why, stop)
 
-    def _forget(self, reply: Reply[Generation]) -> None:
-        self._open.pop(reply, None)
+    def _ended(self, reply: Reply[Generation], untold: BaseException | None) -> None:
+        request = self._open.pop(reply, None)
+        if request is None:
+            return
+        with harmless("telling the speech"):
+            if untold is not None and request.speech is not None:
+                tell(request.speech, untold)
+        with harmless("ending a request"):
+            request.ended()
 
     def _tell(self, failed: FailedReply) -> None:
+        # Soon, not now: what asked for the reply is then told already, and may be asked anew.
+        asyncio.get_running_loop().call_soon(self._call_back, failed)
+
+    def _call_back(self, failed: FailedReply) -> None:
         assert self._config.on_exhausted is not None
-        result = self._config.on_exhausted(failed)
-        if inspect.isawaitable(result):
-            task = asyncio.ensure_future(_harmlessly(result))
-            self._callbacks.add(task)
-            task.add_done_callback(self._callbacks.discard)
+        with harmless("on_exhausted"):
+            result = self._config.on_exhausted(failed)
+            if inspect.isawaitable(result):
+                task = asyncio.ensure_future(_harmlessly(result))
+                self._callbacks.add(task)
+                task.add_done_callback(self._callbacks.discard)
 
 
 async def _harmlessly(awaitable: Awaitable[None]) -> None:

@@ -3,27 +3,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
     BaseInstrumentor,
 )
 
+from traced_retry.errors import UsageError
 from traced_retry.livekit.hook import instrument, uninstrument
+from traced_retry.policy import OnSilence, RetryPolicy
+
+
+class OptionsError(UsageError):
+    """An option that is not known; the message names it and those that are."""
+
+
+@dataclass(init=False)
+class RetryOptions:
+    """Our options in a declarative configuration file, below ``traced_retry``: the settings of
+    :class:`traced_retry.RetryPolicy`. One that is absent or null is what the environment says.
+
+    Raises:
+        OptionsError: an option is not known.
+        PolicyError: a value cannot be.
+    """
+
+    max_retries: int | None = None
+    base_delay: float | None = None
+    max_delay: float | None = None
+    deadline: float | None = None
+    attempt_timeout: float | None = None
+    retry_rate_limits: bool | None = None
+    on_silence: OnSilence | None = None
+
+    def __init__(self, **options: Any) -> None:
+        known = [field.name for field in fields(self)]
+        for name in options:
+            if name not in known:
+                raise OptionsError(f"{name!r} is not known; allowed: {', '.join(known)}")
+        for name in known:
+            setattr(self, name, options.get(name))
+        self.policy()
+
+    def policy(self) -> RetryPolicy:
+        """The policy that these options make of the environment's."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return dataclasses.replace(RetryPolicy.from_env(), **given)
 
 
 class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     """:func:`traced_retry.instrument` in the shape that OpenTelemetry's auto-instrumentation loads.
 
-    ``TracedRetryInstrumentor().instrument(policy=..., tracer_provider=..., meter_provider=...)``.
+    ``TracedRetryInstrumentor().instrument(policy=..., tracer_provider=..., meter_provider=...)``,
+    or with the options of :class:`RetryOptions` instead of a policy.
     """
+
+    configuration: ClassVar[type[RetryOptions]] = RetryOptions
+    """What the SDK checks a declarative configuration file's options against."""
 
     def instrumentation_dependencies(self) -> Collection[str]:
         """What must be installed for this to be loaded."""
         return ("livekit-agents >= 1.7.0",)
 
+    def instrument(self, **kwargs: Any) -> None:
+        """Instrument, unless that was done. Under ``opentelemetry-instrument`` a configuration
+        file does it first, and the loading of all instrumentors would then warn.
+        """
+        if not self.is_instrumented_by_opentelemetry:
+            super().instrument(**kwargs)
+
     def _instrument(self, **kwargs: Any) -> None:
+        options = {f.name: kwargs[f.name] for f in fields(RetryOptions) if f.name in kwargs}
+        if options:
+            kwargs["policy"] = RetryOptions(**options).policy()
         known = ("policy", "tracer_provider", "meter_provider", "on_exhausted")
         instrument(**{name: kwargs[name] for name in known if name in kwargs})
 

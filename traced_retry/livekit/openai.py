@@ -11,6 +11,8 @@ Facts (livekit-plugins-openai 1.8.9, ``livekit/agents/llm/_realtime/openai.py``)
   response; setting an exception on it sends nothing. So we never cancel to cut a wait short.
 * A reconnect clears the discarded ids, but leaves a request still queued to be sent after it. So
   we keep our own set, and hand an id over just before the plugin looks at its response.
+* A response that fails after it was created (``response.done``) closes the streams that the agent
+  was given, with nothing in them if nothing was said. ``response.cancel`` with its id stops one.
 * A request that fails with an ``error`` event of no code (``server_error``) and one discarded at a
   reconnect reach the future alike, as a bare ``RealtimeError``. The raw events tell them apart.
 """
@@ -23,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from livekit.agents import APIConnectionError, llm
+from openai.types.realtime import ResponseCancelEvent
 
 from traced_retry import semconv
 from traced_retry.failure import CODES, Failure, explain, failure, plain_code
@@ -36,6 +39,7 @@ from traced_retry.livekit.adapter import (
     told,
     unanswered,
 )
+from traced_retry.livekit.streams import Streams
 from traced_retry.request import Delivery
 from traced_retry.telemetry import Target
 
@@ -74,8 +78,12 @@ class OpenAIAdapter(Adapter):
         """Requests sent and not yet answered."""
         self._active: set[str] = set()
         self._abandoned: dict[str, None] = {}
-        self._deliveries: dict[str, Delivery] = {}
-        """Responses to our requests that are being spoken, by response id."""
+        self._speaking: dict[str, OpenAIRequest] = {}
+        """Whose responses have begun, by response id."""
+        self._unheard: set[asyncio.Future[Generation]] = set()
+        """Requests whose generation the agent takes for that of an earlier one."""
+        self._emit = session.emit
+        session.emit = self._emit_once  # type: ignore[method-assign]
         session.on(self.raw_event, self._on_raw_event)
         session.on("session_reconnected", self._on_connected)
         session.on("error", self._on_error)
@@ -113,6 +121,24 @@ class OpenAIAdapter(Adapter):
             del self._abandoned[next(iter(self._abandoned))]
         self.session._discarded_event_ids.update(ids)  # type: ignore[attr-defined]
 
+    def stop(self, response_id: str) -> None:
+        """Have the server end that response, and no other."""
+        cancel = ResponseCancelEvent(type="response.cancel", response_id=response_id)
+        self.session.send_event(cancel)  # type: ignore[attr-defined]
+
+    def announce_once(self, attempt: asyncio.Future[Generation]) -> None:
+        """Keep ``generation_created`` of ``attempt`` back: the agent had one for this reply."""
+        self._unheard.add(attempt)
+        attempt.add_done_callback(self._unheard.discard)
+
+    def _emit_once(self, event: Any, *args: Any) -> None:
+        if event == "generation_created" and any(
+            of.done() and not of.cancelled() and of.exception() is None and of.result() is args[0]
+            for of in self._unheard
+        ):
+            return
+        self._emit(event, *args)
+
     # --- what the server says ------------------------------------------------------------------
 
     def _on_raw_event(self, event: Mapping[str, Any]) -> None:
@@ -124,9 +150,9 @@ class OpenAIAdapter(Adapter):
             self._on_connected()
         if kind == "response.created":
             self._on_response_created(event["response"])
-        elif kind in _OUTPUT and (delivery := self._deliveries.get(event["response_id"])):
+        elif kind in _OUTPUT and (asker := self._speaking.get(event["response_id"])):
             if kind != "response.output_item.done" or _is_call(event["item"]):
-                delivery.output()
+                asker.heard()
         elif kind == "response.done":
             self._on_response_done(event["response"])
         elif kind == "error":
@@ -137,7 +163,8 @@ class OpenAIAdapter(Adapter):
         asked_by = (response.get("metadata") or {}).get("client_event_id")
         asker = next((request for request in self.open if asked_by in request.ids), None)
         if asker is not None:
-            self._deliveries[response["id"]] = asker.delivered = Delivery()
+            self._speaking[response["id"]] = asker
+            asker.delivered = Delivery()
         elif asked_by in self._abandoned:
             # The plugin looks at its own set right after this event, and a reconnect emptied it.
             del self._abandoned[asked_by]
@@ -145,11 +172,11 @@ class OpenAIAdapter(Adapter):
 
     def _on_response_done(self, response: Mapping[str, Any]) -> None:
         self._active.discard(response["id"])
-        delivery = self._deliveries.pop(response["id"], None)
-        if delivery is not None:
+        asker = self._speaking.pop(response["id"], None)
+        if asker is not None and asker.delivered is not None:
             status = response.get("status")
             failed = _why_unfinished(response) if status in ("failed", "incomplete") else None
-            delivery.end(failed, cancelled=status == "cancelled")
+            asker.delivered.end(failed, cancelled=status == "cancelled")
         self.replies.wake()
 
     def _on_server_error(self, error: Mapping[str, Any]) -> None:
@@ -178,9 +205,11 @@ class OpenAIAdapter(Adapter):
             self.losses += 1
             self.connected = False
             self._active.clear()
-            for delivery in self._deliveries.values():
-                delivery.end(told("connection_lost", "the connection was lost during the reply"))
-            self._deliveries.clear()
+            lost, self._speaking = self._speaking, {}
+            for asker in lost.values():
+                if asker.delivered is not None:
+                    what = "the connection was lost during the reply"
+                    asker.delivered.end(told("connection_lost", what))
 
 
 class OpenAIRequest(ObservedRequest):
@@ -195,6 +224,10 @@ class OpenAIRequest(ObservedRequest):
         """Set once the server has created the response."""
         self._losses = 0
         self._current: asyncio.Future[Generation] | None = None
+        self._streams: Streams | None = None
+        """What the agent reads, from its first generation on."""
+        self._flowing = False
+        """Whether they have come to the present generation."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send it, and learn its id."""
@@ -203,6 +236,9 @@ class OpenAIRequest(ObservedRequest):
         attempt = self.call()
         self.ids = self._adapter.pending() - before
         self._current = attempt
+        self.delivered, self._flowing = None, False
+        if self._streams is not None:
+            self._adapter.announce_once(attempt)
         self._adapter.open.append(self)
         attempt.add_done_callback(self._on_done)
         return attempt
@@ -243,6 +279,8 @@ class OpenAIRequest(ObservedRequest):
         self._close()
         if not attempt.done():
             attempt.set_exception(llm.RealtimeError("abandoned by traced_retry"))
+        else:
+            self._stop(attempt)
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
         """Barge-in: what the agent alone would do, and the id stays discarded over a reconnect."""
@@ -250,13 +288,40 @@ class OpenAIRequest(ObservedRequest):
         if not attempt.done():
             self._adapter.discard(self.ids)
             attempt.cancel()
-        elif not attempt.cancelled() and attempt.exception() is None:
-            # The response was created in the very moment of the cancel: nobody will read it.
-            self._adapter.session.interrupt()
+        else:
+            self._stop(attempt)
 
     def delivery(self, result: Generation) -> Delivery | None:
-        """Watch the response to its end: it may still fail without a word."""
+        """Watch the response to its end; before its first word another may go on with it."""
+        if self._streams is None:
+            self._streams = Streams(result)
+        else:
+            self._streams.go_on(result)
+        self._flowing = True
+        if self.delivered is not None and self.delivered.first_output:
+            self.heard()
         return self.delivered
+
+    def heard(self) -> None:
+        """There is output: nothing may follow this generation any more."""
+        if self.delivered is not None:
+            self.delivered.output()
+        if self._streams is not None and self._flowing:
+            self._streams.settle()
+
+    def ended(self) -> None:
+        """The agent waits for nothing."""
+        if self._streams is not None:
+            self._streams.close()
+
+    def _stop(self, attempt: asyncio.Future[Generation]) -> None:
+        """End the response where it has begun and nobody will read it."""
+        delivered = self.delivered
+        if attempt.cancelled() or attempt.exception() is not None:
+            return
+        response_id = attempt.result().response_id
+        if delivered is not None and not delivered.ended and response_id is not None:
+            self._adapter.stop(response_id)
 
     def _on_done(self, attempt: asyncio.Future[Generation]) -> None:
         # Comes a turn late: where nothing is waited, the next attempt may be open by then.

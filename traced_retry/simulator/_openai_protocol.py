@@ -163,7 +163,7 @@ class OpenAIConnection(Connection):
         """Ends the active response; the details say why it was not completed."""
         self.active = None
         self.idle.set()
-        if response.item and status == "cancelled":
+        if response.item and status != "completed":
             response.item = {**response.item, "status": "incomplete"}
         await self.send("response.done", response=describe(response, status, **details))
 
@@ -177,18 +177,20 @@ class OpenAIConnection(Connection):
         response.item = {**response.item, "status": "completed", **fields}
         where = {"response_id": response.id, "output_index": 0}
         await self.send("response.output_item.done", **where, item=response.item)
-        await self.finish(response, "completed")
 
     async def reply(self, request: Request) -> None:
         await self.end_reply(request, await self.begin_reply(request))
 
     async def begin_reply(self, request: Request) -> Response:
         response = await self.begin(request.metadata)
-        await self.add_output(response, type="message", role="assistant", content=[])
-        where = place_of(response)
-        await self.send("response.content_part.added", **where, part={"type": "text", "text": ""})
-        await self.send("response.output_text.delta", **where, delta="reply")
+        await self.begin_message(response)
+        await self.send("response.output_text.delta", **place_of(response), delta="reply")
         return response
+
+    async def begin_message(self, response: Response) -> None:
+        await self.add_output(response, type="message", role="assistant", content=[])
+        part = {"type": "text", "text": ""}
+        await self.send("response.content_part.added", **place_of(response), part=part)
 
     async def end_reply(self, request: Request, response: Response) -> None:
         text, where = f"reply {request.number}", place_of(response)
@@ -196,11 +198,16 @@ class OpenAIConnection(Connection):
         await self.send("response.output_text.done", **where, text=text)
         await self.send("response.content_part.done", **where, part={"type": "text", "text": text})
         await self.end_output(response, content=[{"type": "output_text", "text": text}])
+        await self.finish(response, "completed")
         self.server.completed.append(text)
         self.server.wake()
 
     async def call_tool(self, request: Request, name: str) -> None:
         response = await self.begin(request.metadata)
+        await self.call_function(response, name)
+        await self.finish(response, "completed")
+
+    async def call_function(self, response: Response, name: str) -> None:
         call_id = new_id("call")
         await self.add_output(
             response, type="function_call", call_id=call_id, name=name, arguments=""

@@ -13,6 +13,8 @@ from traced_retry.simulator.script import Fault
 from traced_retry.simulator.server import Connection, Request, Simulator
 
 SERVER_ERROR = "The server had an error while processing your request."
+PAUSE = 0.1
+"""Seconds from a response's begin to its failure, where its client is to see it begin."""
 RATE_LIMIT = "Rate limit reached on requests per min (RPM): Limit 3, Used 3, Requested 1."
 
 
@@ -76,7 +78,7 @@ class _ScriptedConnection(OpenAIConnection):
         elif self.active:
             await self.reject_as_active(request, self.active)
 
-    async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901, PLR0912 - a table
+    async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901, PLR0912, PLR0915 - a table
         """Does what the script says; "silence", and nothing else, does nothing."""
         event_id, code = request.event_id, fault.argument
         match fault.name:
@@ -104,8 +106,21 @@ class _ScriptedConnection(OpenAIConnection):
                 await self.reject_as_active(request, own)
                 self.after(fault.seconds, partial(self.end_own, own))
             case "failed":
-                failure = {"type": error_type(code), "code": code}
-                await self.finish(await self.begin(request.metadata), "failed", error=failure)
+                await self.fail(await self.begin(request.metadata), code)
+            case "failed_later" | "failed_message":
+                response = await self.begin(request.metadata)
+                if fault.name == "failed_message":
+                    await self.begin_message(response)
+                self.after(PAUSE, partial(self.fail, response, code))
+            case "failed_during":
+                response = await self.begin_reply(request)
+                self.after(PAUSE, partial(self.fail, response, code))
+            case "failed_tool":
+                response = await self.begin(request.metadata)
+                await self.call_function(response, fault.argument)
+                self.after(PAUSE, partial(self.fail, response, "server_error"))
+            case "stalled":
+                await self.begin(request.metadata)
             case "incomplete":
                 response = await self.begin(request.metadata)
                 await self.finish(response, "incomplete", reason="content_filter")
@@ -141,6 +156,12 @@ class _ScriptedConnection(OpenAIConnection):
         await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
 
     # What is done after a delay
+
+    async def fail(self, response: Response, code: str) -> None:
+        if self.active is response:  # Not cancelled meanwhile.
+            error = {"type": error_type(code), "code": code}
+            await self.finish(response, "failed", error=error)
+            await self.drop_if_next()
 
     async def reply_late(self, request: Request) -> None:
         while self.active is not None:

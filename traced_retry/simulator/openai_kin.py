@@ -40,11 +40,10 @@ class _XAIConnection(_ScriptedConnection):
             return
         text = "".join(part.get("text", "") for part in item.get("content") or ())
         response = await self.begin(None)  # It echoes no id: a say() sends no metadata.
-        await self.add_output(response, type="message", role="assistant", content=[])
-        where = place_of(response)
-        await self.send("response.content_part.added", **where, part={"type": "text", "text": ""})
-        await self.send("response.output_text.delta", **where, delta=text)
+        await self.begin_message(response)
+        await self.send("response.output_text.delta", **place_of(response), delta=text)
         await self.end_output(response, content=[{"type": "output_text", "text": text}])
+        await self.finish(response, "completed")
         self.server.completed.append(text)
         self.server.wake()
 

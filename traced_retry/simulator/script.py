@@ -56,6 +56,13 @@ FAULTS: dict[str, FaultKind] = {
         "SECONDS", "rejects: a response of the server's own is active, for so long", "1"
     ),
     "failed": FaultKind("CODE", "begins a response that fails with that code", "server_error"),
+    "failed_later": FaultKind("CODE", "the same, a tenth of a second later", "server_error"),
+    "failed_message": FaultKind(
+        "CODE", "the same, with a message begun that holds no word", "server_error"
+    ),
+    "failed_during": FaultKind("CODE", "the same, after the first words", "server_error"),
+    "failed_tool": FaultKind("NAME", "calls that function, and fails a tenth of a second later"),
+    "stalled": FaultKind("", "begins a response that neither says anything nor ends"),
     "incomplete": FaultKind("", "begins a response that a content filter ends"),
     "malformed": FaultKind("", "sends a text frame that is not JSON, and no answer"),
     "tool": FaultKind("NAME", 'answers with a call of that function, arguments "{}"'),

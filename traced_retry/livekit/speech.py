@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``SpeechHandle`` on whose behalf a reply is asked.
+
+A reply that fails after the agent was given its generation can no longer fail its future. What
+LiveKit's own pipeline does then is to store the error on the speech, where
+``SpeechHandle.exception()`` tells of it; so do we.
+
+Private facts (livekit-agents 1.7.0 and 1.8.9): ``voice/agent.py`` keeps the speech of a task under
+``_get_activity_task_info(task).speech_handle``, with ``function_call`` set in a tool's task;
+``SpeechHandle._error`` is what ``exception()`` returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from traced_retry.guard import harmless, log_once
+
+try:
+    from livekit.agents.voice.agent import _get_activity_task_info
+except ImportError:  # it has moved
+    _get_activity_task_info = None  # type: ignore[assignment]
+
+
+def current_speech() -> Any:
+    """The speech whose task runs now; None outside of one, and in a tool."""
+    with harmless("looking for the speech"):
+        task = asyncio.current_task()
+        if task is None or _get_activity_task_info is None:
+            return None
+        info = _get_activity_task_info(task)
+        if info is not None and info.function_call is None:
+            return info.speech_handle
+    return None
+
+
+def tell(speech: Any, error: BaseException) -> None:
+    """Have ``speech.exception()`` return ``error``."""
+    if not hasattr(speech, "_error"):
+        log_once("SpeechHandle has no _error any more: a reply that failed late is not told there")
+    elif speech._error is None:
+        speech._error = error

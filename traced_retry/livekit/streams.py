@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One reply's streams, fed by one generation after another until one of them is heard.
+
+A generation may fail after the agent was given its ``GenerationCreatedEvent`` and before its first
+word. The agent then reads from streams that must neither end nor be replaced. So they are relayed:
+where a generation ends unheard, each stream waits, and goes on with that of the next. Once there
+is output no other generation can follow, and a relay adds nothing but one call.
+
+Only what LiveKit documents of the event is used: two streams, and in each message two more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+from livekit.agents import llm, utils
+
+T = TypeVar("T")
+
+
+class _Turn:
+    """One generation, and what follows it."""
+
+    def __init__(self, event: llm.GenerationCreatedEvent) -> None:
+        self.messages = aiter(event.message_stream)
+        self.functions = event.function_stream
+        self.following: asyncio.Future[_Turn | None] = asyncio.get_running_loop().create_future()
+        """The next generation; None once it is known that there is none."""
+        self.first: asyncio.Future[llm.MessageGeneration | None] | None = None
+        """Its first message, where the agent has one already that goes on with it."""
+        self.open: list[AsyncIterable[Any]] = [event.message_stream, event.function_stream]
+        """The plugin's own streams that the agent reads."""
+
+    @property
+    def over(self) -> bool:
+        """Whether another generation has taken its place."""
+        return self.following.done() and self.following.result() is not None
+
+
+class Streams:
+    """The streams of ``event``, which is changed in place and given to the agent."""
+
+    def __init__(self, event: llm.GenerationCreatedEvent) -> None:
+        self._event = event
+        self._turn = turn = _Turn(event)
+        self._lent: llm.MessageGeneration | None = None
+        """A message that the agent was given before anything was said."""
+        event.message_stream = _Messages(turn, self._lend)
+        event.function_stream = _Relay(turn, event.function_stream, _functions)
+
+    def go_on(self, event: llm.GenerationCreatedEvent) -> None:
+        """The generation before has failed unheard; go on with that of ``event``."""
+        turn = _Turn(event)
+        if self._lent is not None:
+            turn.first = asyncio.ensure_future(self._adopt(turn, self._lent))
+        self._event.response_id = event.response_id
+        self._turn.following.set_result(turn)
+        self._turn = turn
+
+    def settle(self) -> None:
+        """No other generation follows: there is output, or the reply is over."""
+        if not self._turn.following.done():
+            self._turn.following.set_result(None)
+
+    def close(self) -> None:
+        """The reply is over without a word: end the streams, whatever the plugin does to its own.
+
+        A generation that nobody ends any more would have the agent wait for ever.
+        """
+        if self._turn.following.done():
+            return
+        self.settle()
+        for stream in self._turn.open:
+            if isinstance(stream, utils.aio.Chan):
+                stream.close()
+                stream.send_nowait = _nowhere  # type: ignore[method-assign]
+
+    def _lend(self, turn: _Turn, message: llm.MessageGeneration) -> llm.MessageGeneration:
+        """Let ``message`` of ``turn`` go on with a later generation, should that be needed."""
+        if self._lent is None and not turn.following.done():
+            self._lent = message
+            turn.open += [message.text_stream, message.audio_stream]
+            message.text_stream = _Relay(turn, message.text_stream, _text)
+            message.audio_stream = _Relay(turn, message.audio_stream, _audio)
+        return message
+
+    @staticmethod
+    async def _adopt(turn: _Turn, lent: llm.MessageGeneration) -> llm.MessageGeneration | None:
+        message = await anext(turn.messages, None)
+        if message is not None:
+            turn.open += [message.text_stream, message.audio_stream]
+            # Under this id the provider knows what is heard; the agent's history needs the same.
+            lent.message_id = message.message_id
+        return message
+
+
+class _Relay(Generic[T]):
+    """A stream that goes on with that of the next generation."""
+
+    def __init__(
+        self,
+        turn: _Turn,
+        source: AsyncIterable[T],
+        pick: Callable[[_Turn], Awaitable[AsyncIterable[T] | None]],
+    ) -> None:
+        self._turn = turn
+        self._source: AsyncIterator[T] | None = aiter(source)
+        self._pick = pick
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        while True:
+            if self._source is not None:
+                try:
+                    return await self._source.__anext__()
+                except StopAsyncIteration:
+                    self._source = None
+            turn = await asyncio.shield(self._turn.following)
+            if turn is None:
+                raise StopAsyncIteration
+            source = await self._pick(turn)
+            self._turn, self._source = turn, None if source is None else aiter(source)
+
+
+class _Messages:
+    """The messages of the generations, without those of one that was given up."""
+
+    def __init__(
+        self,
+        turn: _Turn,
+        lend: Callable[[_Turn, llm.MessageGeneration], llm.MessageGeneration],
+    ) -> None:
+        self._turn = turn
+        self._lend = lend
+
+    def __aiter__(self) -> AsyncIterator[llm.MessageGeneration]:
+        return self
+
+    async def __anext__(self) -> llm.MessageGeneration:
+        while True:
+            turn = self._turn
+            if turn.first is not None:
+                await asyncio.shield(turn.first)
+            try:
+                message = await turn.messages.__anext__()
+            except StopAsyncIteration:
+                following = await asyncio.shield(turn.following)
+                if following is None:
+                    raise
+                self._turn = following
+            else:
+                if not turn.over:
+                    return self._lend(turn, message)
+
+
+async def _functions(turn: _Turn) -> AsyncIterable[llm.FunctionCall]:
+    return turn.functions
+
+
+async def _text(turn: _Turn) -> AsyncIterable[str] | None:
+    message = await asyncio.shield(turn.first) if turn.first is not None else None
+    return None if message is None else message.text_stream
+
+
+async def _audio(turn: _Turn) -> AsyncIterable[Any] | None:
+    message = await asyncio.shield(turn.first) if turn.first is not None else None
+    return None if message is None else message.audio_stream
+
+
+def _nowhere(value: object) -> None:
+    """Where the plugin's later words go."""
