@@ -152,7 +152,9 @@ async def waiting():
         future.set_exception(OverloadedError())
         return future
 
-    policy = traced_retry.RetryPolicy(base_delay=15, max_delay=15, max_retries=10, deadline=3600)
+    policy = traced_retry.RetryPolicy(
+        base_delay=15, max_delay=15, max_retries=10, deadline=3600, budget=None
+    )
     ask = traced_retry.retry(provider="openai", policy=policy)(busy)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()

@@ -9,7 +9,7 @@ import pytest
 from support.clock import VirtualClockLoop
 from support.recorder import Recorder
 
-from traced_retry import guard
+from traced_retry import budget, guard
 
 
 def pytest_asyncio_loop_factories(config, item):
@@ -25,6 +25,12 @@ def recorder():
     recorder = Recorder()
     yield recorder
     recorder.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def fresh_budget():
+    """The retries of one test are not paid by the next."""
+    budget.process_budget.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -31,6 +33,20 @@ from traced_retry.request import Delivery, Request
 from traced_retry.telemetry import ReplyTrace
 
 T = TypeVar("T")
+
+class RetryAfter:
+    """Until when a session's provider wants not to be asked: its last ``retry_after``."""
+
+    def __init__(self) -> None:
+        self.until = -math.inf
+        """The event loop's seconds."""
+        self.why: Failure | None = None
+
+    def heed(self, why: Failure, now: float) -> None:
+        """Take note of what ``why`` says."""
+        if why.retry_after and now + why.retry_after > self.until:
+            self.until, self.why = now + why.retry_after, why
+
 
 Life = Generator["float | None", None, None]
 """Yields the loop time until which nothing need be done; None: until something happens."""
@@ -63,6 +79,7 @@ class Reply(Generic[T]):
         policy: what may be spent on it.
         trace: its telemetry.
         jitter: turns the upper bound of a wait into the wait; both seconds.
+        retry_after: shared by the replies of a session, which all heed it.
         on_failed: told of a reply that failed for good.
         on_ended: told when the reply is over, its delivery included; and of the error, if it
             failed when the future had resolved already.
@@ -90,6 +107,7 @@ class Reply(Generic[T]):
         "_policy",
         "_request",
         "_result",
+        "_retry_after",
         "_step_again",
         "_stepping",
         "_steps",
@@ -107,6 +125,7 @@ class Reply(Generic[T]):
         trace: ReplyTrace,
         *,
         jitter: Callable[[float], float] = backoff.full_jitter,
+        retry_after: RetryAfter | None = None,
         on_failed: Callable[[FailedReply], None] | None = None,
         on_ended: Callable[[Reply[T], BaseException | None], None] | None = None,
     ) -> None:
@@ -114,6 +133,7 @@ class Reply(Generic[T]):
         self._policy = policy
         self._trace = trace
         self._jitter = jitter
+        self._retry_after = retry_after or RetryAfter()
         self._on_failed = on_failed
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
@@ -142,7 +162,7 @@ class Reply(Generic[T]):
     # --- the caller's side ---------------------------------------------------------------------
 
     def start(self) -> asyncio.Future[T]:
-        """Make the first attempt now; the future is the reply.
+        """Make the first attempt now, unless the provider is to be left alone; returns the reply.
 
         Cancelling the future ends the reply at once, and carries the cancel inward. It is
         cancelled itself where the provider dropped the request for a newer one. On failure it
@@ -156,7 +176,10 @@ class Reply(Generic[T]):
         self._began = self._loop.time()
         self._deadline = self._began + self._policy.deadline
         self._trace.begin()
-        self._send("send", 0.0)
+        if self._policy.budget is not None:
+            self._policy.budget.earn(self._trace.target.provider, self._loop.time)
+        if self._retry_after.until <= self._began:
+            self._send("send", 0.0)
         self._step()
         future = self._future
         if not future.done():
@@ -252,6 +275,8 @@ class Reply(Generic[T]):
 
     def _life(self) -> Life:
         """Attempts with waits between them, until one is heard."""
+        if self._attempt is None and not (yield from self._left_alone()):
+            return
         while True:
             failure = yield from self._settled()
             if failure is None and not self._ended:
@@ -268,6 +293,20 @@ class Reply(Generic[T]):
                 self._give_up(self._news if self._stop and self._news else failure, stop)
                 return
             self._send(action, self._end_wait())
+
+    def _left_alone(self) -> Generator[float | None, None, bool]:
+        """Do not ask before the provider wants to be asked; False where that takes too long."""
+        why = self._retry_after.why
+        assert why is not None
+        why = replace(why, error=_copy(why.error))  # another reply's agent holds that one
+        stop: semconv.StopReason | None = "deadline"
+        if self._retry_after.until < self._deadline:
+            stop = yield from self._wait_until_ready(0.0)
+        if stop is not None:
+            self._give_up(self._news if self._stop and self._news else why, stop)
+            return False
+        self._send("send", self._end_wait())
+        return True
 
     def _send(self, action: semconv.Action, delay: float) -> None:
         """Make the next attempt."""
@@ -325,41 +364,53 @@ class Reply(Generic[T]):
             with harmless("RetryPolicy.classify"):
                 verdict = self._policy.classify(failure)
                 if isinstance(verdict, Failure):
-                    return verdict
-                if verdict is not None:
+                    failure = verdict
+                elif verdict is not None:
                     log_once("RetryPolicy.classify must return a Failure or None; it is ignored")
+        if failure.recoverable:
+            self._retry_after.heed(failure, self._loop.time())
         return failure
 
     def _decide(
         self, failure: Failure
     ) -> tuple[semconv.StopReason | None, semconv.Action | None, float]:
         """Why to stop, or what to do next and after how many seconds."""
-        if self._stop is not None:
-            return self._stop, None, 0.0
-        if not failure.recoverable:
-            return "not_recoverable", None, 0.0
-        if self._loop.time() >= self._deadline:
-            return "deadline", None, 0.0
-        if self._number > self._policy.max_retries:
-            return "max_attempts", None, 0.0
+        if stop := self._over(failure):
+            return stop, None, 0.0
         action = self._request.next_action(failure)
-        if action != "send":
-            # Between two windows of listening, or before a restart, no reply may slip through.
-            return None, action, 0.0
+        # Between two windows of listening, or before a restart, no reply may slip through.
+        delay = self._next_delay(failure) if action == "send" else 0.0
+        if self._loop.time() + delay >= self._deadline:
+            return "deadline", action, delay
+        budget = self._policy.budget
+        if action in ("send", "restart") and budget is not None:  # to listen costs nothing
+            paid = budget.spend(self._trace.target.provider, self._loop.time)
+            return None if paid else "budget", action, delay
+        return None, action, delay
+
+    def _over(self, failure: Failure) -> semconv.StopReason | None:
+        """Why nothing may follow, whatever would be safe."""
+        if self._stop is not None:
+            return self._stop
+        if not failure.recoverable:
+            return "not_recoverable"
+        if self._loop.time() >= self._deadline:
+            return "deadline"
+        return "max_attempts" if self._number > self._policy.max_retries else None
+
+    def _next_delay(self, failure: Failure) -> float:
         if self._delays is None:
             self._delays = self._policy.delays(self._jitter)
-        delay = self._delays.next(failure)
-        late = self._loop.time() + delay >= self._deadline
-        return "deadline" if late else None, action, delay
+        return max(self._delays.next(failure), self._retry_after.until - self._loop.time())
 
     def _wait_until_ready(
         self, delay: float
     ) -> Generator[float | None, None, semconv.StopReason | None]:
         """Wait ``delay`` seconds, and until a request could be answered."""
         self._wait_began = self._loop.time()
-        when = self._wait_began + delay
         while self._stop is None and not self._ended:
             now = self._loop.time()
+            when = max(self._wait_began + delay, self._retry_after.until)
             if now >= when and self._request.ready():
                 return None
             if now >= self._deadline:
@@ -506,6 +557,13 @@ class Reply(Generic[T]):
             seconds=self._loop.time() - self._began,
             trace_id=self._trace.trace_id,
         )
+
+
+def _copy(error: BaseException) -> BaseException:
+    try:
+        return copy.copy(error)
+    except Exception:  # noqa: BLE001 - a class of the provider's, with an __init__ of its own
+        return error
 
 
 def _add_note(error: BaseException, note: str) -> None:

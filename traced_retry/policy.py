@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal, get_args
 
 import backoff
 
+from traced_retry.budget import RetryBudget, process_budget
 from traced_retry.errors import UsageError
 from traced_retry.failure import Failure
 
@@ -24,6 +25,7 @@ _ENV: Final = {
     "TRACED_RETRY_ATTEMPT_TIMEOUT": "attempt_timeout",
     "TRACED_RETRY_RETRY_RATE_LIMITS": "retry_rate_limits",
     "TRACED_RETRY_ON_SILENCE": "on_silence",
+    "TRACED_RETRY_BUDGET": "budget",
 }
 
 
@@ -57,6 +59,9 @@ class RetryPolicy:
     """What follows when a request seems lost on a live connection and the provider's replies
     carry no id of the request; None is the provider's safe default. With ``"resend"`` the caller
     may hear two replies. No meaning for OpenAI and its kin, whose replies carry the id."""
+    budget: RetryBudget | None = field(default_factory=process_budget)
+    """How many retries this process may send, per provider; by default one budget for all
+    policies, 10 at once and then one per 10 replies and one per 30 s. None: no limit."""
     classify: Callable[[Failure], Failure | None] | None = None
     """Overrules the default table for one failure; None leaves it as it is. For instance
     ``lambda f: dataclasses.replace(f, recoverable=True) if f.code == "busy" else None``."""
@@ -79,7 +84,8 @@ class RetryPolicy:
         Numbers: ``LIVEKIT_REALTIME_MAX_RETRIES``, ``LIVEKIT_REALTIME_RETRY_BASE_DELAY``,
         ``LIVEKIT_REALTIME_RETRY_MAX_DELAY``, ``TRACED_RETRY_DEADLINE``,
         ``TRACED_RETRY_ATTEMPT_TIMEOUT``. True or false (also 1, 0, yes, no, on, off):
-        ``TRACED_RETRY_RETRY_RATE_LIMITS``. A word: ``TRACED_RETRY_ON_SILENCE``.
+        ``TRACED_RETRY_RETRY_RATE_LIMITS``. A word: ``TRACED_RETRY_ON_SILENCE``. Retries at once,
+        or ``off``: ``TRACED_RETRY_BUDGET``.
 
         Raises:
             PolicyError: a value that cannot be; the message names the variable.
@@ -137,6 +143,10 @@ def _boolean(text: str) -> bool:
     raise ValueError(text)
 
 
+def _budget(text: str) -> RetryBudget | None:
+    return None if text.lower() == "off" else process_budget(float(text))
+
+
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -170,6 +180,12 @@ def _check_silence(value: Any) -> str | None:
     return f"it must be one of {', '.join(get_args(OnSilence))}, or left unset"
 
 
+def _check_budget(value: Any) -> str | None:
+    if value is None or isinstance(value, RetryBudget):
+        return None
+    return "it must be how many retries at once, 1 or more, or off (in code: a RetryBudget or None)"
+
+
 def _check_callable(value: Any) -> str | None:
     return None if value is None or callable(value) else "it must be a function of one Failure"
 
@@ -178,6 +194,7 @@ _PARSERS: Final[dict[str, Callable[[str], object]]] = {
     "max_retries": int,
     "retry_rate_limits": _boolean,
     "on_silence": str,
+    "budget": _budget,
 }
 
 _CHECKS: Final[dict[str, Callable[[Any], str | None]]] = {
@@ -188,5 +205,6 @@ _CHECKS: Final[dict[str, Callable[[Any], str | None]]] = {
     "attempt_timeout": _check_optional,
     "retry_rate_limits": _check_boolean,
     "on_silence": _check_silence,
+    "budget": _check_budget,
     "classify": _check_callable,
 }

@@ -407,6 +407,7 @@ class TestMetrics:
             "traced_retry.reply.duration",
             "traced_retry.delay",
             "traced_retry.in_flight",
+            "traced_retry.budget.remaining",
         } == recorder.metric_names()  # late_replies only once there was one
 
     async def test_zero_initialised(self, recorder):
@@ -543,7 +544,8 @@ class TestHarmless:
             assert "hello" == await ask(recorder, RATE_LIMIT, "hello")
 
         assert [] == recorder.spans()
-        assert set() == recorder.metric_names()
+        # What is left of the process's budget is not told of this reply.
+        assert {"traced_retry.budget.remaining"} == recorder.metric_names()
 
     async def test_without_an_sdk(self):
         """The API alone is enough."""

@@ -2,8 +2,9 @@
 """``wrap`` one model or ``instrument`` all: their sessions' ``generate_reply`` retries.
 
 The session object stays what it was: only methods of the instance are replaced
-(``generate_reply``, ``interrupt``, ``aclose``; by OpenAI's adapter also ``emit``), so identity,
-``isinstance``, labels, events and private state of the plugin are untouched.
+(``generate_reply``, ``interrupt``, ``aclose``; ``say`` where the plugin has one; by OpenAI's
+adapter also ``emit``), so identity, ``isinstance``, labels, events and private state of the plugin
+are untouched.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import asyncio
 import functools
 import inspect
 import logging
+import time
 import warnings
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from livekit.agents import llm
@@ -27,8 +29,9 @@ from traced_retry.failure import Failure
 from traced_retry.guard import harmless, log_once
 from traced_retry.livekit.adapter import Adapter, Generation, ObservedRequest, told
 from traced_retry.livekit.registry import adapter_class
+from traced_retry.livekit.say import SayRequest, observed
 from traced_retry.livekit.speech import current_speech, tell
-from traced_retry.loop import FailedReply, Reply
+from traced_retry.loop import FailedReply, Reply, RetryAfter
 from traced_retry.policy import RetryPolicy
 from traced_retry.request import Request
 from traced_retry.telemetry import Target, Telemetry
@@ -73,22 +76,27 @@ class SessionHook:
         self._generate_reply = session.generate_reply if inner is None else inner
         self._aclose = session.aclose
         self._interrupt = session.interrupt
+        self._say = session.say
+        self._says = type(session).say is not llm.RealtimeSession.say
         self._open: dict[Reply[Generation], ObservedRequest] = {}
         self._callbacks: set[asyncio.Future[None]] = set()
         self._dead: tuple[Failure, semconv.StopReason] | None = None
+        self._retry_after = RetryAfter()
         self._checked = False
         self._adapter = adapter_class(session)(session, self)
         setattr(session, _HOOK, self)
         session.generate_reply = self.generate_reply  # type: ignore[method-assign]
         session.aclose = self.aclose  # type: ignore[method-assign]
         session.interrupt = self.interrupt  # type: ignore[method-assign]
+        if self._says:
+            session.say = self.say  # type: ignore[method-assign]
         session.on("error", self._on_error)
-        self._target()
+        self._begin()
 
     def configure(self, config: _Config) -> None:
         """Use ``config`` from the next reply on."""
         self._config = config
-        self._target()
+        self._begin()
 
     # --- what the session's user calls ---------------------------------------------------------
 
@@ -96,13 +104,40 @@ class SessionHook:
         """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
         adapter = self._adapter_in_force()
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
-        trace = self._config.telemetry.reply(self._target())
-        request.late, request.speech = trace.late, current_speech()
-        reply = Reply(
+        request.speech = current_speech()
+        return self._start(
             request,
             self._config.policy,
-            trace,
+            self._target(),
+            retry_after=self._retry_after,
             on_failed=self._tell if self._config.on_exhausted is not None else None,
+        )
+
+    def say(self, *args: Any, **kwargs: Any) -> asyncio.Future[Generation]:
+        """Have a text spoken, as the plugin's own ``say``, with a trace; it is sent once."""
+        adapter = self._adapter_in_force()
+        request = SayRequest(adapter, functools.partial(self._say, *args, **kwargs))
+        target = replace(self._target(), say=True)
+        # on_exhausted is not told: what it does then may be to say something.
+        return self._start(request, observed(self._config.policy), target)
+
+    def _start(
+        self,
+        request: ObservedRequest,
+        policy: RetryPolicy,
+        target: Target,
+        *,
+        retry_after: RetryAfter | None = None,
+        on_failed: Callable[[FailedReply], None] | None = None,
+    ) -> asyncio.Future[Generation]:
+        trace = self._config.telemetry.reply(target)
+        request.late = trace.late
+        reply = Reply(
+            request,
+            policy,
+            trace,
+            retry_after=retry_after,
+            on_failed=on_failed,
             on_ended=self._ended,
         )
         if self._dead is not None:
@@ -155,7 +190,15 @@ class SessionHook:
         with harmless("naming the provider"):
             target = self._adapter.target()
         self._config.telemetry.zero(target.provider, self._adapter.actions)
+        if self._says:
+            self._config.telemetry.zero(target.provider, say=True)
         return target
+
+    def _begin(self) -> None:
+        """Have the session's metrics at their start, before its first reply."""
+        target = self._target()
+        if self._config.policy.budget is not None:
+            self._config.policy.budget.open(target.provider, time.monotonic)
 
     def _adapter_in_force(self) -> Adapter:
         # Looked at with the first reply: when the hook is installed by instrument(), the

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A provider that asked to be left alone is, by all replies of the session."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.scripted import ProviderError, Scripted
+
+from traced_retry import RetryPolicy
+from traced_retry.decorator import CallRequest
+from traced_retry.failure import failure
+from traced_retry.loop import Reply, RetryAfter
+from traced_retry.telemetry import Target, Telemetry
+
+
+def limited(seconds):
+    """What a rate limit raises."""
+    return ProviderError("rate_limit_exceeded", retry_after=seconds)
+
+
+@pytest.fixture
+def session(recorder):
+    """``session(script, **policy)`` -> a Reply; all of them heed one another's ``retry_after``."""
+    telemetry, shared = Telemetry(**recorder.providers), RetryAfter()
+
+    def session(script, **policy):
+        return Reply(
+            CallRequest(script.future),
+            RetryPolicy(**policy),
+            telemetry.reply(Target("openai")),
+            jitter=lambda bound: bound,
+            retry_after=shared,
+        )
+
+    return session
+
+
+async def test_the_next_reply_waits(session, recorder):
+    """Its first request goes out when the provider wants it, and its wait is told."""
+    with pytest.raises(ProviderError):
+        await session(Scripted(limited(6)), max_retries=0).start()
+    script = Scripted("hello")
+
+    assert "hello" == await session(script).start()
+    assert [6.0] == script.times
+    assert 6.0 == recorder.attempts[1]["traced_retry.delay"]
+    assert 6.0 == recorder.replies[1]["traced_retry.delay.total"]
+    assert "succeeded" == recorder.replies[1]["traced_retry.outcome"]
+
+
+async def test_longer_than_it_may_take(session, recorder):
+    """It fails at once, unasked, with the provider's error; not with the other reply's object."""
+    first, second = session(Scripted(limited(60))), session(Scripted("hello"))
+    with pytest.raises(ProviderError) as told:
+        await first.start()
+    with pytest.raises(ProviderError) as caught:
+        await second.start()
+
+    assert 0.0 == asyncio.get_running_loop().time()
+    assert "rate_limit_exceeded" == caught.value.code
+    assert caught.value is not told.value
+    assert (0, "exhausted", "deadline", "rate_limit_exceeded") == tuple(
+        recorder.replies[1][name]
+        for name in (
+            "traced_retry.attempts",
+            "traced_retry.outcome",
+            "traced_retry.stop_reason",
+            "error.type",
+        )
+    )
+
+
+async def test_a_retry_under_way_waits_as_well(session):
+    """Its own delay is over, the provider's is not."""
+    script = Scripted(ProviderError("server_error"), "hello")
+    waiting = session(script).start()
+    await asyncio.sleep(0.5)
+    with pytest.raises(ProviderError):
+        await session(Scripted(limited(4)), max_retries=0).start()
+
+    assert "hello" == await waiting
+    assert [0.0, 4.5] == script.times
+
+
+async def test_what_is_not_retried_holds_nobody_up(session):
+    """``retry_rate_limits=False``: the user wants the next reply asked."""
+    with pytest.raises(ProviderError):
+        await session(Scripted(limited(6)), retry_rate_limits=False).start()
+    script = Scripted("hello")
+
+    assert "hello" == await session(script, retry_rate_limits=False).start()
+    assert [0.0] == script.times
+
+
+async def test_interrupted_before_it_was_asked(session, recorder):
+    """Barge-in while the provider is left alone: nothing is ever sent."""
+    with pytest.raises(ProviderError):
+        await session(Scripted(limited(6)), max_retries=0).start()
+    script = Scripted("hello")
+    waiting = session(script).start()
+    await asyncio.sleep(2)
+    waiting.cancel()
+    await asyncio.sleep(30)
+
+    assert 0 == script.calls
+    assert ("interrupted", 0) == (
+        recorder.replies[1]["traced_retry.outcome"],
+        recorder.replies[1]["traced_retry.attempts"],
+    )
+    assert 0 == recorder.open_spans
+
+
+async def test_the_session_closes_before_it_was_asked(session, recorder):
+    """The agent is told, and nothing is sent."""
+    with pytest.raises(ProviderError):
+        await session(Scripted(limited(6)), max_retries=0).start()
+    script = Scripted("hello")
+    reply = session(script)
+    waiting = reply.start()
+    reply.interject(failure(ProviderError("gone"), "session_closed"), "session_closed")
+
+    with pytest.raises(ProviderError) as caught:
+        await waiting
+    assert "gone" == caught.value.code
+    assert 0 == script.calls
+    assert "session_closed" == recorder.replies[1]["traced_retry.stop_reason"]
