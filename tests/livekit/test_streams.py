@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relayed streams of one reply: the same things in the same order, at the same turn."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from livekit.agents import llm, utils
+
+from traced_retry.livekit.streams import Streams
+
+
+class Generation:
+    """What a plugin makes: an event, and the channels behind it."""
+
+    def __init__(self, response_id="resp_1"):
+        self.messages = utils.aio.Chan()
+        self.functions = utils.aio.Chan()
+        self.texts = []
+        self.event = llm.GenerationCreatedEvent(
+            message_stream=self.messages,
+            function_stream=self.functions,
+            user_initiated=True,
+            response_id=response_id,
+        )
+
+    def begin_message(self, message_id="item_1"):
+        text, audio = utils.aio.Chan(), utils.aio.Chan()
+        modalities = asyncio.get_running_loop().create_future()
+        modalities.set_result(["text"])
+        self.texts += [text, audio]
+        self.messages.send_nowait(
+            llm.MessageGeneration(
+                message_id=message_id,
+                text_stream=text,
+                audio_stream=audio,
+                modalities=modalities,
+            )
+        )
+        return text
+
+    def end(self):
+        for stream in (*self.texts, self.functions, self.messages):
+            stream.close()
+
+
+class Agent:
+    """Reads what it is given, all streams at once."""
+
+    def __init__(self, event):
+        self.words, self.calls, self.ids, self.ended = [], [], [], 0
+        self._tasks = [
+            asyncio.ensure_future(self._read(event.message_stream, self._message)),
+            asyncio.ensure_future(self._read(event.function_stream, self.calls.append)),
+        ]
+
+    def _message(self, message):
+        self.ids.append(message)
+        self._tasks.append(
+            asyncio.ensure_future(self._read(message.text_stream, self.words.append))
+        )
+
+    async def _read(self, stream, note):
+        async for item in stream:
+            note(item)
+        self.ended += 1
+
+    async def close(self):
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def turns(number=10):
+    """Let the event loop turn."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def _turns_to_the_first_word(*, relayed):
+    generation = Generation()
+    streams = Streams(generation.event) if relayed else None
+    agent = Agent(generation.event)
+    text = generation.begin_message()
+    await turns()
+    if streams is not None:
+        streams.settle()
+    text.send_nowait("hello")
+    count = 0
+    while not agent.words:
+        await turns(1)
+        count += 1
+    await agent.close()
+    return count
+
+
+@pytest.fixture
+async def given():
+    """A generation, its streams, and the agent that reads them."""
+    generation = Generation()
+    streams = Streams(generation.event)
+    agent = Agent(generation.event)
+    yield generation, streams, agent
+    await agent.close()
+
+
+class TestWhenAllIsWell:
+    async def test_the_first_word_comes_in_the_same_turn(self):
+        """To relay costs no turn of the event loop."""
+        assert await _turns_to_the_first_word(relayed=False) == (
+            await _turns_to_the_first_word(relayed=True)
+        )
+
+    async def test_it_ends_as_the_plugin_ends_it(self, given):
+        """Message, call and word pass, and each stream ends when its own does."""
+        generation, streams, agent = given
+        text = generation.begin_message()
+        await turns()
+        streams.settle()
+        text.send_nowait("hello")
+        text.close()
+        generation.functions.send_nowait("call")
+        await turns()
+        assert 1 == agent.ended
+        generation.end()
+        await turns()
+
+        assert (["hello"], ["call"], 3) == (agent.words, agent.calls, agent.ended)
+
+    async def test_after_output_a_message_is_the_plugin_s_own(self):
+        """Nothing is wrapped that cannot be needed."""
+        generation = Generation()
+        streams = Streams(generation.event)
+        streams.settle()
+        text = generation.begin_message()
+
+        assert text is (await anext(generation.event.message_stream)).text_stream
+
+
+class TestAnother:
+    async def test_goes_on_where_the_first_ended(self, given):
+        """The first ended with nothing in it; the agent noticed nothing."""
+        generation, streams, agent = given
+        await turns()
+        generation.end()
+        await turns()
+        assert 0 == agent.ended
+        second = Generation("resp_2")
+        streams.go_on(second.event)
+        text = second.begin_message("item_2")
+        await turns()
+        streams.settle()
+        text.send_nowait("hello")
+        second.functions.send_nowait("call")
+        second.end()
+        await turns()
+
+        assert (["hello"], ["call"], 3) == (agent.words, agent.calls, agent.ended)
+        assert ["item_2"] == [message.message_id for message in agent.ids]
+        assert "resp_2" == generation.event.response_id
+
+    async def test_a_message_that_was_begun(self, given):
+        """It goes on, under the id of the one that is heard; a second one is a second one."""
+        generation, streams, agent = given
+        generation.begin_message("item_1")
+        await turns()
+        generation.end()
+        second = Generation()
+        streams.go_on(second.event)
+        await turns()
+        first, other = second.begin_message("item_2"), second.begin_message("item_3")
+        await turns()
+        streams.settle()
+        first.send_nowait("hello")
+        first.close()
+        other.send_nowait("world")
+        second.end()
+        await turns()
+
+        assert ["hello", "world"] == agent.words
+        assert ["item_2", "item_3"] == [message.message_id for message in agent.ids]
+        assert 4 == agent.ended
+
+    async def test_a_message_that_was_begun_and_a_call_instead(self, given):
+        """The next one only calls a tool: the message ends with nothing in it."""
+        generation, streams, agent = given
+        generation.begin_message()
+        await turns()
+        generation.end()
+        second = Generation()
+        streams.go_on(second.event)
+        await turns()
+        streams.settle()
+        second.functions.send_nowait("call")
+        second.end()
+        await turns()
+
+        assert ([], ["call"], 3) == (agent.words, agent.calls, agent.ended)
+
+    async def test_a_message_nobody_took_yet(self):
+        """The agent was slow; it is given the message of the generation that lives."""
+        generation = Generation()
+        streams = Streams(generation.event)
+        generation.begin_message("item_1")
+        generation.end()
+        second = Generation()
+        streams.go_on(second.event)
+        second.begin_message("item_2")
+
+        assert "item_2" == (await anext(generation.event.message_stream)).message_id
+
+    async def test_again_and_again(self, given):
+        """Three that fail, each with a message begun, and one that speaks."""
+        generation, streams, agent = given
+        for number in range(1, 4):
+            generation.begin_message(f"item_{number}")
+            await turns()
+            generation.end()
+            generation = Generation()
+            streams.go_on(generation.event)
+        text = generation.begin_message("item_4")
+        await turns()
+        streams.settle()
+        text.send_nowait("hello")
+        generation.end()
+        await turns()
+
+        assert (["hello"], 3) == (agent.words, agent.ended)
+        assert ["item_4"] == [message.message_id for message in agent.ids]
+
+
+class TestNoOther:
+    @pytest.mark.parametrize("begun", [True, False])
+    @pytest.mark.parametrize("ended", [True, False])
+    async def test_the_streams_end(self, given, begun, ended):
+        """Whether the plugin ended its own or never will."""
+        generation, streams, agent = given
+        if begun:
+            generation.begin_message()
+        await turns()
+        if ended:
+            generation.end()
+        streams.close()
+        await turns()
+
+        assert 2 + begun == agent.ended
+
+    async def test_what_the_plugin_still_says_goes_nowhere(self, given):
+        """It speaks on, as if nothing were: no error, and nothing heard."""
+        generation, streams, agent = given
+        text = generation.begin_message()
+        await turns()
+        streams.close()
+        text.send_nowait("late")
+        generation.begin_message()
+        generation.functions.send_nowait("call")
+        generation.end()
+        await turns()
+
+        assert ([], []) == (agent.words, agent.calls)
+
+    async def test_what_was_heard_goes_on(self, given):
+        """The reply ended with its first words; the rest is the plugin's to end."""
+        generation, streams, agent = given
+        text = generation.begin_message()
+        await turns()
+        streams.settle()
+        streams.close()
+        text.send_nowait("hello")
+        await turns()
+
+        assert (["hello"], 0) == (agent.words, agent.ended)
