@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-from livekit.agents import llm
+from livekit.agents import JobContext, llm
 from opentelemetry.trace import TracerProvider
 
 import traced_retry
@@ -17,6 +17,17 @@ def classify(failure: traced_retry.Failure) -> traced_retry.Failure | None:
     if failure.code == "busy":
         return dataclasses.replace(failure, recoverable=True, retry_after=2.0)
     return None
+
+
+def enable(ctx: JobContext) -> bool:
+    """Every argument of enable."""
+    traced_retry.enable()
+    policy = traced_retry.RetryPolicy(budget=traced_retry.RetryBudget(25, per_reply=0.2))
+    tracing = traced_retry.enable(
+        ctx, policy=policy, preset="jaeger", service_name="support", on_exhausted=on_exhausted
+    )
+    assert tracing.destination + ""
+    return tracing.flush(1.0)
 
 
 async def on_exhausted(failed: traced_retry.FailedReply) -> None:

@@ -3,8 +3,9 @@
 
 ``make matrix`` prints the tables and writes them to ``docs/providers.md``. Each cell is a real
 AgentSession with the real plugin over a real socket to that provider's simulator, on the virtual
-clock of the tests. Exit status 1 where a reply is heard twice with us, a caller waits past the
-deadline, or a span stays open.
+clock of the tests. Exit status 1 where, with us, a reply is heard twice or in the wrong order, one
+that was cut is not told of, a tool runs twice, a caller waits past the deadline, a span stays open,
+or a row does not come to what it must (``Row.must``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import random
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -29,21 +31,21 @@ from livekit.agents import (  # noqa: E402
     Agent,
     AgentSession,
     APIConnectOptions,
-    inference,
+    function_tool,
     llm,
 )
-from livekit.plugins import azure, google, openai, phonic, ultravox, xai  # noqa: E402
+from livekit.agents.voice import SpeechHandle  # noqa: E402
+from livekit.plugins import google, phonic, ultravox  # noqa: E402
 from livekit.plugins.nvidia.experimental import realtime as nvidia  # noqa: E402
 from support.clock import VirtualClockLoop  # noqa: E402
+from support.kin import ENGINE, OPENAI, VOICELIVE  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
 
 import traced_retry  # noqa: E402
-from traced_retry.simulator import OpenAISimulator  # noqa: E402
+from traced_retry.budget import RetryBudget  # noqa: E402
 from traced_retry.simulator.aws import AWSSimulator  # noqa: E402
-from traced_retry.simulator.azure import VoiceLiveSimulator  # noqa: E402
 from traced_retry.simulator.google import GoogleSimulator  # noqa: E402
 from traced_retry.simulator.nvidia import PersonaPlexSimulator  # noqa: E402
-from traced_retry.simulator.openai_kin import AzureOpenAISimulator, XAISimulator  # noqa: E402
 from traced_retry.simulator.phonic import PhonicSimulator, redirected  # noqa: E402
 from traced_retry.simulator.ultravox import UltravoxSimulator  # noqa: E402
 
@@ -53,48 +55,11 @@ DEADLINE = traced_retry.RetryPolicy().deadline
 FAST = APIConnectOptions(max_retry=3, retry_interval=0.5, timeout=5.0)
 
 
-def _openai(server, http, stack):
-    return openai.realtime.RealtimeModel(
-        api_key=MARK,
-        base_url=server.url,
-        modalities=["text"],
-        http_session=http,
-        conn_options=FAST,
-    )
+def _of(kin):
+    def make(server, http, stack):
+        return kin.model(api_key=MARK, base_url=server.url, http_session=http, conn_options=FAST)
 
-
-def _xai(server, http, stack):
-    return xai.realtime.RealtimeModel(
-        api_key=MARK, base_url=server.url, http_session=http, conn_options=FAST
-    )
-
-
-def _azure_openai(server, http, stack):
-    return openai.realtime.RealtimeModel.with_azure(
-        azure_deployment="deployed",
-        azure_endpoint=server.url,
-        api_key=MARK,
-        modalities=["text"],
-        http_session=http,
-    )
-
-
-def _inference(server, http, stack):
-    return inference.RealtimeModel(
-        "openai/gpt-realtime",
-        api_key=MARK,
-        api_secret=MARK * 6,
-        base_url=server.url,
-        modalities=["text"],
-        http_session=http,
-        conn_options=FAST,
-    )
-
-
-def _voicelive(server, http, stack):
-    return azure.realtime.RealtimeModel(
-        api_key=MARK, endpoint=server.url, modalities=["text"], conn_options=FAST
-    )
+    return make
 
 
 def _google(server, http, stack):
@@ -142,18 +107,28 @@ class _Log(logging.Handler):
 
 LOG = _Log()
 
+WITH_IDS = {
+    # Whose replies carry the id of their request.
+    "openai": OPENAI,
+    "xai": ENGINE["xai"],
+    "azure-openai": ENGINE["azure openai"],
+    "inference": ENGINE["inference"],
+    "azure-voicelive": VOICELIVE,
+}
+
 PROVIDERS = {
-    "openai": (OpenAISimulator, _openai),
-    "xai": (XAISimulator, _xai),
-    "azure-openai": (AzureOpenAISimulator, _azure_openai),
-    "inference": (OpenAISimulator, _inference),
-    "azure-voicelive": (VoiceLiveSimulator, _voicelive),
+    **{name: (kin.simulator, _of(kin)) for name, kin in WITH_IDS.items()},
     "google": (GoogleSimulator, _google),
     "ultravox": (UltravoxSimulator, _ultravox),
     "phonic": (PhonicSimulator, _phonic),
     "aws": (AWSSimulator, _aws),
     "nvidia": (PersonaPlexSimulator, _nvidia),
 }
+
+
+STARTED = "not_recoverable (output_started)"
+TOLD_BY_THE_HANDLE = ("max_attempts", "deadline", "budget", "unsafe_to_resend", "output_started")
+"""Stop reasons after which the session goes on, so that the agent can learn of the failure."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +144,8 @@ class Row:
     """Another script, by provider."""
     at_instead: dict[str, float] = field(default_factory=dict)
     """Another time, by provider."""
+    must: str = ""
+    """What it must come to with us, where replies carry the id of their request."""
 
 
 ROWS = (
@@ -198,6 +175,20 @@ ROWS = (
     Row("superseded by a second call", "late:3", 1, "supersede"),
     Row("session closed", "late:4", 2, "close"),
     Row("caller closes", "late:4", 2, "hang up"),
+    # From here on a response has begun when it fails.
+    Row("failed before its first word, then ok", "failed_later,ok", must="recovered"),
+    Row("the same, with a message begun", "failed_message,ok", must="recovered"),
+    Row(
+        "failed while the next reply is queued",
+        "failed_later,ok",
+        what="queue",
+        must="recovered",
+    ),
+    Row("failed after its first words", "failed_during,ok", must=STARTED),
+    Row("dropped after its first words", "drop_during,ok", must=STARTED),
+    Row("tool call, then failure", "failed_tool:look_up,ok", must=STARTED),
+    Row("ended incomplete", "incomplete,ok", must="not_recoverable (not_recoverable)"),
+    Row("begun, and silent ever after", "stalled", must="exhausted (deadline)"),
 )
 
 
@@ -207,14 +198,25 @@ class Cell:
 
     asked: int = 1
     heard: int = 0
+    cut: int = 0
+    """How many of these in part."""
+    tools: int = 0
+    """How often a tool ran."""
     seconds: float = 0.0
     told: str = ""
-    """Outcome and stop reason with us; "told" or "not told" of failure without."""
+    """Outcome and stop reason of the first with us; what the agent knows without."""
+    known: bool = False
+    """Whether the first one's handle tells of a failure."""
+    announced: int = 0
+    """Generations that the plugin announced as asked for."""
     actions: str = ""
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         count = f"{self.heard}" if self.asked == 1 else f"{self.heard} of {self.asked}"
+        count += " in part" * bool(self.cut)
+        if self.tools:
+            count += f" and {self.tools} tool call" + "s" * (self.tools > 1)
         return f"{count}, {self.told}, {self.seconds:.1f} s"
 
 
@@ -238,7 +240,31 @@ def blindly(session: Any) -> None:
     session.generate_reply = generate_reply
 
 
-async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901 - a script
+def agent_for(cell: Cell, script: str) -> Agent:
+    """An agent with a tool where the script calls one."""
+
+    @function_tool
+    async def look_up() -> str:
+        """Look it up."""
+        cell.tools += 1
+        return "found"
+
+    tools = [look_up] if "tool:" in script else []
+    return Agent(instructions=f"{MARK} instructions", tools=tools)
+
+
+def what_is_known(cell: Cell, handles: list[SpeechHandle]) -> str:
+    """What the agent alone knows of its replies."""
+    if not all(handle.done() for handle in handles):
+        return "hangs"
+    if any(handle.exception() for handle in handles):
+        return "told failed"
+    if cell.heard < len(handles):
+        return "silence"
+    return "not told" if cell.cut else "ok"
+
+
+async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901, PLR0912, PLR0915 - a script
     """One conversation."""
     simulator, make = PROVIDERS[provider]
     cell, recorder = Cell(), Recorder()
@@ -249,31 +275,39 @@ async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901 - a sc
         http = await stack.enter_async_context(aiohttp.ClientSession())
         model = make(server, http, stack)
         if mode == "ours":
-            providers = recorder.providers
-            traced_retry.wrap(model, policy=traced_retry.RetryPolicy(), **providers)
+            # A budget of its own: the retries of one cell are not paid by the next.
+            policy = traced_retry.RetryPolicy(budget=RetryBudget())
+            traced_retry.wrap(model, policy=policy, **recorder.providers)
         session = AgentSession(llm=model)
-        await session.start(Agent(instructions=f"{MARK} instructions"))
+        await session.start(agent_for(cell, script))
         realtime = session._activity._rt_session
+        announced: list[bool] = []
+        realtime.on("generation_created", lambda event: announced.append(event.user_initiated))
         if provider == "aws":
             await asyncio.sleep(1)  # the plugin opens its stream after 0.55 s
         if mode == "blind":
             blindly(realtime)
         began, second = loop.time(), None
-        handle = session.generate_reply(instructions=f"{MARK} question")
+        cell.asked = 2 if row.what in ("queue", "supersede") else 1
+        handles = [
+            session.generate_reply(instructions=f"{MARK} question")
+            for _ in range(2 if row.what == "queue" else 1)
+        ]
         if row.at is not None:
             await asyncio.sleep(row.at_instead.get(provider, row.at))
             with contextlib.suppress(Exception):
                 if row.what == "interrupt":
-                    handle.interrupt()
+                    handles[0].interrupt()
                 elif row.what == "supersede":
-                    cell.asked, second = 2, realtime.generate_reply()
+                    second = realtime.generate_reply()
                 elif row.what == "close":
                     await realtime.aclose()
                 else:
                     await session.aclose()
-        await asyncio.wait({asyncio.ensure_future(handle.wait_for_playout())}, timeout=60)
+        playouts = [asyncio.ensure_future(handle.wait_for_playout()) for handle in handles]
+        _, hanging = await asyncio.wait(playouts, timeout=60)
         cell.seconds = loop.time() - began
-        if not handle.done():
+        if hanging:
             cell.problems.append("the caller hangs")
         await asyncio.sleep(40)
         items = session.history.items
@@ -281,50 +315,62 @@ async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901 - a sc
             i.text_content or "" for i in items if i.type == "message" and i.role == "assistant"
         ]
         cell.heard = sum(text.count("reply") for text in said)
+        cell.cut = cell.heard - sum(text.count(it) for text in said for it in server.completed)
+        cell.announced = sum(announced)
+        if said != sorted(said):
+            cell.problems.append("heard in the wrong order")
         if second is not None and second.done() and not second.cancelled():
             cell.heard += second.exception() is None and cell.heard == 0
-        failed = handle.done() and handle.exception() is not None
-        cell.told = "told failed" if failed else ("ok" if cell.heard else "silence")
+        cell.told = what_is_known(cell, handles)
+        cell.known = handles[0].done() and handles[0].exception() is not None
+        for playout in hanging:
+            playout.cancel()
         with contextlib.suppress(Exception):
             await session.aclose()
     if mode == "ours":
-        judge(cell, recorder)
+        judge(cell, row, recorder, with_ids=provider in WITH_IDS)
     recorder.shutdown()
     return cell
 
 
-def judge(cell: Cell, recorder: Recorder) -> None:
+def judge(cell: Cell, row: Row, recorder: Recorder, *, with_ids: bool) -> None:
     """Hold the cell to the promise."""
     replies = recorder.replies
     first = replies[0] if replies else {}
-    stop = first.get("traced_retry.stop_reason")
-    cell.told = " ".join(filter(None, (first.get("traced_retry.outcome"), stop and f"({stop})")))
+    outcome, stop = (first.get(f"traced_retry.{name}") for name in ("outcome", "stop_reason"))
+    came_to = " ".join(filter(None, (outcome, stop and f"({stop})")))
     letters = [a["traced_retry.action"][0].upper() for a in recorder.attempts]
     cell.actions = " ".join(letters[: first.get("traced_retry.attempts", 0)])
     late = sum(recorder.points("traced_retry.late_replies").values())
-    if late:
-        cell.told += f" + {late} late, counted"
-    if cell.heard > cell.asked:
-        cell.problems.append("heard twice")
-    if cell.seconds > DEADLINE + 0.01:
-        cell.problems.append("past the deadline")
-    if recorder.open_spans:
-        cell.problems.append("a span stays open")
-    if cell.heard and not late and first.get("traced_retry.outcome") == "exhausted":
-        cell.problems.append("heard after failure was told")
+    cell.told = came_to + (f" + {late} late, counted" if late else "")
+    must = row.must if with_ids else ""
     told = (
         repr([s.to_json() for s in recorder.spans()]),
         repr([recorder.points(name) for name in recorder.metric_names()]),
         repr([vars(record) | {"text": record.getMessage()} for record in LOG.records]),
         str(cell),
     )
-    if any(MARK in one for one in told):
-        cell.problems.append("content in a span, a metric, the log or the output")
     LOG.records.clear()
+    wrong = {
+        "heard twice": cell.heard > cell.asked,
+        "announced twice": cell.announced > len(replies),
+        "the tool ran twice": cell.tools > 1,
+        "past the deadline": cell.seconds > DEADLINE + 0.01,
+        "a span stays open": recorder.open_spans,
+        "heard after failure was told": cell.heard and not late and outcome == "exhausted",
+        "counted as heard, and was not": not stop and not cell.heard,
+        "heard in part, and not told": cell.cut and not stop,
+        "the handle does not tell": stop in TOLD_BY_THE_HANDLE and not cell.known,
+        "content in a span, a metric, the log or the output": any(MARK in one for one in told),
+        f"it must come to {must}": must and must != came_to,
+        "not all were heard": must == "recovered" and cell.heard < cell.asked,
+    }
+    cell.problems += [what for what, is_so in wrong.items() if is_so]
 
 
 def run(provider: str, row: Row, mode: str) -> Cell:
     """One cell, on a virtual clock of its own."""
+    random.seed(0)  # the waits' jitter: the page changes with what it tells, and not by chance
     loop = VirtualClockLoop()
     loop.patience = 0.05 if provider == "aws" else 0.0  # its client does its IO in own threads
     try:

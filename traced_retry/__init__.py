@@ -12,21 +12,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from traced_retry._version import __version__
+from traced_retry.budget import RetryBudget
 from traced_retry.decorator import RetryingRealtimeSession, retry
 from traced_retry.failure import Failure
 from traced_retry.loop import FailedReply
 from traced_retry.policy import PolicyError, RetryPolicy
 
 if TYPE_CHECKING:
+    from traced_retry.export.enable import enable
     from traced_retry.livekit import instrument, uninstrument, wrap
 
 __all__ = [
     "FailedReply",
     "Failure",
     "PolicyError",
+    "RetryBudget",
     "RetryPolicy",
     "RetryingRealtimeSession",
     "__version__",
+    "enable",
     "instrument",
     "retry",
     "uninstrument",
@@ -39,4 +43,8 @@ def __getattr__(name: str) -> Any:
         from traced_retry import livekit  # noqa: PLC0415 - only who asks for it pays for LiveKit
 
         return getattr(livekit, name)
+    if name == "enable":
+        from traced_retry.export.enable import enable  # noqa: PLC0415 - and for the SDK
+
+        return enable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry demo | simulate | report``."""
+"""``traced-retry demo | simulate | report | exporters | dashboards``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:  # the core installs neither
     ) from None
 
 from traced_retry import __version__
+from traced_retry.dashboards_cli import dashboards
 from traced_retry.errors import UsageError
 
 app = typer.Typer(
@@ -35,6 +36,13 @@ TO_JAEGER = """\
 To see them in Jaeger, which takes OTLP on port 4318, set this before your agent or this demo:
   export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318
   export OTEL_SERVICE_NAME=my-agent"""
+
+exporters = typer.Typer(
+    help="Configuration for OpenTelemetry SDKs, Collectors and servers: list, show, copy.",
+    no_args_is_help=True,
+)
+app.add_typer(exporters, name="exporters")
+app.add_typer(dashboards, name="dashboards")
 
 
 def main() -> None:
@@ -236,6 +244,44 @@ def simulate(
         raise typer.BadParameter(
             f"127.0.0.1:{port} cannot be listened on ({error.strerror}); --port 0 picks a free one"
         ) from None
+
+
+@exporters.command("list")
+def list_exporters() -> None:
+    """List the files, each with what it is for.
+
+    Those in presets/ are for traced_retry.enable(preset=NAME), or to be copied, edited and named
+    in OTEL_CONFIG_FILE.
+    """
+    from traced_retry.export.files import shipped  # noqa: PLC0415
+
+    files = shipped()
+    width = max(len(file.name) for file in files)
+    for file in files:
+        typer.echo(f"{file.name:<{width}}  {file.description}".rstrip())
+
+
+@exporters.command("show")
+def show_exporter(
+    name: Annotated[str, typer.Argument(help="As listed, such as presets/jaeger.yaml.")],
+) -> None:
+    """Print one file."""
+    from traced_retry.export.files import find  # noqa: PLC0415
+
+    typer.echo(find(name).text, nl=False)
+
+
+@exporters.command("write")
+def write_exporters(
+    directory: Annotated[Path, typer.Argument(help="Where to; it is made.")],
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what you have edited.")] = False,
+) -> None:
+    """Copy all files, to be edited and used from there."""
+    from traced_retry.export.files import write  # noqa: PLC0415
+
+    for path in write(directory, force=force):
+        typer.echo(str(path))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from traced_retry.telemetry import ReplyTrace
 
 T = TypeVar("T")
 
+
 class RetryAfter:
     """Until when a session's provider wants not to be asked: its last ``retry_after``."""
 
@@ -201,6 +202,8 @@ class Reply(Generic[T]):
         """Have the loop look again: ``Request.ready`` may have changed."""
         if self._stepping:  # news from inside a step, as of an event that our own request caused
             self._step_again = True
+        elif self._future.cancelled():  # in this turn: its callback comes with the next
+            self.interrupt()
         elif self._context is not None and not self._ended:
             self._context.run(self._step)
 
@@ -214,13 +217,15 @@ class Reply(Generic[T]):
         if self._delivery is not None and self._delivery.first_output is not None:
             self._succeed()
             return
-        if self._attempt is not None:
-            if not (cut and self._attempt.done()):
-                with harmless("Request.cancel"):
-                    self._request.cancel(self._attempt)
+        attempt = self._attempt
+        if attempt is not None:
             self._close_attempt("interrupted")
         self._end_wait()
         self._end("interrupted")
+        # The books are closed first: a plugin that is told of it may well interrupt us again.
+        if attempt is not None and not (cut and attempt.done()):
+            with harmless("Request.cancel"):
+                self._request.cancel(attempt)
 
     @property
     def handed_over(self) -> bool:
@@ -288,7 +293,7 @@ class Reply(Generic[T]):
                 self._give_up(failure, stop or "unsafe_to_resend")
                 return
             self._fail_attempt(failure, action, delay)
-            stop = yield from self._wait_until_ready(delay)
+            stop = yield from self._wait_until_ready(action, delay)
             if stop is not None:
                 self._give_up(self._news if self._stop and self._news else failure, stop)
                 return
@@ -301,7 +306,7 @@ class Reply(Generic[T]):
         why = replace(why, error=_copy(why.error))  # another reply's agent holds that one
         stop: semconv.StopReason | None = "deadline"
         if self._retry_after.until < self._deadline:
-            stop = yield from self._wait_until_ready(0.0)
+            stop = yield from self._wait_until_ready("send", 0.0)
         if stop is not None:
             self._give_up(self._news if self._stop and self._news else why, stop)
             return False
@@ -404,16 +409,16 @@ class Reply(Generic[T]):
         return max(self._delays.next(failure), self._retry_after.until - self._loop.time())
 
     def _wait_until_ready(
-        self, delay: float
+        self, action: semconv.Action, delay: float
     ) -> Generator[float | None, None, semconv.StopReason | None]:
-        """Wait ``delay`` seconds, and until a request could be answered."""
+        """Wait ``delay`` seconds and until a request could be answered; to listen takes neither."""
         self._wait_began = self._loop.time()
         while self._stop is None and not self._ended:
             now = self._loop.time()
             when = max(self._wait_began + delay, self._retry_after.until)
-            if now >= when and self._request.ready():
+            if action == "listen" or (now >= when and self._request.ready()):
                 return None
-            if now >= self._deadline:
+            if max(now, when) >= self._deadline:
                 return "deadline"
             yield when if now < when else self._deadline
         return self._stop or "interrupted"
@@ -421,9 +426,6 @@ class Reply(Generic[T]):
     def _delivered(self) -> Generator[float | None, None, Failure | None]:
         """Hand the reply over, and see whether it is heard: the failure of one that was not."""
         assert self._attempt is not None
-        if self._future.cancelled():  # as the reply came; nobody will listen to it
-            self.interrupt()
-            return None
         result = self._attempt.result()
         self._delivery = delivery = self._request.delivery(result)
         if self._result is None:

@@ -21,6 +21,10 @@ SPAN_REPLY: Final = "generate_reply"
 """INTERNAL. One ``generate_reply`` call by the agent, from the call to its outcome."""
 SPAN_ATTEMPT: Final = "generate_reply.attempt"
 """CLIENT. One effort to get that reply; a child of the above."""
+SPAN_SAY: Final = "say"
+"""INTERNAL. One ``say`` call on a plugin that speaks a given text itself; told as a reply is."""
+SPAN_SAY_ATTEMPT: Final = "say.attempt"
+"""CLIENT. The one effort to have it spoken; a child of the above."""
 
 # --- attributes of others ---------------------------------------------------------------------
 
@@ -39,7 +43,8 @@ OTHER: Final = "_OTHER"
 
 OUTCOME: Final = "traced_retry.outcome"
 ATTEMPTS: Final = "traced_retry.attempts"
-"""How many attempts the reply took (int, 1 or more)."""
+"""How many attempts the reply took (int; 0 where the provider had told an earlier reply of the
+session to wait for longer than this one may take)."""
 DELAY_TOTAL: Final = "traced_retry.delay.total"
 """Seconds spent waiting between attempts, summed (float)."""
 STOP_REASON: Final = "traced_retry.stop_reason"
@@ -48,7 +53,8 @@ ATTEMPT: Final = "traced_retry.attempt"
 """Number of the attempt (int, from 1)."""
 ACTION: Final = "traced_retry.action"
 DELAY: Final = "traced_retry.delay"
-"""Seconds really waited before this attempt (float, 0.0 for the first)."""
+"""Seconds really waited before this attempt (float; 0.0 for the first, unless an earlier reply of
+the session was told by the provider to wait)."""
 ERROR_CODE: Final = "traced_retry.error_code"
 """The provider's own error code, exact. On spans only: it is not bounded."""
 RECOVERABLE: Final = "traced_retry.recoverable"
@@ -57,6 +63,12 @@ NEXT_DELAY: Final = "traced_retry.next_delay"
 """Seconds the next attempt is planned to wait (float). A reconnect may make it longer; what was
 really waited is ``traced_retry.delay`` of that attempt."""
 RESULT: Final = "traced_retry.result"
+OPERATION: Final = "traced_retry.operation"
+"""``say`` on what tells of a ``say``; absent where it is a ``generate_reply``. On metrics and log
+records; spans have a name."""
+EXPORTER: Final = "traced_retry.exporter"
+"""Which exporter dropped spans: ``otlp``, ``local_store``, or a name given. On metrics only."""
+DROP_REASON: Final = "traced_retry.drop_reason"
 TRACE_ID: Final = "trace_id"
 """On log records: 32 lower-case hex digits."""
 
@@ -106,6 +118,23 @@ OUTCOME_OF: Final[dict[StopReason, Outcome]] = {
 """The one outcome each stop reason leads to."""
 STOP_REASONS: Final[tuple[StopReason, ...]] = tuple(OUTCOME_OF)
 
+DropReason = Literal[
+    "queue_full",
+    "shutdown",
+    "connection",
+    "timeout",
+    "certificate",
+    "rate_limited",
+    "unavailable",
+    "rejected",
+    "disk_full",
+    "failed",
+]
+"""Why a span was not delivered. ``shutdown``: it was not confirmed when the time to exit was up.
+``rate_limited`` is HTTP 429, ``unavailable`` 502 to 504, ``rejected`` another status; ``failed``
+is an exporter that does not say."""
+DROP_REASONS: Final[tuple[DropReason, ...]] = get_args(DropReason)
+
 # --- metrics ----------------------------------------------------------------------------------
 
 METRIC_ATTEMPTS: Final = "traced_retry.attempts"
@@ -115,6 +144,9 @@ METRIC_REPLY_DURATION: Final = "traced_retry.reply.duration"
 METRIC_DELAY: Final = "traced_retry.delay"
 METRIC_IN_FLIGHT: Final = "traced_retry.in_flight"
 METRIC_LATE_REPLIES: Final = "traced_retry.late_replies"
+METRIC_BUDGET_REMAINING: Final = "traced_retry.budget.remaining"
+"""Gauge: retries that the process may still send, by provider."""
+METRIC_EXPORT_DROPPED: Final = "traced_retry.export.dropped"
 
 DURATION_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0)
 """Seconds. Floats, for Prometheus writes an int bound as ``le="1"`` and a float as ``le="1.0"``.

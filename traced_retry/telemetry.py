@@ -19,7 +19,7 @@ from opentelemetry import metrics, trace
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.util.types import AttributeValue
 
-from traced_retry import semconv
+from traced_retry import budget, semconv
 from traced_retry._version import __version__
 from traced_retry.failure import Failure
 from traced_retry.guard import harmless, log_swallowed
@@ -43,11 +43,14 @@ class Target:
     model: str | None = None
     server_address: str | None = None
     server_port: int | None = None
+    say: bool = False
+    """Whether a given text is to be spoken, and not a reply to be made."""
 
     @functools.cached_property
     def labels(self) -> Attributes:
         """What every metric says of the target."""
-        return {semconv.PROVIDER: self.provider}
+        labels: Attributes = {semconv.PROVIDER: self.provider}
+        return {**labels, semconv.OPERATION: "say"} if self.say else labels
 
     @functools.cached_property
     def attempt_labels(self) -> dict[tuple[semconv.Action, semconv.Result], Attributes]:
@@ -125,35 +128,48 @@ class Telemetry:
             "{reply}",
             "Replies heard after the agent was told that they had failed.",
         )
-        self._zeroed: set[str] = set()
+        meter.create_observable_gauge(
+            semconv.METRIC_BUDGET_REMAINING,
+            [_observe_budgets],
+            "{attempt}",
+            "Retries that this process may still send.",
+        )
+        self._zeroed: set[tuple[str, bool]] = set()
 
     def reply(self, target: Target) -> ReplyTrace:
         """The telemetry of one reply."""
         return ReplyTrace(self, target)
 
-    def zero(self, provider: str, actions: tuple[semconv.Action, ...] = ("send",)) -> None:
-        """Start the counters of ``provider`` at 0, once.
+    def zero(
+        self,
+        provider: str,
+        actions: tuple[semconv.Action, ...] = ("send",),
+        *,
+        say: bool = False,
+    ) -> None:
+        """Start the counters of ``provider`` at 0, once; with ``say`` those of its ``say``.
 
         A counter born at 1 has no increase: Prometheus would miss the first failure.
         """
-        if provider in self._zeroed:
+        if (provider, say) in self._zeroed:
             return
-        self._zeroed.add(provider)
+        self._zeroed.add((provider, say))
+        target = Target(provider, say=say)
         with harmless("zero-initialising the counters"):
-            self.late_replies.add(0, {semconv.PROVIDER: provider})
+            self.late_replies.add(0, target.labels)
             for outcome in ("succeeded", "recovered"):
-                self.replies.add(0, {semconv.PROVIDER: provider, semconv.OUTCOME: outcome})
+                self.replies.add(0, {**target.labels, semconv.OUTCOME: outcome})
             for reason, outcome in semconv.OUTCOME_OF.items():
                 self.replies.add(
                     0,
                     {
-                        semconv.PROVIDER: provider,
+                        **target.labels,
                         semconv.OUTCOME: outcome,
                         semconv.STOP_REASON: reason,
                     },
                 )
             for action in actions:
-                of = {semconv.PROVIDER: provider, semconv.ACTION: action}
+                of = {**target.labels, semconv.ACTION: action}
                 self.attempts.add(0, {**of, semconv.RESULT: "succeeded"})
                 for kind in ("timeout", "connection_lost", "server_error", "rate_limit_exceeded"):
                     self.attempts.add(
@@ -165,6 +181,11 @@ class Telemetry:
                             semconv.RECOVERABLE: True,
                         },
                     )
+
+
+def _observe_budgets(_: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
+    for provider, tokens in budget.remaining():
+        yield metrics.Observation(tokens, {semconv.PROVIDER: provider})
 
 
 def _seconds(meter: metrics.Meter, name: str, description: str) -> metrics.Histogram:
@@ -280,7 +301,9 @@ class ReplyTrace:
         if self._silent:
             return
         self._reply = self._telemetry.tracer.start_span(
-            semconv.SPAN_REPLY, kind=SpanKind.INTERNAL, attributes=self.target.attributes
+            semconv.SPAN_SAY if self.target.say else semconv.SPAN_REPLY,
+            kind=SpanKind.INTERNAL,
+            attributes=self.target.attributes,
         )
         # Without an SDK the span has no context of its own: nothing to nest, nothing to describe.
         self._live = self._reply.get_span_context().is_valid
@@ -303,7 +326,7 @@ class ReplyTrace:
         if self._telemetry.in_livekit:
             attributes[semconv.LK_RETRY_COUNT] = number - 1
         self._attempt = self._telemetry.tracer.start_span(
-            semconv.SPAN_ATTEMPT,
+            semconv.SPAN_SAY_ATTEMPT if self.target.say else semconv.SPAN_ATTEMPT,
             context=self._reply_context,
             kind=SpanKind.CLIENT,
             attributes=attributes,
@@ -400,13 +423,11 @@ class ReplyTrace:
         """The reply was heard after the agent was told that it had failed."""
         with _current(self._reply_context):
             logger.warning(
-                "%s reply heard after it was reported as failed, trace %s",
+                "%s %s heard after it was reported as failed, trace %s",
                 self.target.provider,
+                "say" if self.target.say else "reply",
                 self.trace_id or "none",
-                extra={
-                    semconv.PROVIDER: self.target.provider,
-                    semconv.TRACE_ID: self.trace_id or "",
-                },
+                extra={**self.target.labels, semconv.TRACE_ID: self.trace_id or ""},
             )
         if not self._silent:
             self._telemetry.late_replies.add(1, self.target.labels, self._reply_context)
@@ -440,8 +461,9 @@ class ReplyTrace:
     ) -> None:
         with _current(self._reply_context):
             logger.warning(
-                "%s reply failed (%s) after %d attempt(s) and %.2f s: %s, stopped by %s, trace %s",
+                "%s %s failed (%s) after %d attempt(s) and %.2f s: %s, stopped by %s, trace %s",
                 self.target.provider,
+                "say" if self.target.say else "reply",
                 failure.code or failure.error_type,
                 attempts,
                 seconds,
@@ -449,7 +471,7 @@ class ReplyTrace:
                 stop,
                 self.trace_id or "none",
                 extra={
-                    semconv.PROVIDER: self.target.provider,
+                    **self.target.labels,
                     semconv.OUTCOME: outcome,
                     semconv.STOP_REASON: stop,
                     semconv.ERROR_TYPE: failure.error_type,

@@ -596,4 +596,5 @@ class TestVocabulary:
             "error.type",
             "lk.retry_count",
             "generate_reply.attempt",
+            "say.attempt",
         } == foreign

@@ -9,18 +9,11 @@ import pytest
 from livekit.agents import Agent, function_tool, llm
 from livekit.plugins.azure import realtime as azure
 from support.conversation import codes, ended
+from support.kin import VOICELIVE, connected
 
 from traced_retry.livekit.azure import VoiceLiveAdapter
-from traced_retry.simulator.azure import VoiceLiveSimulator
 
 HOME = "livekit.plugins.azure.realtime.realtime_model"
-
-
-def voicelive(*, api_key, base_url, conn_options, http_session):
-    """A text-only VoiceLive model that talks to the simulator; it opens a session of its own."""
-    return azure.RealtimeModel(
-        api_key=api_key, endpoint=base_url, modalities=["text"], conn_options=conn_options
-    )
 
 
 @pytest.fixture
@@ -28,12 +21,11 @@ def converse(converse):
     """The shared ``converse``, over VoiceLive."""
 
     async def converse_over_voicelive(script, **kwargs):
-        talk = await converse(script, model=voicelive, simulator=VoiceLiveSimulator, **kwargs)
+        talk = await converse(
+            script, model=VOICELIVE.model, simulator=VOICELIVE.simulator, **kwargs
+        )
         if not script.startswith("unauthorized"):
-            # azure-ai-voicelive 1.3.1 leaks its HTTP session where it is closed while connecting.
-            connected = asyncio.Event()
-            talk.realtime.on("azure_server_event_received", lambda _: connected.set())
-            await connected.wait()
+            await connected(talk)
         return talk
 
     return converse_over_voicelive

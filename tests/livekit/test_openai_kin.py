@@ -6,65 +6,18 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from livekit.agents import inference, llm
-from livekit.plugins import openai, xai
+from livekit.agents import llm
 from support.conversation import codes, ended
+from support.kin import ENGINE
 
 from traced_retry.livekit.openai import OpenAIAdapter
 from traced_retry.livekit.registry import adapter_class
-from traced_retry.simulator import OpenAISimulator
-from traced_retry.simulator.openai_kin import (
-    AzureOpenAIBetaSimulator,
-    AzureOpenAISimulator,
-    XAISimulator,
-)
 
 
-def grok(**kwargs):
-    """Grok, at xAI, always asks for audio; the simulator answers in text, as a model may."""
-    return xai.realtime.RealtimeModel(**kwargs)
-
-
-def azure(*, base_url, conn_options, **kwargs):
-    """Azure OpenAI takes no connection options; its first reconnect comes after 0.1 s as well."""
-    return openai.realtime.RealtimeModel.with_azure(
-        azure_deployment="my-deployment", azure_endpoint=base_url, modalities=["text"], **kwargs
-    )
-
-
-def azure_beta(**kwargs):
-    """A client that names an api_version speaks the beta's protocol."""
-    return azure(api_version="2024-10-01-preview", **kwargs)
-
-
-def gateway(**kwargs):
-    """LiveKit inference signs a token with the key pair; nothing is asked of LiveKit Cloud."""
-    return inference.RealtimeModel(
-        "openai/gpt-realtime", api_secret="SECRET" * 6, modalities=["text"], **kwargs
-    )
-
-
-def gateway_to_grok(**kwargs):
-    """Grok behind LiveKit inference."""
-    return inference.RealtimeModel("xai/grok-voice-latest", api_secret="SECRET" * 6, **kwargs)
-
-
-KIN = {
-    # name: model, its server, gen_ai.provider.name
-    "xai": (grok, XAISimulator, "x_ai"),
-    "azure openai": (azure, AzureOpenAISimulator, "azure.ai.openai"),
-    "azure openai beta": (azure_beta, AzureOpenAIBetaSimulator, "azure.ai.openai"),
-    "inference": (gateway, OpenAISimulator, "livekit"),
-    "inference xai": (gateway_to_grok, XAISimulator, "livekit"),
-}
-
-
-@pytest.fixture(params=KIN)
+@pytest.fixture(params=ENGINE)
 def kin(request):
-    """One of them: model, simulator, name."""
-    if request.param.startswith("inference") and not hasattr(inference, "RealtimeModel"):
-        pytest.skip("LiveKit inference got its realtime model after livekit-agents 1.7.0")
-    return KIN[request.param]
+    """One of them."""
+    return ENGINE[request.param]
 
 
 @pytest.fixture
@@ -72,7 +25,7 @@ def converse(converse, kin):
     """The shared ``converse``, over one of them."""
 
     async def converse_over_kin(script, **kwargs):
-        return await converse(script, model=kin[0], simulator=kin[1], **kwargs)
+        return await converse(script, model=kin.model, simulator=kin.simulator, **kwargs)
 
     return converse_over_kin
 
@@ -142,7 +95,7 @@ class TestEachFault:
         assert failed == codes(recorder)
         assert code == getattr(error, "code", None)
         assert least <= took <= most
-        assert {kin[2]} == {a["gen_ai.provider.name"] for a in recorder.attempts}
+        assert {kin.provider} == {a["gen_ai.provider.name"] for a in recorder.attempts}
         assert {"send"} == {a["traced_retry.action"] for a in recorder.attempts}
         assert None not in talk.server.cancels
         assert 0 == recorder.open_spans

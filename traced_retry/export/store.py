@@ -8,44 +8,36 @@ The format is the OpenTelemetry Collector's own file format, so other tools read
 from __future__ import annotations
 
 import os
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Final
 
-from opentelemetry.exporter.otlp.json.file import FileSpanExporter
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import MetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from platformdirs import user_state_path
 
-from traced_retry.errors import UsageError
+from traced_retry.export.exporting import BoundedMetricReader, BoundedSpanProcessor, ExportError
+from traced_retry.export.local import StoreExporter, latest_store, new_store, store_directory
+
+__all__ = [
+    "ExportError",
+    "endpoint",
+    "latest_store",
+    "new_store",
+    "providers",
+    "store_directory",
+]
 
 _ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 _METRICS_ENDPOINT = "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
 _PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
 
-
-class ExportError(UsageError):
-    """A setting of the export that cannot be; the message names it and the remedy."""
-
-
-def store_directory() -> Path:
-    """The folder of the local stores; it need not exist yet."""
-    return user_state_path("traced-retry", appauthor=False) / "spans"
-
-
-def new_store(name: str) -> Path:
-    """A path for a new local store, named after ``name`` and the time in UTC."""
-    now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
-    return store_directory() / f"{name}-{now}.jsonl"
-
-
-def latest_store() -> Path | None:
-    """The local store that was written last, if there is any."""
-    found = [path for path in store_directory().glob("*.jsonl") if path.is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+STORE_WITHIN: Final = 1.0
+"""Seconds that the local store has at exit."""
+STORE_DELAY: Final = 1.0
+"""Seconds that a span waits for its batch at most: a write costs little, and a killed process
+loses what it had not written."""
 
 
 def endpoint() -> str | None:
@@ -67,33 +59,43 @@ def providers(store: Path, service_name: str) -> tuple[TracerProvider, MeterProv
     if os.environ.get("OTEL_SERVICE_NAME"):
         service_name = os.environ["OTEL_SERVICE_NAME"]
     resource = Resource.create({SERVICE_NAME: service_name})
-    tracer_provider = TracerProvider(resource=resource)
+    spans = endpoint() is not None
+    measures = bool(os.environ.get(_ENDPOINT) or os.environ.get(_METRICS_ENDPOINT))
+    protocol = os.environ.get(_PROTOCOL) or "http/protobuf"
+    if (spans or measures) and protocol != "http/protobuf":
+        raise ExportError(
+            f"{_PROTOCOL} is {protocol!r}; it must be 'http/protobuf' here, whose port is "
+            "mostly 4318 (4317 is gRPC's)"
+        )
     try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        exporter = FileSpanExporter(store)
+        local = StoreExporter(store)
     except OSError as error:
         raise ExportError(
             f"the store {store} cannot be written ({error.strerror}): name another with --store"
         ) from None
-    tracer_provider.add_span_processor(BatchSpanProcessor(exporter))
+    # otlp is imported late: it takes a third of a second, which who has no endpoint need not wait.
     readers: list[MetricReader] = []
-    if endpoint() is not None or os.environ.get(_METRICS_ENDPOINT):
-        protocol = os.environ.get(_PROTOCOL, "http/protobuf")
-        if protocol != "http/protobuf":
-            raise ExportError(
-                f"{_PROTOCOL} is {protocol!r}; it must be 'http/protobuf' here, whose port is "
-                "mostly 4318 (4317 is gRPC's)"
-            )
-        # Imported late: it takes a third of a second, which who has no endpoint need not wait.
-        from opentelemetry.exporter.otlp.proto.http.metric_exporter import (  # noqa: PLC0415
-            OTLPMetricExporter,
-        )
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415
-            OTLPSpanExporter,
-        )
+    if measures:
+        from traced_retry.export.otlp import OtlpMetricExporter  # noqa: PLC0415
 
-        if endpoint() is not None:
-            tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        if os.environ.get(_ENDPOINT) or os.environ.get(_METRICS_ENDPOINT):
-            readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
-    return tracer_provider, MeterProvider(readers, resource=resource)
+        readers.append(BoundedMetricReader(OtlpMetricExporter()))
+    # The meter provider first: at exit the last one made is shut down first, and it is the spans
+    # dropped then that the metrics are to tell of.
+    meter_provider = MeterProvider(readers, resource=resource)
+    tracer_provider = TracerProvider(resource=resource)
+    tracer_provider.add_span_processor(
+        BoundedSpanProcessor(
+            local,
+            "local_store",
+            meter_provider=meter_provider,
+            within=STORE_WITHIN,
+            delay=STORE_DELAY,
+        )
+    )
+    if spans:
+        from traced_retry.export.otlp import OtlpSpanExporter  # noqa: PLC0415
+
+        tracer_provider.add_span_processor(
+            BoundedSpanProcessor(OtlpSpanExporter(), "otlp", meter_provider=meter_provider)
+        )
+    return tracer_provider, meter_provider

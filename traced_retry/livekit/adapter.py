@@ -58,6 +58,8 @@ class Adapter:
     """Private attributes of the session that it relies on."""
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
     """What its requests may do; their counters start at zero."""
+    losses = 0
+    """Connections lost so far, where the plugin comes back and the adapter can tell."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         self.session = session

@@ -152,6 +152,10 @@ class GoogleAdapter(Adapter):
             self._grave = asyncio.get_running_loop().create_future()
             self.put(self._grave)
 
+    def interrupt(self) -> None:
+        """What the plugin does, and not our hook: other replies are not meant."""
+        type(self.plugin).interrupt(self.plugin)
+
     def silence(self) -> None:
         """See to it that what was asked is never heard: now, or when the server has spoken."""
         self._renew_later = self.speaking
@@ -315,11 +319,11 @@ class GoogleRequest(ObservedRequest):
         self._close()
         if attempt.done() and not attempt.cancelled() and attempt.exception() is None:
             # The reply began in the very moment of the cancel: nobody will read it.
-            self._adapter.session.interrupt()
+            self._adapter.interrupt()
             return
         self._leave(attempt)
         attempt.cancel()
-        self._adapter.session.interrupt()
+        self._adapter.interrupt()
         if not _interrupts(self._adapter.plugin):
             self._adapter.silence()
 

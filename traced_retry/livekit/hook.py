@@ -30,7 +30,7 @@ from traced_retry.guard import harmless, log_once
 from traced_retry.livekit.adapter import Adapter, Generation, ObservedRequest, told
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.livekit.say import SayRequest, observed
-from traced_retry.livekit.speech import current_speech, tell
+from traced_retry.livekit.speech import current_speech, tell, when_interrupted
 from traced_retry.loop import FailedReply, Reply, RetryAfter
 from traced_retry.policy import RetryPolicy
 from traced_retry.request import Request
@@ -143,7 +143,13 @@ class SessionHook:
         if self._dead is not None:
             reply.interject(*self._dead)
         self._open[reply] = request
-        return reply.start()
+        future = reply.start()
+        if request.speech is not None:
+            # An agent that has no reply yet cancels its future; one that has, cannot.
+            when_interrupted(
+                request.speech, lambda: future.add_done_callback(lambda _: reply.interrupt())
+            )
+        return future
 
     def interrupt(self) -> None:
         """Cut the present generation; a reply that waits for its first word ends with it."""
@@ -279,7 +285,8 @@ def wrap(
         tracer_provider: default: the one given to ``livekit.agents.telemetry``, else the global.
         meter_provider: default: the global one.
         on_exhausted: called (or awaited) with a :class:`FailedReply` whenever a reply has failed
-            for good. What it raises is logged once and changes nothing.
+            for good; not for a ``say()``. A function runs on the event loop and must not block it.
+            What it raises is logged once and changes nothing.
 
     Raises:
         PolicyError: the environment holds a value that cannot be.

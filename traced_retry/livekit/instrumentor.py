@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
     BaseInstrumentor,
@@ -14,7 +15,7 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
 
 from traced_retry.errors import UsageError
 from traced_retry.livekit.hook import instrument, uninstrument
-from traced_retry.policy import OnSilence, RetryPolicy
+from traced_retry.policy import OnSilence, RetryPolicy, _budget
 
 
 class OptionsError(UsageError):
@@ -38,6 +39,8 @@ class RetryOptions:
     attempt_timeout: float | None = None
     retry_rate_limits: bool | None = None
     on_silence: OnSilence | None = None
+    budget: float | Literal["off"] | None = None
+    """Retries at once, as in ``TRACED_RETRY_BUDGET``."""
 
     def __init__(self, **options: Any) -> None:
         known = [field.name for field in fields(self)]
@@ -51,6 +54,11 @@ class RetryOptions:
     def policy(self) -> RetryPolicy:
         """The policy that these options make of the environment's."""
         given = {name: value for name, value in vars(self).items() if value is not None}
+        if "budget" in given:
+            # YAML reads a plain off as false.
+            text = "off" if given["budget"] is False else str(given["budget"])
+            with contextlib.suppress(ValueError):  # the policy says what is allowed
+                given["budget"] = _budget(text)
         return dataclasses.replace(RetryPolicy.from_env(), **given)
 
 

@@ -47,7 +47,7 @@ class ListeningAdapter(Adapter):
         """Whether the plugin is not known to have lost its server."""
         self.dead: Failure | None = None
         """Why nothing can be asked of this session any more, where we know better than the hook."""
-        self._given_up: ListeningRequest | None = None
+        self._given_up: ObservedRequest | None = None
         session.on("input_speech_started", lambda _: self.watch_for(None))
 
     def request(self, call: Call) -> ListeningRequest:
@@ -76,7 +76,7 @@ class ListeningAdapter(Adapter):
         self.dead = why
         self.replies.interject(why, "not_recoverable")
 
-    def watch_for(self, request: ListeningRequest | None) -> None:
+    def watch_for(self, request: ObservedRequest | None) -> None:
         """Count the server's next reply as the late one of ``request``.
 
         What it begins after another request, or after the caller spoke, is taken for an answer to

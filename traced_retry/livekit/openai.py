@@ -69,14 +69,13 @@ class OpenAIAdapter(Adapter):
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         super().__init__(session, replies)
-        self.losses = 0
-        """Connections lost so far."""
         self.connected = True
         self.errors: dict[str, Mapping[str, Any]] = {}
         """The ``error`` events that answered a request, by its id, until it asks."""
         self.open: list[OpenAIRequest] = []
         """Requests sent and not yet answered."""
-        self._active: set[str] = set()
+        self.active: set[str] = set()
+        """Responses that the server has begun and not ended, by id."""
         self._abandoned: dict[str, None] = {}
         self._speaking: dict[str, OpenAIRequest] = {}
         """Whose responses have begun, by response id."""
@@ -106,7 +105,7 @@ class OpenAIAdapter(Adapter):
 
     def ready(self) -> bool:
         """The socket is up, and no response is active: a second one would be rejected."""
-        return self.connected and not self._active
+        return self.connected and not self.active
 
     def pending(self) -> set[str]:
         """Ids of the requests that the plugin waits for."""
@@ -159,7 +158,7 @@ class OpenAIAdapter(Adapter):
             self._on_server_error(event["error"])
 
     def _on_response_created(self, response: Mapping[str, Any]) -> None:
-        self._active.add(response["id"])
+        self.active.add(response["id"])
         asked_by = (response.get("metadata") or {}).get("client_event_id")
         asker = next((request for request in self.open if asked_by in request.ids), None)
         if asker is not None:
@@ -171,7 +170,7 @@ class OpenAIAdapter(Adapter):
             self.session._discarded_event_ids.add(asked_by)  # type: ignore[attr-defined]
 
     def _on_response_done(self, response: Mapping[str, Any]) -> None:
-        self._active.discard(response["id"])
+        self.active.discard(response["id"])
         asker = self._speaking.pop(response["id"], None)
         if asker is not None and asker.delivered is not None:
             status = response.get("status")
@@ -204,7 +203,7 @@ class OpenAIAdapter(Adapter):
         with harmless("reading an error event"):
             self.losses += 1
             self.connected = False
-            self._active.clear()
+            self.active.clear()
             lost, self._speaking = self._speaking, {}
             for asker in lost.values():
                 if asker.delivered is not None:
@@ -316,11 +315,10 @@ class OpenAIRequest(ObservedRequest):
 
     def _stop(self, attempt: asyncio.Future[Generation]) -> None:
         """End the response where it has begun and nobody will read it."""
-        delivered = self.delivered
         if attempt.cancelled() or attempt.exception() is not None:
             return
         response_id = attempt.result().response_id
-        if delivered is not None and not delivered.ended and response_id is not None:
+        if response_id is not None and response_id in self._adapter.active:
             self._adapter.stop(response_id)
 
     def _on_done(self, attempt: asyncio.Future[Generation]) -> None:

@@ -3,16 +3,19 @@
 
 A reply that fails after the agent was given its generation can no longer fail its future. What
 LiveKit's own pipeline does then is to store the error on the speech, where
-``SpeechHandle.exception()`` tells of it; so do we.
+``SpeechHandle.exception()`` tells of it; so do we. Nor can its future be cancelled then. LiveKit
+interrupts the session instead, but 1.7.0 does not where a speech alone is interrupted.
 
 Private facts (livekit-agents 1.7.0 and 1.8.9): ``voice/agent.py`` keeps the speech of a task under
 ``_get_activity_task_info(task).speech_handle``, with ``function_call`` set in a tool's task;
-``SpeechHandle._error`` is what ``exception()`` returns.
+``SpeechHandle._error`` is what ``exception()`` returns, ``_interrupt_fut`` is done once it is
+interrupted.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from traced_retry.guard import harmless, log_once
@@ -33,6 +36,15 @@ def current_speech() -> Any:
         if info is not None and info.function_call is None:
             return info.speech_handle
     return None
+
+
+def when_interrupted(speech: Any, callback: Callable[[], None]) -> None:
+    """Call back as soon as ``speech`` is interrupted; never, where that is the case already."""
+    interrupted: asyncio.Future[None] | None = getattr(speech, "_interrupt_fut", None)
+    if interrupted is None:
+        log_once("SpeechHandle has no _interrupt_fut any more: its interruption may be seen late")
+    elif not interrupted.done():
+        interrupted.add_done_callback(lambda _: callback())
 
 
 def tell(speech: Any, error: BaseException) -> None:

@@ -107,6 +107,15 @@ class OpenAIConnection(Connection):
     async def clear_audio(self, _: Event) -> None:
         await self.send("input_audio_buffer.cleared")
 
+    # The caller
+
+    async def speech_started(self) -> None:
+        """The caller begins to speak: what is active ends, as where interrupt_response is on."""
+        where = {"audio_start_ms": 0, "item_id": new_id("item")}
+        await self.send("input_audio_buffer.speech_started", **where)
+        if self.active is not None:
+            await self.finish(self.active, "cancelled", reason="turn_detected")
+
     # The conversation
 
     async def create_item(self, event: Event) -> None:

@@ -7,13 +7,16 @@ with the caller's key pair is all that differs. It takes :class:`OpenAISimulator
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import WSCloseCode, web
 
 from traced_retry.simulator._openai_protocol import Event, place_of
+from traced_retry.simulator._say import SayScript
 from traced_retry.simulator.openai import OpenAISimulator, _ScriptedConnection
-from traced_retry.simulator.server import Connection, Simulator
+from traced_retry.simulator.script import Script
+from traced_retry.simulator.server import Connection, OnEvent, Simulator
 
 BETA: Final = {
     "response.output_text.delta": "response.text.delta",
@@ -25,7 +28,28 @@ BETA: Final = {
 
 
 class XAISimulator(OpenAISimulator):
-    """Speaks what it is told to by a ``force_message`` item as well; that takes no element."""
+    """Speaks what it is told to by a ``force_message`` item as well; that takes no element.
+
+    Args:
+        script: a parsed script, or its text.
+        host: 127.0.0.1, and no other.
+        port: 0 picks a free one.
+        on_event: called with "received" or "sent" and each JSON event; must not raise.
+        say: what becomes of the texts it is told to speak, as a script of its own: ``ok``,
+            ``silence``, ``late``, ``drop_before`` or ``error``.
+    """
+
+    def __init__(
+        self,
+        script: Script | str = "ok",
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        on_event: OnEvent | None = None,
+        say: Script | str = "ok",
+    ) -> None:
+        super().__init__(script, host=host, port=port, on_event=on_event)
+        self.say = SayScript(say, {"ok", "silence", "late", "drop_before", "error"})
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
         """Makes the server's side of a connection just accepted."""
@@ -33,12 +57,27 @@ class XAISimulator(OpenAISimulator):
 
 
 class _XAIConnection(_ScriptedConnection):
+    server: XAISimulator
+
     async def create_item(self, event: Event) -> None:
         item = event.get("item") or {}
         if item.get("type") != "force_message":
             await super().create_item(event)
             return
         text = "".join(part.get("text", "") for part in item.get("content") or ())
+        fault = self.server.say.take(text)
+        self.server.wake()
+        match fault.name:
+            case "ok":
+                await self.speak(text)
+            case "late":
+                self.after(fault.seconds, partial(self.speak, text))
+            case "error":
+                await self.reject(event.get("event_id"), fault.argument, "The script says so.")
+            case "drop_before":
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+
+    async def speak(self, text: str) -> None:
         response = await self.begin(None)  # It echoes no id: a say() sends no metadata.
         await self.begin_message(response)
         await self.send("response.output_text.delta", **place_of(response), delta=text)

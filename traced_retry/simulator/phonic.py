@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from aiohttp import WSCloseCode, web
 
+from traced_retry.simulator._say import SayScript
 from traced_retry.simulator.script import Fault, Script
 from traced_retry.simulator.server import Connection, OnEvent, Request, Simulator
 
@@ -43,6 +44,8 @@ class PhonicSimulator(Simulator):
         on_event: called with "received" or "sent" and each JSON event; must not raise.
         ready: say so upon a client's config. Otherwise a client that may not ask yet waits for
             :meth:`begin`.
+        say: what becomes of each text it is told to speak, as a script of its own: ``ok``,
+            ``silence``, ``late`` or ``drop_before``.
     """
 
     path = "/v1/sts/ws"
@@ -58,9 +61,11 @@ class PhonicSimulator(Simulator):
         port: int = 0,
         on_event: OnEvent | None = None,
         ready: bool = True,
+        say: Script | str = "ok",
     ) -> None:
         super().__init__(script, host=host, port=port, on_event=on_event)
         self.ready = ready
+        self.say = SayScript(say, {"ok", "silence", "late", "drop_before"})
 
     @property
     def url(self) -> str:
@@ -132,6 +137,8 @@ class _Conversation(Connection):
                     await self.send("ready_to_start_conversation")
             case "generate_reply" | "tool_call_output":
                 await self.hear(event)
+            case "say":
+                await self.speak_as_told(event["text"])
 
     async def hear(self, event: Event) -> None:
         fault = self.server.next_fault
@@ -184,6 +191,24 @@ class _Conversation(Connection):
 
     async def fail(self, code: str) -> None:
         await self.send("error", error={"message": "The script says so.", "code": code})
+
+    async def speak_as_told(self, text: str) -> None:
+        fault = self.server.say.take(text)
+        self.server.wake()
+        match fault.name:
+            case "ok":
+                await self.speak(text)
+            case "late":
+                self.after(fault.seconds, partial(self.speak, text))
+            case "drop_before":
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+
+    async def speak(self, text: str) -> None:
+        await self.send("assistant_started_speaking")
+        await self.send("audio_chunk", audio=_SILENCE, text=text)
+        await self.send("assistant_finished_speaking")
+        self.server.completed.append(text)
+        self.server.wake()
 
     async def reply(self, request: Request) -> None:
         await self.begin()

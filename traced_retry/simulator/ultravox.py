@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from aiohttp import WSCloseCode, web
 
+from traced_retry.simulator._say import SayScript
 from traced_retry.simulator.script import Fault, Script
 from traced_retry.simulator.server import (
     Connection,
@@ -47,6 +48,8 @@ class UltravoxSimulator(Simulator):
         on_event: called with "received" or "sent" and each JSON event; must not raise.
         thinks: say at once that the model is thinking, and only the answer comes late. The plugin
             then creates the generation long before it is spoken.
+        say: what becomes of each ``forced_agent_message``, as a script of its own: ``ok``,
+            ``silence``, ``late`` or ``drop_before``.
     """
 
     path = "/join"
@@ -62,9 +65,11 @@ class UltravoxSimulator(Simulator):
         port: int = 0,
         on_event: OnEvent | None = None,
         thinks: bool = False,
+        say: Script | str = "ok",
     ) -> None:
         super().__init__(script, host=host, port=port, on_event=on_event)
         self.thinks = thinks
+        self.say = SayScript(say, {"ok", "silence", "late", "drop_before"})
 
     @property
     def url(self) -> str:
@@ -118,6 +123,8 @@ class _Call(Connection):
             if event.get("urgency") == "immediate" and not event.get("text"):
                 self.server.cancels.append(None)
             await self.hear(event)
+        elif kind == "forced_agent_message":
+            await self.speak_as_told(event["content"])
         elif kind == "client_tool_result" and event.get("agentReaction", "speaks") == "speaks":
             await self.hear({})
 
@@ -161,6 +168,26 @@ class _Call(Connection):
                 await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
             case "drop_before" | "unauthorized" | "quota" | "rate_limit":
                 await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+
+    async def speak_as_told(self, text: str) -> None:
+        fault = self.server.say.take(text)
+        self.server.wake()
+        match fault.name:
+            case "ok":
+                await self.speak(text)
+            case "late":
+                self.after(fault.seconds, partial(self.speak, text))
+            case "drop_before":
+                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+
+    async def speak(self, text: str) -> None:
+        self.ordinal += 1
+        await self.send("state", state="speaking")
+        await self.say(text)
+        await self.say(text, final=True)
+        await self.send("state", state="listening")
+        self.server.completed.append(text)
+        self.server.wake()
 
     async def reply(self, request: Request) -> None:
         await self.begin()

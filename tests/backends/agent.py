@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job process, as LiveKit makes one per call: forked from a server that has all imported."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+from dataclasses import dataclass, field
+
+POLICY = {"max_retries": 2, "base_delay": 0.05, "max_delay": 0.1, "deadline": 25.0, "budget": None}
+"""Quick to try again, so that a failure takes no time; the rest is as it would be."""
+
+PRELOAD = [
+    "traced_retry.export.enable",
+    "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    "opentelemetry.exporter.otlp.proto.http.metric_exporter",
+    *(f"livekit.plugins.{name}" for name in ("openai", "xai", "google", "ultravox", "phonic")),
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does.
+
+    Attributes:
+        provider: a name of ``traced_retry.simulator.PROVIDERS``.
+        replies: how many it asks for, one after the other.
+        pause: seconds between two of them.
+        patience: seconds that an attempt may take. No less than a busy machine needs, for an answer
+            that comes later is another outcome.
+        url: of its simulator.
+        environment: the variables it reads, ``OTEL_*`` among them.
+    """
+
+    provider: str
+    replies: int = 1
+    pause: float = 0.0
+    patience: float = 8.0
+    url: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def run(job):
+    """The process's main function."""
+    os.environ.update(job.environment)
+    asyncio.run(_call(job))
+
+
+async def _call(job):
+    import aiohttp
+    from livekit.agents import Agent, AgentSession
+
+    import traced_retry
+
+    policy = traced_retry.RetryPolicy(attempt_timeout=job.patience, **POLICY)
+    traced_retry.enable(policy=policy)
+    with contextlib.ExitStack() as stack:
+        async with aiohttp.ClientSession() as http:
+            session = AgentSession(llm=_model(job, http, stack))
+            await session.start(Agent(instructions="Be brief."))
+            for _ in range(job.replies):
+                with contextlib.suppress(Exception):  # what fails is counted, not raised
+                    await session.generate_reply(instructions="Say hello.")
+                await asyncio.sleep(job.pause)
+            await session.aclose()
+
+
+def _model(job, http, stack):
+    from livekit.agents import APIConnectOptions
+
+    fast = APIConnectOptions(max_retry=3, retry_interval=0.2, timeout=5.0)
+    openai_like = {"api_key": "sk-x", "http_session": http, "modalities": ["text"]}
+    if job.provider == "openai":
+        from livekit.plugins import openai
+
+        return openai.realtime.RealtimeModel(base_url=job.url, conn_options=fast, **openai_like)
+    if job.provider == "azure-openai":
+        from livekit.plugins import openai
+
+        return openai.realtime.RealtimeModel.with_azure(
+            azure_deployment="deployed", azure_endpoint=job.url, **openai_like
+        )
+    if job.provider == "xai":
+        from livekit.plugins import xai
+
+        return xai.realtime.RealtimeModel(
+            api_key="x", base_url=job.url, http_session=http, conn_options=fast
+        )
+    if job.provider == "google":
+        from google.genai import types
+        from livekit.plugins import google
+
+        # The simulator's certificate is made by another process, at its start.
+        unverified = ssl._create_unverified_context()
+        return google.realtime.RealtimeModel(
+            api_key="x",
+            modalities=[types.Modality.TEXT],
+            http_options=types.HttpOptions(base_url=job.url, async_client_args={"ssl": unverified}),
+        )
+    if job.provider == "ultravox":
+        from livekit.plugins import ultravox
+
+        return ultravox.realtime.RealtimeModel(
+            api_key="x", base_url=job.url, http_session=http, output_medium="text"
+        )
+    from livekit.plugins import phonic
+
+    from traced_retry.simulator.phonic import redirected
+
+    stack.enter_context(redirected(job.url))
+    return phonic.realtime.RealtimeModel(api_key="x")

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many job processes, and the simulators that know what they really asked and heard."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from backends.agent import PRELOAD, Job, run
+from backends.reading import settle
+from backends.servers import Collector, Jaeger, Prometheus, free_ports
+
+from traced_retry.simulator import simulator
+
+PROVIDER = {
+    "openai": "openai",
+    "azure-openai": "azure.ai.openai",
+    "xai": "x_ai",
+    "google": "gcp.gemini",
+    "ultravox": "ultravox",
+    "phonic": "phonic",
+}
+"""``gen_ai.provider.name`` of each simulator."""
+
+_NOT_RECOVERABLE = "invalid_request_error"
+
+
+@dataclass
+class Played:
+    """One job, once it is over."""
+
+    job: Job
+    requests: list
+    """What its simulator heard: :class:`traced_retry.simulator.Request`."""
+    killed_at: float | None = None
+    """``time.monotonic()`` of the SIGKILL."""
+
+    def truth(self, until=float("inf")):
+        """{outcome: replies} that its simulator saw end, of those asked for before ``until``."""
+        return Counter(outcome for at, outcome in _outcomes(self.requests) if at < until)
+
+
+def _outcomes(requests):
+    """(when asked, outcome) of each reply. A request that was answered ends one; so does the last
+    of those that were not.
+    """
+    failed, codes = [], []
+    for request in requests:
+        fault = request.fault
+        if fault.name in ("ok", "late"):
+            again = failed or fault.name == "late"
+            began = failed[0] if failed else request.at
+            yield began, "recovered" if again else "succeeded"
+            failed, codes = [], []
+        else:
+            failed.append(request.at)
+            codes.append(fault.argument)
+    if failed:
+        yield failed[0], "not_recoverable" if codes[-1] == _NOT_RECOVERABLE else "exhausted"
+
+
+class Simulators(threading.Thread):
+    """One simulator per job, all on one event loop, in a thread of the test's process."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self._loop = asyncio.new_event_loop()
+        self._servers = []
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        for server in self._servers:
+            self._do(server.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.join()
+        self._loop.close()
+
+    def run(self):
+        """The thread."""
+        self._loop.run_forever()
+
+    def serve(self, provider, script):
+        """A simulator that runs."""
+
+        async def start():
+            server = simulator(provider)(script)
+            await server.start()
+            return server
+
+        server = self._do(start())
+        self._servers.append(server)
+        return server
+
+    def _do(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+
+def play(jobs, *, at_once=8, kill=()):
+    """Run jobs, ``(Job, script)``, each in a process of its own; returns them :class:`Played`.
+
+    Those whose place is in ``kill``, {place: requests}, get a SIGKILL once their simulator has
+    heard that many requests.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with Simulators() as simulators:
+        servers = [simulators.serve(job.provider, script) for job, script in jobs]
+        waiting = [
+            (place, replace(job, url=server.url), server)
+            for place, ((job, _), server) in enumerate(zip(jobs, servers, strict=True))
+        ]
+        running, killed = {}, {}
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                place, job, server = waiting.pop(0)
+                process = context.Process(target=run, args=(job,))
+                process.start()
+                running[place] = (process, server)
+            for place, (process, server) in list(running.items()):
+                wanted = dict(kill).get(place)
+                if wanted is not None and len(server.requests) >= wanted:
+                    process.kill()
+                    killed[place] = time.monotonic()
+                if process.exitcode is None and place not in killed:
+                    continue
+                process.join()
+                expected = -signal.SIGKILL if place in killed else 0
+                assert process.exitcode == expected, f"job {place} ended with {process.exitcode}"
+                del running[place]
+            time.sleep(0.02)
+        return [
+            Played(job, list(server.requests), killed.get(place))
+            for place, ((job, _), server) in enumerate(zip(jobs, servers, strict=True))
+        ]
+
+
+EXPORT = 1.0
+"""Seconds between two exports of a process, of spans and of metrics."""
+ENDED, KILLED = "fleet", "fleet-killed"
+"""``service.name`` of the jobs that end by themselves, and of those that are killed."""
+
+
+def plan():
+    """Fifty jobs with their scripts, and {place: requests} of those to be killed once they have
+    sent so many.
+
+    Most have one reply. Of each provider there are five that ask once and hear it, one that asks
+    three times and hears the second late, and one whose second reply is lost. Two are rejected for
+    good. The last six are killed in the middle of a long call.
+    """
+    slow, quick = [], []
+    for provider in PROVIDER:
+        if provider in ("openai", "azure-openai", "xai"):
+            late, lost, patience = "error:server_error,ok", "error:server_error", 8.0
+        else:
+            late, lost, patience = "late:3", "silence", 2.0
+        slow.append((Job(provider, 2, patience=patience), f"ok,{lost}"))
+        slow.append((Job(provider, 3, pause=0.1, patience=patience), f"ok,{late},ok"))
+        quick += [(Job(provider), "ok")] * 5
+    quick += [(Job("openai"), f"error:{_NOT_RECOVERABLE}")] * 2
+    killed = [(Job(provider, 1000, pause=0.15), "ok") for provider in PROVIDER]
+    first = len(slow) + len(quick)
+    kill = {first + n: 10 + n for n in range(len(killed))}
+    return slow + quick + killed, kill
+
+
+@dataclass
+class Fleet:
+    """The servers that run, and what was played before them."""
+
+    jaeger: Jaeger
+    prometheus: Prometheus
+    played: list[Played]
+
+    @property
+    def ended(self):
+        """The jobs that ended by themselves."""
+        return [played for played in self.played if played.killed_at is None]
+
+    @property
+    def killed(self):
+        """The jobs that were killed."""
+        return [played for played in self.played if played.killed_at is not None]
+
+
+@contextlib.contextmanager
+def measure(folder):
+    """Play the plan before real servers: processes -> Collector -> Jaeger and Prometheus."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    with contextlib.ExitStack() as stack:
+        jaeger = stack.enter_context(Jaeger(folder))
+        collector = stack.enter_context(Collector(folder, traces=jaeger.grpc, prometheus=url))
+        prometheus = stack.enter_context(Prometheus(folder, counts=collector.counts, port=port))
+        environment = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
+            "OTEL_BSP_SCHEDULE_DELAY": f"{EXPORT * 1000:.0f}",
+            "OTEL_METRIC_EXPORT_INTERVAL": f"{EXPORT * 1000:.0f}",
+        }
+        planned, kill = plan()
+        jobs = []
+        for place, (job, script) in enumerate(planned):
+            service = {"OTEL_SERVICE_NAME": KILLED if place in kill else ENDED}
+            jobs.append((replace(job, environment={**environment, **service}), script))
+        played = play(jobs, kill=kill)
+        settle(prometheus, ENDED)
+        yield Fleet(jaeger, prometheus, played)
+
+
+def truth(jobs, before=None):
+    """{(provider, outcome): replies} of the jobs, as their simulators counted them.
+
+    Args:
+        jobs: :class:`Played`.
+        before: only what was asked for that many seconds before the job was killed.
+    """
+    counted = Counter()
+    for played in jobs:
+        until = float("inf") if before is None else played.killed_at - before
+        for outcome, count in played.truth(until).items():
+            counted[PROVIDER[played.job.provider], outcome] += count
+    return counted

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real servers on free ports of 127.0.0.1, started with the files that we ship."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXPORTERS = ROOT / "exporters"
+DASHBOARDS = ROOT / "dashboards"
+CACHE = Path(
+    os.environ.get("TRACED_RETRY_BACKENDS") or Path.home() / ".cache/traced-retry/backends"
+)
+
+_BUILD = "python tools/backends/build.py"
+_APT = "apt-get install prometheus prometheus-alertmanager"
+HOW = {
+    "jaeger": f"{_BUILD} jaeger",
+    "otelcol": f"{_BUILD} otelcol",
+    "prometheus": _APT,
+    "promtool": _APT,
+    "prometheus-alertmanager": _APT,
+    "amtool": _APT,
+}
+"""How each command is had."""
+
+SCRAPE = 1.0
+"""Seconds between two scrapes in the tests; 15 in the file we ship."""
+FLUSH = 5.0
+"""Seconds between two flushes of spanmetrics in the tests; 30 in the file we ship."""
+
+
+def command(name):
+    """The path of a server's command. Without it the test is skipped, or fails where
+    TRACED_RETRY_REQUIRE_BACKENDS is 1.
+    """
+    found = shutil.which(name, path=f"{CACHE / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    if found:
+        return found
+    message = f"there is no {name} here; get it with: {HOW[name]}"
+    if os.environ.get("TRACED_RETRY_REQUIRE_BACKENDS") == "1":
+        pytest.fail(message, pytrace=False)
+    return pytest.skip(message)
+
+
+def free_ports(count):
+    """Ports that were free a moment ago, all different."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def until(condition, seconds=20.0, what="it"):
+    """What ``condition`` returns once that is true; fails if it is not within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} did not come true within {seconds} s")
+        time.sleep(0.05)
+    return found
+
+
+def get(url, **parameters):
+    """The JSON that a GET is answered with; None for 404."""
+    if parameters:
+        url += "?" + urllib.parse.urlencode(parameters)
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
+
+
+def _answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+@dataclass
+class Process:
+    """One server that runs; ended by its process id."""
+
+    name: str
+    arguments: list[str]
+    ready: str
+    """A URL that is answered with 200 once the server is ready."""
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __enter__(self):
+        self._log = (self.folder / f"{self.name}.log").open("ab")
+        self._process = subprocess.Popen(
+            [command(self.name), *self.arguments],
+            cwd=self.folder,
+            env={**os.environ, **self.environment},
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            until(self._is_ready, what=f"{self.name} being ready")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _is_ready(self):
+        if self._process.poll() is not None:
+            log = (self.folder / f"{self.name}.log").read_text(errors="replace")
+            pytest.fail(f"{self.name} ended at its start:\n{log[-3000:]}", pytrace=False)
+        return _answers(self.ready)
+
+
+class Jaeger:
+    """Jaeger, with the shipped configuration; traces in memory, or on disk where ``badger``."""
+
+    def __init__(self, folder, *, badger=None, prometheus="http://127.0.0.1:9"):
+        names = ("OTLP_GRPC", "OTLP_HTTP", "UI", "GRPC", "HEALTH", "INTERNAL")
+        *ports, self.counts = free_ports(len(names) + 1)
+        ports = dict(zip(names, ports, strict=True))
+        self.endpoint = f"http://127.0.0.1:{ports['OTLP_HTTP']}"
+        self.grpc = f"127.0.0.1:{ports['OTLP_GRPC']}"
+        self.url = f"http://127.0.0.1:{ports['UI']}"
+        arguments = ["--config", str(EXPORTERS / "jaeger/jaeger.yaml")]
+        if badger is not None:
+            arguments += ["--config", str(EXPORTERS / "jaeger/badger.yaml")]
+        self._process = Process(
+            "jaeger",
+            arguments,
+            f"http://127.0.0.1:{ports['HEALTH']}/status",
+            folder,
+            {
+                **{f"JAEGER_{name}_PORT": str(port) for name, port in ports.items()},
+                "SPANMETRICS_PORT": str(self.counts),
+                "SPANMETRICS_FLUSH": f"{FLUSH}s",
+                "JAEGER_BADGER": str(badger),
+                "PROMETHEUS_URL": prometheus,
+            },
+        )
+
+    def __enter__(self):
+        self._process.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self._process.__exit__()
+
+    def traces(self, service, operation=""):
+        """Every trace of the service (that has a span named ``operation``), by trace id, each a
+        list of OTLP-JSON spans in the order of their start.
+
+        The attributes of a search are of Jaeger after 2.13's /api/v3; here they are looked at by
+        the one who asks.
+        """
+        now = time.time()
+        answer = get(
+            f"{self.url}/api/v3/traces",
+            **{
+                "query.service_name": service,
+                "query.operation_name": operation,
+                "query.start_time_min": _rfc3339(now - 3600),
+                "query.start_time_max": _rfc3339(now + 60),
+                "query.num_traces": 10000,
+            },
+        )
+        found = {}
+        for span in _spans(answer):
+            found.setdefault(span["traceId"], []).append(span)
+        return {
+            trace: sorted(spans, key=lambda s: int(s["startTimeUnixNano"]))
+            for trace, spans in found.items()
+        }
+
+    def trace(self, trace_id):
+        """The spans of one trace; [] where Jaeger does not have it."""
+        return _spans(get(f"{self.url}/api/v3/traces/{trace_id}"))
+
+    def search(self, service, **tags):
+        """Ids of the service's traces with a span that has all these tags, as the UI finds them."""
+        answer = get(f"{self.url}/api/traces", service=service, tags=json.dumps(tags), limit=10000)
+        return {trace["traceID"] for trace in (answer or {}).get("data", [])}
+
+
+def _rfc3339(seconds):
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def _spans(answer):
+    resources = ((answer or {}).get("result") or {}).get("resourceSpans", [])
+    return [
+        span
+        for resource in resources
+        for scope in resource.get("scopeSpans", [])
+        for span in scope.get("spans", [])
+    ]
+
+
+def attributes(span):
+    """A span's attributes as plain data."""
+    return {a["key"]: _plain(a["value"]) for a in span.get("attributes", [])}
+
+
+def _plain(value):
+    ((kind, content),) = value.items()
+    return int(content) if kind == "intValue" else content
+
+
+class Prometheus:
+    """Prometheus with the shipped configuration and recording rules."""
+
+    def __init__(self, folder, *, counts, port=None):
+        port = port or free_ports(1)[0]
+        self.url = f"http://127.0.0.1:{port}"
+        self._folder = folder
+        text = (EXPORTERS / "prometheus/prometheus.yaml").read_text()
+        for shipped, ours in (
+            ("127.0.0.1:8889", f"127.0.0.1:{counts}"),
+            ("scrape_interval: 15s", f"scrape_interval: {SCRAPE:.0f}s"),
+            ("evaluation_interval: 15s", f"evaluation_interval: {SCRAPE:.0f}s"),
+        ):
+            assert shipped in text
+            text = text.replace(shipped, ours)
+        (folder / "prometheus.yaml").write_text(text)
+        shutil.copytree(DASHBOARDS / "prometheus", folder / "rules")
+        self._process = Process(
+            "prometheus",
+            [
+                f"--config.file={folder / 'prometheus.yaml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+                "--web.enable-remote-write-receiver",
+                "--enable-feature=exemplar-storage",
+            ],
+            f"{self.url}/-/ready",
+            folder,
+        )
+
+    def __enter__(self):
+        self._process.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self._process.__exit__()
+
+    def query(self, expression, at=None):
+        """The vector that the expression gives: {labels as a frozenset of pairs: value}."""
+        parameters = {"query": expression, **({} if at is None else {"time": f"{at:.3f}"})}
+        answer = get(f"{self.url}/api/v1/query", **parameters)
+        assert answer["status"] == "success"
+        return {
+            frozenset(series["metric"].items()): float(series["value"][1])
+            for series in answer["data"]["result"]
+        }
+
+    def exemplars(self, expression, seconds=3600):
+        """The exemplars of the series, each (labels of the series, exemplar)."""
+        now = time.time()
+        answer = get(
+            f"{self.url}/api/v1/query_exemplars", query=expression, start=now - seconds, end=now
+        )
+        return [
+            (series["seriesLabels"], exemplar)
+            for series in answer["data"]
+            for exemplar in series["exemplars"]
+        ]
+
+
+class Collector:
+    """The Collector for a fleet with the shipped configuration; clean calls are not kept."""
+
+    def __init__(self, folder, *, traces, prometheus):
+        names = ("OTLP_GRPC", "OTLP_HTTP", "HEALTH", "INTERNAL")
+        *ports, self.counts = free_ports(len(names) + 1)
+        ports = dict(zip(names, ports, strict=True))
+        self.endpoint = f"http://127.0.0.1:{ports['OTLP_HTTP']}"
+        self._process = Process(
+            "otelcol",
+            ["--config", str(EXPORTERS / "collector/collector.yaml")],
+            f"http://127.0.0.1:{ports['HEALTH']}/status",
+            folder,
+            {
+                **{f"COLLECTOR_{name}_PORT": str(port) for name, port in ports.items()},
+                "SPANMETRICS_PORT": str(self.counts),
+                "SPANMETRICS_FLUSH": f"{FLUSH}s",
+                "DECISION_WAIT": "1s",
+                "KEEP_PERCENT": "0",
+                "TRACES_ENDPOINT": traces,
+                "PROMETHEUS_URL": prometheus,
+            },
+        )
+
+    def __enter__(self):
+        self._process.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self._process.__exit__()

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``traced-retry exporters list | show | write``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "exporters"
+FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file())
+
+
+def run(*arguments):
+    """Run the command; stdout and stderr as text."""
+    return subprocess.run(
+        [sys.executable, "-m", "traced_retry.cli", "exporters", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+
+
+class TestList:
+    def test_every_file_is_there(self):
+        """As many lines as there are files, each with its name."""
+        done = run("list")
+
+        assert (0, "") == (done.returncode, done.stderr)
+        assert FILES == sorted(line.split()[0] for line in done.stdout.splitlines())
+
+    def test_each_configuration_says_what_it_is(self):
+        """In its first comment."""
+        lines = run("list").stdout.splitlines()
+
+        assert [] == [line for line in lines if ".yaml" in line and len(line.split()) < 4]
+        assert any(line.startswith("presets/jaeger.yaml") and "Jaeger:" in line for line in lines)
+
+
+class TestShow:
+    def test_the_file_as_it_is(self):
+        """So that it can be redirected into a file."""
+        assert (ROOT / "presets/jaeger.yaml").read_text() == run(
+            "show", "presets/jaeger.yaml"
+        ).stdout
+
+    def test_no_such_file(self):
+        """The error lists those there are."""
+        done = run("show", "jaeger")
+
+        assert 2 == done.returncode
+        assert "there is no 'jaeger'; there are README.md, " in done.stderr
+        assert "presets/jaeger.yaml" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestWrite:
+    def test_all_files(self, tmp_path):
+        """Byte for byte, and each is printed."""
+        done = run("write", tmp_path / "new" / "folder")
+        written = [Path(line) for line in done.stdout.splitlines()]
+
+        assert FILES == sorted(p.relative_to(tmp_path / "new/folder").as_posix() for p in written)
+        assert [(ROOT / name).read_bytes() for name in FILES] == [
+            (tmp_path / "new/folder" / name).read_bytes() for name in FILES
+        ]
+
+    def test_what_was_edited_is_kept(self, tmp_path):
+        """Unless --force is given; and again is harmless where nothing was edited."""
+        run("write", tmp_path)
+        assert 0 == run("write", tmp_path).returncode
+        edited, missing = tmp_path / "presets" / "jaeger.yaml", tmp_path / "README.md"
+        edited.write_text("mine")
+        missing.unlink()
+
+        refused = run("write", tmp_path)
+        assert 2 == refused.returncode
+        assert f"{edited} is there already and differs: --force overwrites it" in refused.stderr
+        assert ("mine", False) == (edited.read_text(), missing.exists())
+
+        assert 0 == run("write", tmp_path, "--force").returncode
+        assert (ROOT / "presets/jaeger.yaml").read_text() == edited.read_text()
+
+    @pytest.mark.parametrize("folder", ["file", "file/below"])
+    def test_where_it_cannot(self, folder, tmp_path):
+        """The error says so in a line."""
+        (tmp_path / "file").touch()
+        done = run("write", tmp_path / folder)
+
+        assert 2 == done.returncode
+        assert "cannot be written" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`traced_retry.enable`: what is set up, where spans go, and that they arrive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.converse import SECRET
+from support.fresh import fresh
+from support.receiver import receiver
+
+from traced_retry import semconv
+from traced_retry.export import files
+
+CONVERSE = """
+import asyncio, traced_retry
+from support.converse import converse
+"""
+
+
+@pytest.fixture
+def state(tmp_path):
+    """The state directory of the processes of a test, as an environment variable."""
+    return {"XDG_STATE_HOME": tmp_path / "state"}
+
+
+def stored(state):
+    """All spans in the local stores, each with its resource's attributes."""
+    found = []
+    for path in (state["XDG_STATE_HOME"] / "traced-retry" / "spans").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            for resource in json.loads(line)["resourceSpans"]:
+                told = {a["key"]: a["value"] for a in resource["resource"]["attributes"]}
+                found += [(told, s) for scope in resource["scopeSpans"] for s in scope["spans"]]
+    return found
+
+
+def names(spans):
+    """Of spans, each with its resource."""
+    return [span["name"] for _, span in spans]
+
+
+def attribute(span, name):
+    """A span's, as text."""
+    (value,) = [a["value"] for a in span["attributes"] if a["key"] == name]
+    return value["stringValue"]
+
+
+class TestNothingSaid:
+    def test_the_local_store(self, state):
+        """Spans are stored, LiveKit's around ours; the path is returned, and logged once."""
+        ended = fresh(
+            CONVERSE
+            + """
+first = traced_retry.enable()
+done = asyncio.run(converse("rate_limit:0.1,ok"))
+result = first.destination, traced_retry.enable().destination, first.flush(), done
+""",
+            **state,
+        )
+        (first, second, flushed, done) = ended.result
+        told, reply = next(found for found in stored(state) if found[1]["name"] == "generate_reply")
+
+        assert {"requests": 2, "completed": 1} == done
+        assert (first, True) == (second, flushed)
+        assert Path(first).is_file()
+        assert [f"INFO traced_retry: spans go to {first}"] == [
+            line for line in ended.log if "spans go" in line
+        ]
+        assert 2 == names(stored(state)).count("generate_reply.attempt")
+        assert "agent_session" in names(stored(state))
+        assert "recovered" == attribute(reply, semconv.OUTCOME)
+        assert {"stringValue": "livekit-agent"} == told["service.name"]
+
+    def test_nothing_that_was_said(self, state):
+        """LiveKit's spans are stored without what they have of it."""
+        ended = fresh(CONVERSE + "traced_retry.enable(); result = asyncio.run(converse())", **state)
+
+        assert {"requests": 1, "completed": 1} == ended.result
+        assert SECRET not in json.dumps(stored(state))
+        assert "reply 1" not in json.dumps(stored(state))
+
+    def test_unless_it_is_wanted(self, state):
+        """LiveKit's variable is the way to have it."""
+        fresh(
+            CONVERSE + "traced_retry.enable(); result = asyncio.run(converse())",
+            LIVEKIT_TELEMETRY_ALLOW_PII="true",
+            **state,
+        )
+
+        assert "reply 1" in json.dumps(stored(state))
+
+    def test_a_store_that_cannot_be_written(self, tmp_path):
+        """Replies go on; one warning says what to do."""
+        (tmp_path / "file").touch()
+        ended = fresh(
+            CONVERSE
+            + "at = traced_retry.enable().destination; result = at, asyncio.run(converse())",
+            XDG_STATE_HOME=tmp_path / "file",
+        )
+
+        assert ended.result[0].startswith("nowhere: ")
+        assert {"requests": 1, "completed": 1} == ended.result[1]
+        (line,) = [line for line in ended.log if "WARNING traced_retry" in line]
+        assert "OTEL_EXPORTER_OTLP_ENDPOINT" in line
+
+    def test_what_is_buffered_is_stored_at_the_end_of_a_process(self, state):
+        """Also of a child process, where Python before 3.13 calls no atexit handler."""
+        ended = fresh(
+            """
+import traced_retry
+from opentelemetry import trace
+traced_retry.enable()
+trace.get_tracer("t").start_span("the last one").end()
+""",
+            **state,
+        )
+
+        assert ("", 0) == (ended.error, ended.exitcode)
+        assert ["the last one"] == names(stored(state))
+
+
+class TestWhatIsSaid:
+    def test_an_endpoint(self, state):
+        """Spans and metrics are sent there, and nothing is stored."""
+        with receiver() as server:
+            ended = fresh(
+                CONVERSE
+                + """
+at = traced_retry.enable(service_name="support").destination
+result = at, asyncio.run(converse("ok"))
+""",
+                OTEL_EXPORTER_OTLP_ENDPOINT=server.url,
+                **state,
+            )
+
+            assert f"otlp, 127.0.0.1:{server.server_port}" == ended.result[0]
+            assert "generate_reply" in [span.name for _, span in server.spans]
+            assert {"support"} == {told["service.name"] for told, _ in server.spans}
+            assert semconv.METRIC_REPLIES.encode() in server.bodies("/v1/metrics")
+        assert [] == stored(state)
+
+    def test_the_environment_names_the_service(self, state):
+        """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the code."""
+        code = """
+import traced_retry
+from opentelemetry import trace
+traced_retry.enable(service_name="code")
+trace.get_tracer("t").start_span("s").end()
+"""
+        fresh(code, OTEL_SERVICE_NAME="one", **state)
+        fresh(code, OTEL_RESOURCE_ATTRIBUTES="service.name=two", **state)
+        fresh(code, **state)
+
+        found = [told["service.name"]["stringValue"] for told, _ in stored(state)]
+        assert ["code", "one", "two"] == sorted(found)
+
+    @pytest.mark.parametrize(
+        ("said", "preset", "where"),
+        [
+            ({}, None, "STORE"),
+            ({}, "console", "preset console"),
+            ({"OTEL_TRACES_EXPORTER": "console"}, "local", "console"),
+            ({"OTEL_TRACES_EXPORTER": "console,otlp"}, None, "console, otlp"),
+            ({"OTEL_TRACES_EXPORTER": "traced_retry_store"}, None, "traced_retry_store"),
+            ({"OTEL_TRACES_EXPORTER": "none"}, "local", "nowhere: OTEL_TRACES_EXPORTER"),
+            ({"OTEL_METRICS_EXPORTER": "none"}, None, "STORE"),
+            (
+                {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://me:pw@127.0.0.1:9"},
+                None,
+                "otlp, 127.0.0.1:9",
+            ),
+            ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://h"}, "console", "otlp, h"),
+            ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://127.0.0.1:9"}, None, "STORE"),
+            ({"OTEL_CONFIG_FILE": "FILE", "OTEL_TRACES_EXPORTER": "x"}, "local", "what FILE says"),
+            ({"OTEL_SDK_DISABLED": "true"}, "local", "nowhere: OTEL_SDK_DISABLED is true"),
+        ],
+    )
+    def test_the_first_that_says_anything_holds(self, said, preset, where, state):
+        """A file, then variables, then a preset, then the local store."""
+        file = str(files.presets()["console"])
+        said = {name: value.replace("FILE", file) for name, value in said.items()}
+        ended = fresh(
+            f"import traced_retry; result = traced_retry.enable(preset={preset!r}).destination",
+            **said,
+            **state,
+        )
+        store = str(state["XDG_STATE_HOME"] / "traced-retry" / "spans" / "livekit-agent-")
+
+        assert "" == ended.error
+        found = "STORE" if ended.result.startswith(store) else ended.result
+        assert where.replace("FILE", file) == found
+
+    @pytest.mark.parametrize(
+        ("said", "preset", "words"),
+        [
+            ({}, "jagger", "ExportError: preset is 'jagger'; it must be one of collector, console"),
+            (
+                {"OTEL_TRACES_EXPORTER": "oltp"},
+                None,
+                "ExportError: OTEL_TRACES_EXPORTER is 'oltp'; installed are console, otlp",
+            ),
+            (
+                {"OTEL_METRICS_EXPORTER": "oltp"},
+                None,
+                "ExportError: OTEL_METRICS_EXPORTER is 'oltp'; installed are console, otlp",
+            ),
+            (
+                {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"},
+                None,
+                "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/json'; it must be 'http/protobuf' or 'grpc'",
+            ),
+            (
+                {"OTEL_CONFIG_FILE": "/no/such.yaml"},
+                None,
+                "ConfigurationFileError: /no/such.yaml: Configuration file not found",
+            ),
+            ({}, "vendor", "otlp_http.endpoint is no http:// or https:// URL; is a variable"),
+            (
+                {"LIVEKIT_REALTIME_MAX_RETRIES": "many"},
+                None,
+                "PolicyError: LIVEKIT_REALTIME_MAX_RETRIES is 'many'",
+            ),
+        ],
+    )
+    def test_what_cannot_be(self, said, preset, words, state):
+        """An error at start-up, which names the value and what is allowed."""
+        ended = fresh(
+            f"import traced_retry; traced_retry.enable(preset={preset!r})", **said, **state
+        )
+
+        assert words in ended.error
+
+    def test_a_preset_in_code(self, state):
+        """Its service is named in code; its spans are stored, without OTEL_CONFIG_FILE."""
+        ended = fresh(
+            CONVERSE
+            + """
+traced_retry.enable(preset="local", service_name="support")
+result = asyncio.run(converse("ok"))
+""",
+            **state,
+        )
+
+        assert {"requests": 1, "completed": 1} == ended.result
+        assert {"support"} == {told["service.name"]["stringValue"] for told, _ in stored(state)}
+        assert "generate_reply" in names(stored(state))
+
+
+class TestWhatIsThere:
+    @pytest.mark.parametrize(
+        ("give", "where"),
+        [
+            ("trace.set_tracer_provider(theirs)", "the global tracer provider"),
+            ("telemetry.set_tracer_provider(theirs)", "the tracer provider given to LiveKit"),
+        ],
+    )
+    def test_is_used_and_never_replaced(self, give, where, state):
+        """A provider set globally, or given to LiveKit alone, gets the spans; a preset does not."""
+        ended = fresh(
+            CONVERSE
+            + f"""
+from opentelemetry import metrics, trace
+from livekit.agents import telemetry
+from support.recorder import Recorder
+recorder = Recorder()
+theirs = recorder.tracer_provider
+{give}
+at = traced_retry.enable(preset="local")
+asyncio.run(converse("rate_limit:0.1,ok"))
+meter_provider = type(metrics.get_meter_provider()).__name__
+result = at.destination, at.flush(), [dict(r) for r in recorder.replies], meter_provider
+recorder.shutdown()
+""",
+            **state,
+        )
+        (destination, flushed, (reply,), meter) = ended.result
+
+        assert (where, True) == (destination, flushed)
+        assert "recovered" == reply[semconv.OUTCOME]
+        assert "_ProxyMeterProvider" == meter
+        assert [] == stored(state)
+
+    def test_what_livekit_made_for_its_cloud(self, state):
+        """LiveKit follows to ours, as it does to any that is given to it in an entrypoint."""
+        ended = fresh(
+            CONVERSE
+            + """
+from livekit.agents.telemetry import traces
+traces._prepare_cloud_tracer(room_id="r", job_id="j", observability_url="http://127.0.0.1:9")
+assert type(traces.tracer._tracer_provider).__module__.startswith("opentelemetry.sdk")
+traced_retry.enable()
+result = asyncio.run(converse())
+""",
+            LIVEKIT_API_KEY="key",
+            LIVEKIT_API_SECRET="a secret of thirty-two characters",
+            **state,
+        )
+
+        assert {"requests": 1, "completed": 1} == ended.result
+        assert {"generate_reply", "agent_session"} <= set(names(stored(state)))
+
+    def test_a_meter_provider(self, state):
+        """It is used; that of a preset is not made."""
+        ended = fresh(
+            """
+import traced_retry
+from opentelemetry import metrics
+from opentelemetry.sdk.metrics import MeterProvider
+theirs = MeterProvider()
+metrics.set_meter_provider(theirs)
+traced_retry.enable(preset="console")
+result = metrics.get_meter_provider() is theirs
+""",
+            **state,
+        )
+
+        assert (True, []) == (ended.result, [line for line in ended.log if "Overriding" in line])
+
+
+class TestAgain:
+    def test_what_is_given_later_holds_from_then_on(self, state):
+        """A later policy and a later on_exhausted count; without them nothing changes."""
+        ended = fresh(
+            CONVERSE
+            + """
+told = []
+asyncio_run = lambda: asyncio.run(converse("rate_limit:0.01"))["requests"]
+traced_retry.enable(policy=traced_retry.RetryPolicy(max_retries=1, base_delay=0))
+one = asyncio_run()
+traced_retry.enable()
+two = asyncio_run()
+never = traced_retry.RetryPolicy(max_retries=0)
+traced_retry.enable(policy=never, on_exhausted=lambda failed: told.append(failed.stop_reason))
+result = one, two, asyncio_run(), told
+""",
+            **state,
+        )
+
+        assert (2, 2, 1, ["max_attempts"]) == ended.result
+
+    def test_from_many_threads(self, state):
+        """One SDK, one store; as where LiveKit runs each job in a thread."""
+        ended = fresh(
+            """
+import traced_retry
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(lambda _: traced_retry.enable().destination, range(32)))
+result = len(set(found))
+""",
+            **state,
+        )
+
+        assert 1 == ended.result
+
+    @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+    def test_in_children_of_a_process_that_has_it(self, method, state):
+        """Each child's spans are stored whole, beside its parent's."""
+        ended = fresh(
+            f"""
+import multiprocessing, warnings
+import traced_retry
+from opentelemetry import trace
+from support import spans
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, on purpose
+traced_retry.enable()
+trace.get_tracer("t").start_span("parent").end()
+context = multiprocessing.get_context("{method}")
+children = [context.Process(target=spans.child, args=(n,)) for n in range(3)]
+for child in children: child.start()
+for child in children: child.join(60)
+result = [child.exitcode for child in children]
+""",
+            **state,
+        )
+
+        assert [0, 0, 0] == ended.result
+        assert ["child 0", "child 1", "child 2", "parent"] == sorted(names(stored(state)))
+
+
+def test_a_hanging_server_holds_up_neither_flush_nor_exit(state):
+    """Flush gives up after the time given to it, and the process ends."""
+    import socket
+    import time
+
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        port = hanging.getsockname()[1]
+        began = time.monotonic()
+        ended = fresh(
+            """
+import time, traced_retry
+from opentelemetry import trace
+tracing = traced_retry.enable()
+trace.get_tracer("t").start_span("s").end()
+began = time.monotonic()
+done = tracing.flush(0.5)
+result = done, time.monotonic() - began
+""",
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
+            **state,
+        )
+        took = time.monotonic() - began
+
+    assert (False, 0) == (ended.result[0], ended.exitcode)
+    assert 0.4 < ended.result[1] < 1.0
+    assert took < 8

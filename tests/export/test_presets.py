@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The presets, each under ``opentelemetry-instrument`` with ``OTEL_CONFIG_FILE``, and typos."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trustme
+import yaml
+from support.converse import SECRET
+from support.receiver import receiver
+
+from traced_retry import semconv
+from traced_retry.export import files
+from traced_retry.export.declarative import ConfigurationFileError, load
+from traced_retry.livekit.instrumentor import RetryOptions
+from traced_retry.policy import _ENV
+
+TESTS = Path(__file__).parents[1]
+INSTRUMENT = str(Path(sys.executable).with_name("opentelemetry-instrument"))
+
+
+def instrumented(file, script, **environ):
+    """Run a conversation, which knows nothing of us, under opentelemetry-instrument."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        # requests lets the bundle variables win over OTEL_EXPORTER_OTLP_CERTIFICATE.
+        if not name.startswith(("OTEL_", "LIVEKIT_", "TRACED_RETRY_", "REQUESTS_CA", "CURL_CA"))
+    }
+    return subprocess.run(
+        [INSTRUMENT, sys.executable, str(TESTS / "support" / "converse.py"), script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**kept, "PYTHONPATH": str(TESTS), "OTEL_CONFIG_FILE": str(file), **environ},
+    )
+
+
+def unexpected(done):
+    """What is on stderr, but for our own records of a reply that failed."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("openai reply failed")]
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """A copy of a preset, edited: ``edited("jaeger", "old", "new")`` gives its path."""
+
+    def edit(preset, *changes):
+        text = files.presets()[preset].read_text()
+        for old, new in zip(changes[::2], changes[1::2], strict=True):
+            assert old in text
+            text = text.replace(old, new, 1)
+        path = tmp_path / f"{preset}.yaml"
+        path.write_text(text)
+        return path
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def authority():
+    """A certificate authority that no system trusts."""
+    return trustme.CA()
+
+
+RETRY_ONCE = (
+    "${LIVEKIT_REALTIME_MAX_RETRIES:-3}",
+    "1",
+    "${LIVEKIT_REALTIME_RETRY_BASE_DELAY:-1.0}",
+    "0",
+)
+
+
+class TestUnderOpentelemetryInstrument:
+    """Each has spans arrive, and its retry options hold: one retry, where three are the default."""
+
+    @pytest.mark.parametrize("preset", ["jaeger", "collector"])
+    def test_otlp(self, preset, edited):
+        """Spans by OTLP/HTTP, with the resource; metrics too, but not to Jaeger."""
+        with receiver() as server:
+            done = instrumented(
+                edited(preset, *RETRY_ONCE),
+                "rate_limit",
+                OTEL_EXPORTER_OTLP_ENDPOINT=server.url,
+                OTEL_SERVICE_NAME="support",
+                OTEL_RESOURCE_ATTRIBUTES="deployment.environment.name=test",
+            )
+            told = [told for told, span in server.spans if span.name == semconv.SPAN_REPLY]
+            attempts = [s for _, s in server.spans if s.name == semconv.SPAN_ATTEMPT]
+            measures = server.bodies("/v1/metrics")
+
+        assert (0, {"requests": 2, "completed": 0}) == (done.returncode, json.loads(done.stdout))
+        assert [] == unexpected(done)
+        assert 2 == len(attempts)
+        assert ["support"] == [resource["service.name"] for resource in told]
+        assert ["test"] == [resource["deployment.environment.name"] for resource in told]
+        assert (preset == "collector") == (semconv.METRIC_REPLIES.encode() in measures)
+
+    def test_vendor(self, edited, authority, tmp_path):
+        """Over TLS with a certificate of theirs, the headers on every request."""
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(tls)
+        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+        with receiver(tls) as server:
+            done = instrumented(
+                edited("vendor", *RETRY_ONCE),
+                "rate_limit",
+                OTEL_EXPORTER_OTLP_ENDPOINT=server.url,
+                OTEL_EXPORTER_OTLP_HEADERS="api-key=sk-vendor,x-team=voice",
+                OTEL_EXPORTER_OTLP_CERTIFICATE=str(tmp_path / "ca.pem"),
+            )
+            headers = [(h["api-key"], h["x-team"]) for _, h, _ in server.posted]
+            attempts = [s for _, s in server.spans if s.name == semconv.SPAN_ATTEMPT]
+            measures = server.bodies("/v1/metrics")
+
+        assert (0, []) == (done.returncode, unexpected(done))
+        assert 2 == len(attempts)
+        assert semconv.METRIC_REPLIES.encode() in measures
+        assert {("sk-vendor", "voice")} == set(headers)
+
+    def test_vendor_whose_certificate_is_not_trusted(self, edited, authority):
+        """Nothing is sent; the reply goes on."""
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(tls)
+        with receiver(tls) as server:
+            done = instrumented(
+                edited("vendor"),
+                "ok",
+                OTEL_EXPORTER_OTLP_ENDPOINT=server.url,
+                OTEL_EXPORTER_OTLP_HEADERS="api-key=sk-vendor",
+            )
+
+            assert [] == server.posted
+        assert {"requests": 1, "completed": 1} == json.loads(done.stdout)
+        assert "sk-vendor" not in done.stderr
+
+    def test_console(self, edited):
+        """Spans and metrics on standard output."""
+        done = instrumented(edited("console", *RETRY_ONCE), "rate_limit")
+
+        assert (0, []) == (done.returncode, unexpected(done))
+        assert 2 == done.stdout.count(f'"name": "{semconv.SPAN_ATTEMPT}"')
+        assert f'"name": "{semconv.METRIC_REPLIES}"' in done.stdout
+        assert SECRET not in done.stdout
+
+    def test_local(self, edited, tmp_path):
+        """A store that `traced-retry report` reads."""
+        done = instrumented(
+            edited("local", *RETRY_ONCE), "rate_limit", XDG_STATE_HOME=str(tmp_path / "state")
+        )
+        (store,) = (tmp_path / "state").rglob("*.jsonl")
+
+        assert (0, {"requests": 2, "completed": 0}) == (done.returncode, json.loads(done.stdout))
+        assert 2 == store.read_text().count(f'"name":"{semconv.SPAN_ATTEMPT}"')
+        assert SECRET not in store.read_text()
+
+    def test_each_preset_is_tested_here(self):
+        """A new preset wants a test."""
+        assert ["collector", "console", "jaeger", "local", "vendor"] == sorted(files.presets())
+
+    def test_a_typo(self, edited):
+        """One line says file, key and what is allowed; replies are retried all the same."""
+        file = edited("local", "max_retries", "max_retrys")
+        done = instrumented(file, "rate_limit:0.01,ok", LIVEKIT_REALTIME_RETRY_BASE_DELAY="0")
+
+        assert {"requests": 2, "completed": 1} == json.loads(done.stdout)
+        (line,) = [line for line in done.stderr.splitlines() if "nowhere" in line]
+        assert line.startswith(
+            f"spans go nowhere: {file}: instrumentation/development.python.traced_retry: "
+            "'max_retrys' is not known; allowed: max_retries, base_delay"
+        )
+
+    def test_disabled(self, edited, tmp_path):
+        """OTEL_PYTHON_DISABLED_INSTRUMENTATIONS leaves LiveKit as it is, and sets nothing up."""
+        done = instrumented(
+            edited("local"),
+            "rate_limit",
+            OTEL_PYTHON_DISABLED_INSTRUMENTATIONS="requests, traced_retry",
+            XDG_STATE_HOME=str(tmp_path / "state"),
+        )
+
+        assert {"requests": 1, "completed": 0} == json.loads(done.stdout)
+        assert [] == list((tmp_path / "state").rglob("*.jsonl"))
+
+
+TYPOS = {
+    # what is changed in jaeger.yaml: what the error says beside the file
+    ("service.name\n", "service.name\n      valeu: x\n"): "'valeu' at resource.attributes.0 is not "
+    "known; allowed: name, type, value",
+    ("tracer_provider:", "tracer_provder:"): "'tracer_provder' at the top level is not known; "
+    "allowed: attribute_limits, disabled, distribution, file_format, instrumentation/development",
+    ("otlp_http:", "otlp_htp:"): "'otlp_htp' at tracer_provider.processors.0.batch.exporter is not "
+    "known; allowed: console, otlp_file/development, otlp_grpc, otlp_http",
+    (
+        "timeout:",
+        "time_out:",
+    ): "'time_out' at tracer_provider.processors.0.batch.exporter.otlp_http "
+    "is not known; allowed: compression, encoding, endpoint, headers, headers_list, timeout, tls",
+    ("always_on:", "allways_on:"): "'allways_on' at tracer_provider.sampler.parent_based.root is "
+    "not known; allowed: always_off, always_on",
+    ("schedule_delay: 5000", "schedule_delay: soon"): "tracer_provider.processors.0.batch."
+    "schedule_delay must have type",
+    ("file_format:", "file_frmat:"): "the top level lacks 'file_format'",
+    ("traced_retry: #", "traced_rety: #"): "'traced_rety' at instrumentation/development.python is "
+    "not known; did you mean 'traced_retry'?",
+    ("max_retries:", "retries:"): "instrumentation/development.python.traced_retry: 'retries' is "
+    "not known; allowed: max_retries, base_delay, max_delay, deadline",
+    ("MAX_RETRIES:-3", "MAX_RETRIES:--1"): "instrumentation/development.python.traced_retry: "
+    "max_retries is -1; it must be a whole number, 0 or more",
+    ("ON_SILENCE}", "ON_SILENCE:-shout}"): "on_silence is 'shout'; it must be one of restart, "
+    "listen, resend",
+    (
+        "BUDGET}",
+        "BUDGET:-lots}",
+    ): "budget is 'lots'; it must be how many retries at once, 1 or more",
+    ("service.name\n", "service.name: [\n"): "line 14 is no YAML",
+    ("http://127", "htp://127"): "tracer_provider.processors.0.batch.exporter.otlp_http.endpoint "
+    "is no http:// or https:// URL",
+}
+
+
+class TestTypos:
+    @pytest.mark.parametrize("change", TYPOS, ids=lambda change: change[1].strip().split("\n")[-1])
+    def test_the_error_names_file_key_and_what_is_allowed(self, change, edited):
+        """Whatever part of the file it is in."""
+        file = edited("jaeger", *change)
+
+        with pytest.raises(ConfigurationFileError) as raised:
+            load(file)
+        assert str(raised.value).startswith(f"{file}: ")
+        assert TYPOS[change] in str(raised.value)
+
+    def test_what_the_file_holds_is_not_told(self, edited):
+        """An error about a header does not quote it."""
+        file = edited("vendor", "headers_list: ${OTEL_EXPORTER_OTLP_HEADERS}", "headers: sk-secret")
+
+        with pytest.raises(ConfigurationFileError) as raised:
+            load(file)
+        assert "headers" in str(raised.value)
+        assert "sk-secret" not in str(raised.value)
+
+
+class TestContent:
+    @pytest.mark.parametrize("preset", sorted(files.presets()))
+    def test_each_carries(self, preset, monkeypatch):
+        """Resource, limits, sampler, and every option of ours, at its default."""
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://127.0.0.1:9")
+        text = yaml.safe_load(files.presets()[preset].read_text())
+        provider = text["tracer_provider"]
+        options = text["instrumentation/development"]["python"]["traced_retry"]
+
+        assert {"service.name"} == {a["name"] for a in text["resource"]["attributes"]}
+        assert {"parent_based": {"root": {"always_on": None}}} == provider["sampler"]
+        assert {"attribute_value_length_limit", "attribute_count_limit"} <= set(provider["limits"])
+        assert set(_ENV.values()) == set(options)
+        assert RetryOptions().policy() == load(files.presets()[preset]).options.policy()
+
+    @pytest.mark.parametrize(("text", "capacity"), [("off", None), ("25", 25), ("", 10)])
+    def test_a_budget(self, text, capacity, monkeypatch):
+        """A number, or off, which YAML takes for false; as in the variable."""
+        monkeypatch.setenv("TRACED_RETRY_BUDGET", text)
+        budget = load(files.presets()["jaeger"]).options.policy().budget
+
+        assert capacity == (budget and budget.capacity)
+
+    def test_options_are_those_of_the_environment(self):
+        """What a variable can set, a file can."""
+        assert set(_ENV.values()) == set(RetryOptions.__dataclass_fields__)

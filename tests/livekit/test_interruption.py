@@ -1,0 +1,603 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interruption: whoever interrupts a reply, and whatever it waits for, it ends at once.
+
+Each way LiveKit has of interrupting, in each state that a reply of ours can be in, with the real
+plugins and a real AgentSession: told within 50 ms, nothing sent afterwards, nothing heard, nothing
+left open; and the next reply is heard once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import random
+import warnings
+from pathlib import Path
+
+import aiohttp
+import pytest
+from google.genai import types
+from livekit.agents import Agent, AgentSession, APIConnectOptions, vad
+from livekit.agents.voice.events import CloseReason
+from livekit.plugins import google, openai, ultravox
+from support.conversation import Conversation, actions, ended
+from support.kin import ALL, ENGINE, VOICELIVE, connected
+
+import traced_retry
+from traced_retry import semconv
+from traced_retry.livekit.adapter import ObservedRequest
+from traced_retry.loop import Reply
+from traced_retry.simulator import OpenAISimulator
+from traced_retry.simulator.google import GoogleSimulator
+from traced_retry.simulator.phonic import PhonicSimulator, redirected
+from traced_retry.simulator.ultravox import UltravoxSimulator
+from traced_retry.telemetry import Target, Telemetry
+
+SOON = 0.05
+"""Seconds within which an interruption has taken effect."""
+OURS = str(Path(traced_retry.__file__).parent)
+MANUAL = types.RealtimeInputConfig(
+    automatic_activity_detection=types.AutomaticActivityDetection(disabled=True)
+)
+
+# --- whom we talk to: of an exit stack and a script each makes a server and a model ---------------
+
+
+async def kin(stack, script, model, simulator, **options):
+    """Those who speak OpenAI's protocol."""
+    server = await stack.enter_async_context(simulator(script))
+    http = await stack.enter_async_context(aiohttp.ClientSession())
+    patience = APIConnectOptions(max_retry=3, retry_interval=0.5, timeout=5.0)
+    model = model(
+        api_key="sk-SECRET",
+        base_url=server.url,
+        http_session=http,
+        conn_options=patience,
+        **options,
+    )
+    return server, model
+
+
+async def openai_without_vad(stack, script):
+    """OpenAI where the agent itself notices that the caller speaks."""
+    options = {"modalities": ["text"], "turn_detection": None}
+    return await kin(stack, script, openai.realtime.RealtimeModel, OpenAISimulator, **options)
+
+
+async def gemini(stack, script, **options):
+    """Gemini Live."""
+    server = await stack.enter_async_context(GoogleSimulator(script))
+    model = google.realtime.RealtimeModel(
+        api_key="SECRET-key",
+        modalities=[types.Modality.TEXT],
+        http_options=types.HttpOptions(**server.http_options),
+        **options,
+    )
+    return server, model
+
+
+async def gemini_without_vad(stack, script):
+    """Gemini Live where the agent itself notices that the caller speaks, and tells."""
+    return await gemini(stack, script, realtime_input_config=MANUAL)
+
+
+async def an_ultravox(stack, script):
+    """Ultravox, which says as soon as it thinks that a reply begins."""
+    server = await stack.enter_async_context(UltravoxSimulator(script, thinks=True))
+    http = await stack.enter_async_context(aiohttp.ClientSession())
+    model = ultravox.realtime.RealtimeModel(
+        api_key="sk-SECRET", base_url=server.url, http_session=http, output_medium="text"
+    )
+    return server, model
+
+
+async def a_phonic(stack, script):
+    """Phonic."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it is on websockets.legacy
+        phonic = importlib.import_module("livekit.plugins.phonic")
+        importlib.import_module("phonic.conversations.client")
+    server = await stack.enter_async_context(PhonicSimulator(script))
+    stack.enter_context(redirected(server.url))
+    return server, phonic.realtime.RealtimeModel(api_key="sk-SECRET")
+
+
+async def a_nova_sonic(stack, script):
+    """Nova Sonic; the virtual clock must not overtake its client's threads."""
+    home = "livekit.plugins.aws.experimental.realtime.realtime_model"
+    plugin = pytest.importorskip(home, reason="livekit-plugins-aws[realtime] needs Python 3.12")
+    if not hasattr(plugin, "_BedrockRuntimeConfig"):
+        pytest.skip("the simulator stands in for another client than that of 1.7.0")
+    from traced_retry.simulator.aws import AWSSimulator
+
+    asyncio.get_running_loop().patience = 0.05
+    server = await stack.enter_async_context(AWSSimulator(script))
+    stack.enter_context(server.redirected())
+    return server, plugin.RealtimeModel()
+
+
+PROVIDERS = {
+    **{
+        name: (lambda stack, script, of=of: kin(stack, script, of.model, of.simulator))
+        for name, of in ALL.items()
+    },
+    "openai without vad": openai_without_vad,
+    "google": gemini,
+    "google without vad": gemini_without_vad,
+    "ultravox": an_ultravox,
+    "phonic": a_phonic,
+    "aws": a_nova_sonic,
+}
+
+
+class Talk(Conversation):
+    """With any of them."""
+
+    def __init__(self, server, model, session):
+        super().__init__(server, model, session)
+        self.begun = []
+        self.realtime.on("generation_created", self.begun.append)
+
+    @property
+    def heard(self):
+        """What the agent said. With AWS LiveKit adds an empty message per reply."""
+        return [text for text in super().heard if text]
+
+    async def asked(self):
+        """Ask for a reply, and wait until the server has heard that."""
+        before = len(self.server.requests)
+        handle = self.ask(instructions="SECRET")
+        await self.server.wait_for(lambda: len(self.server.requests) > before)
+        return handle
+
+
+@pytest.fixture(autouse=True)
+def longest_waits(monkeypatch):
+    """Each wait is as long as the jitter allows, so that it can be interrupted."""
+    monkeypatch.setattr(random, "uniform", lambda _, most: most)
+
+
+@pytest.fixture
+async def meet(recorder):
+    """Of a provider, a script and a policy's settings makes a :class:`Talk`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def meet(provider, script, *, bare=False, **policy):
+            server, model = await PROVIDERS[provider](stack, script)
+            if not bare:
+                policy = traced_retry.RetryPolicy(**{"base_delay": 8.0, **policy})
+                traced_retry.wrap(model, policy=policy, **recorder.providers)
+            session = await stack.enter_async_context(AgentSession(llm=model))
+            await session.start(Agent(instructions="SECRET instructions"))
+            talk = Talk(server, model, session)
+            if ALL.get(provider) is VOICELIVE:
+                await connected(talk)
+            if provider == "aws":
+                await asyncio.sleep(1)  # the plugin opens its stream after 0.55 s
+            return talk
+
+        yield meet
+
+
+# --- who interrupts -------------------------------------------------------------------------------
+
+
+async def the_user_speaks(talk, _):
+    """The server notices and says so; LiveKit's ``_on_input_speech_started``."""
+    if "aws" in type(talk.server).__module__:
+        (client,) = talk.server._clients
+        (stream,) = client.streams.values()
+        content = stream.start_content("TEXT", "USER")
+        stream.send("textOutput", **content, role="USER", content="SECRET words")
+        return
+    (connection,) = talk.server._open
+    if isinstance(talk.server, OpenAISimulator):
+        await connection.speech_started()
+    elif isinstance(talk.server, UltravoxSimulator):
+        await connection.send("playback_clear_buffer")
+    else:
+        await connection.send("user_started_speaking")
+
+
+async def audio_activity(talk, _):
+    """The agent's own VAD notices: what it is told at each step, here a second into speech."""
+    event = vad.VADEvent(
+        type=vad.VADEventType.INFERENCE_DONE,
+        samples_index=0,
+        timestamp=0.0,
+        speech_duration=1.0,
+        silence_duration=0.0,
+        speaking=True,
+    )
+    talk.session._activity.on_vad_inference_done(event)
+    await asyncio.sleep(SOON)
+    talk.session._activity.on_end_of_speech(None)
+
+
+async def session_interrupt(talk, _):
+    """The agent's code interrupts whatever is being said."""
+    talk.session.interrupt()
+
+
+async def handle_interrupt(_, handle):
+    """The agent's code interrupts this very reply."""
+    handle.interrupt()
+
+
+async def session_aclose(talk, _):
+    """The agent's code closes the session."""
+    await talk.session.aclose()
+
+
+async def the_room_closes(talk, _):
+    """What LiveKit's RoomIO does when the caller hangs up."""
+    talk.session._close_soon(reason=CloseReason.PARTICIPANT_DISCONNECTED)
+
+
+CLOSE = (session_aclose, the_room_closes)
+BY_CODE = (session_interrupt, handle_interrupt, *CLOSE)
+
+# --- what is interrupted --------------------------------------------------------------------------
+
+HELD = {
+    # state: script, seconds after the request. The agent holds its reply, and nothing was said yet.
+    "created and silent": ("stalled,ok", 1.0),
+    "message begun and silent": ("failed_message,ok", 0.05),
+    "between two generations": ("failed_later,ok", 1.0),
+    "between two, message begun": ("failed_message,ok", 1.0),
+    "asked again": ("failed_later,late:5,ok", 8.5),
+    "created again": ("failed_later,stalled,ok", 8.5),
+}
+CORRELATED = {
+    "attempt": ("late:5,ok", 1.0),
+    "wait": ("rate_limit,ok", 1.0),
+    "second attempt": ("rate_limit,late:5,ok", 8.5),
+    **HELD,
+}
+GOOGLE = {
+    "attempt": ("late:12,ok", 1.0),
+    "listening": ("late:12,ok", 7.0),
+    "restarted": ("silence,late:12,ok", 12.0),
+    "reconnecting": ("drop_before,ok", 0.05),
+    "wait": ("drop_before,ok", 4.0),
+}
+LISTENING = {
+    # provider: state: script, seconds. Nothing here can call off a late reply; there is none.
+    "ultravox": {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 8.0)},
+    "phonic": {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 12.0)},
+    "aws": {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 13.0)},
+}
+
+
+def cases():
+    """Provider, state, who interrupts."""
+    table = [
+        ("openai", CORRELATED, (the_user_speaks, *BY_CODE)),
+        ("openai without vad", CORRELATED, (audio_activity,)),
+        ("voicelive", CORRELATED, (the_user_speaks, *BY_CODE)),
+        *((name, HELD, (the_user_speaks, handle_interrupt)) for name in ENGINE),
+        ("google", GOOGLE, BY_CODE),
+        ("google without vad", GOOGLE, (audio_activity, *BY_CODE)),
+        *((name, states, (the_user_speaks, *BY_CODE)) for name, states in LISTENING.items()),
+    ]
+    for provider, states, ways in table:
+        for state in states:
+            for way in ways:
+                yield pytest.param(
+                    provider, *states[state], way, id=f"{provider}, {state}, {way.__name__}"
+                )
+
+
+def our_tasks():
+    """Tasks that run code of ours, simulators excepted."""
+    files = [task.get_coro().cr_code.co_filename for task in asyncio.all_tasks()]
+    return [f for f in files if f.startswith(OURS) and "simulator" not in f]
+
+
+class TestEndsAtOnce:
+    @pytest.mark.parametrize(("provider", "script", "after", "way"), [*cases()])
+    async def test_and_the_next_is_heard(self, provider, script, after, way, meet, recorder):
+        """Told, counted once, done; no request follows, and no word; then the next reply is."""
+        talk = await meet(provider, script)
+        handle = await talk.asked()
+        await asyncio.sleep(after)
+        asked, begun = len(talk.server.requests), len(talk.begun)
+        attempts = len(recorder.at_start) - 1
+        assert recorder.open_spans
+
+        interruption = asyncio.ensure_future(way(talk, handle))
+        await asyncio.sleep(SOON)
+
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert 0 == recorder.open_spans
+        assert handle.done()
+        await talk.settle()
+        await interruption
+        assert (asked, begun) == (len(talk.server.requests), len(talk.begun))
+        assert [] == talk.heard
+        assert handle.exception() is None
+        assert {"interrupted": 1} == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
+        assert attempts == len(actions(recorder))
+        assert attempts == recorder.counted(semconv.METRIC_ATTEMPTS)[()]
+        assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT)
+        assert [] == our_tasks()
+        if way not in CLOSE:
+            await talk.reply(instructions="SECRET")
+            await talk.settle()
+            assert [f"reply {asked + 1}"] == talk.heard
+            assert asked + 1 == len(talk.server.requests)
+            assert ("succeeded", None) == ended(recorder)[-1]
+
+    @pytest.mark.parametrize("way", BY_CODE)
+    @pytest.mark.parametrize("provider", ["openai", "google", *LISTENING])
+    async def test_the_plugin_alone(self, provider, way, meet):
+        """In an attempt, the one state it knows, it lets LiveKit be as quick."""
+        talk = await meet(provider, "silence", bare=True)
+        handle = await talk.asked()
+        await asyncio.sleep(1)
+
+        interruption = asyncio.ensure_future(way(talk, handle))
+        await asyncio.sleep(SOON)
+
+        assert handle.done()
+        await interruption
+
+    async def test_another_is_left_alone(self, meet, recorder):
+        """Google tells its session of a cancel; what is being said is not over for that."""
+        talk = await meet("google", "slow:9,silence,ok")
+        first = await talk.asked()
+        await asyncio.sleep(1)  # it has begun
+        second = talk.realtime.generate_reply()
+        await talk.server.wait_for(lambda: len(talk.server.requests) > 1)
+        second.cancel()
+        await asyncio.sleep(SOON)
+        assert [("interrupted", "interrupted")] == ended(recorder)
+
+        (connection,) = talk.server._open
+        await connection.hang_up(1011)
+        await first
+
+        assert ("not_recoverable", "output_started") in ended(recorder)
+
+    @pytest.mark.parametrize("way", [the_user_speaks, *BY_CODE])
+    @pytest.mark.parametrize("after", [1.0, 8.0], ids=["attempt", "listening"])
+    async def test_while_ultravox_thinks(self, after, way, meet, recorder):
+        """Told and done as ever; what the plugin then sends, and what is heard, is its own doing.
+
+        It begins to speak what nobody asked it to stop; where LiveKit interrupts the session, the
+        plugin sends the message that by the protocol asks for one more reply.
+        """
+        talk = await meet("ultravox", "late:15,silence")
+        handle = await talk.asked()
+        await asyncio.sleep(after)
+
+        interruption = asyncio.ensure_future(way(talk, handle))
+        await asyncio.sleep(SOON)
+
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert 0 == recorder.open_spans
+        assert handle.done()
+        await talk.settle()
+        await interruption
+        assert {"interrupted": 1} == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
+        assert len(talk.server.cancels) == len(talk.server.requests) - 1
+
+    @pytest.mark.parametrize("way", BY_CODE)
+    async def test_as_the_response_is_created(self, way, meet, recorder):
+        """In the very moment LiveKit is told of it: nobody reads it, and it is cancelled."""
+        talk = await meet("openai", "stalled,ok")
+        interruptions = []
+
+        def interrupt(_):
+            interruptions.append(asyncio.ensure_future(way(talk, handle)))
+
+        talk.realtime.on("generation_created", interrupt)
+        handle = await talk.asked()
+        await asyncio.sleep(SOON)
+
+        assert handle.done()
+        assert 0 == recorder.open_spans
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert talk.server.cancels
+        await talk.settle()
+        await interruptions[0]
+        assert 1 == len(talk.server.requests)
+
+    @pytest.mark.parametrize("state", HELD)
+    async def test_without_a_speech(self, state, meet, recorder):
+        """Asked of the plugin's session itself, and interrupted there."""
+        script, after = HELD[state]
+        talk = await meet("openai", script)
+        reply = talk.realtime.generate_reply()
+        await talk.server.wait_for(lambda: talk.server.requests)
+        await asyncio.sleep(after)
+        asked, begun = len(talk.server.requests), len(talk.begun)
+
+        talk.realtime.interrupt()
+        await asyncio.sleep(SOON)
+
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert 0 == recorder.open_spans
+        assert [] == [message async for message in (await reply).message_stream][1:]
+        await talk.settle()
+        assert (asked, begun) == (len(talk.server.requests), len(talk.begun))
+
+    async def test_an_adapter_that_interrupts_the_session(self, recorder):
+        """Which comes back to us while we interrupt the reply: it is counted once for all that."""
+
+        class Nosy(ObservedRequest):
+            def cancel(self, attempt):
+                attempt.cancel()
+                reply.interrupt(cut=True)
+
+        trace = Telemetry(**recorder.providers).reply(Target("nosy"))
+        silence = asyncio.get_running_loop().create_future()
+        reply = Reply(Nosy(lambda: silence), traced_retry.RetryPolicy(), trace)
+        reply.start().cancel()
+        await asyncio.sleep(SOON)
+
+        assert silence.cancelled()
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert {"interrupted": 1} == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
+        assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT)
+
+    @pytest.mark.parametrize("way", [the_user_speaks, session_interrupt, *CLOSE])
+    async def test_what_is_queued_behind_it(self, way, meet, recorder):
+        """It ends as well, unasked: no reply was asked of us, and so none is counted."""
+        talk = await meet("openai", "rate_limit,ok")
+        first = await talk.asked()
+        second = talk.ask(instructions="SECRET")
+        await asyncio.sleep(1)
+
+        interruption = asyncio.ensure_future(way(talk, first))
+        await asyncio.sleep(SOON)
+
+        assert first.done()
+        assert second.done()
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        await talk.settle()
+        await interruption
+        assert 1 == len(talk.server.requests)
+        assert [] == talk.heard
+
+    @pytest.mark.parametrize("way", [the_user_speaks, *BY_CODE])
+    async def test_before_it_is_asked(self, way, meet, recorder):
+        """The provider named a wait to the reply before; the next waits for its end, unsent."""
+        talk = await meet("openai", "rate_limit:10,ok")
+        (await talk.asked()).interrupt()
+        await asyncio.sleep(1)
+        handle = talk.ask(instructions="SECRET")
+        await asyncio.sleep(1)
+        assert 1 == recorder.open_spans
+
+        interruption = asyncio.ensure_future(way(talk, handle))
+        await asyncio.sleep(SOON)
+
+        assert [("interrupted", "interrupted")] * 2 == ended(recorder)
+        assert 0 == recorder.open_spans
+        assert handle.done()
+        await talk.settle()
+        await interruption
+        assert 1 == len(talk.server.requests)
+        assert [] == talk.heard
+
+    @pytest.mark.parametrize("state", CORRELATED)
+    async def test_the_server_answers_what_the_user_said(self, state, meet, recorder):
+        """Then that is heard, once, and the reply that was interrupted is not."""
+        script, after = CORRELATED[state]
+        talk = await meet("openai", script)
+        handle = await talk.asked()
+        await asyncio.sleep(after)
+        request = talk.server.requests[-1]
+
+        await the_user_speaks(talk, handle)
+        await asyncio.sleep(1)
+        (connection,) = talk.server._open
+        response = await connection.begin(None)
+        await connection.begin_message(response)
+        await connection.end_reply(request, response)
+        await talk.settle()
+
+        assert [f" {request.number}"] == talk.heard
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert request is talk.server.requests[-1]
+
+
+class TestIsNoInterruption:
+    async def test_what_gemini_keeps_to_itself(self, meet, recorder):
+        """While a request is open the plugin does not pass on that the user speaks."""
+        talk = await meet("google", "late:7")
+        handle = await talk.asked()
+        await asyncio.sleep(1)
+
+        (connection,) = talk.server._open
+        await connection.content(interrupted=True)
+        await handle
+
+        assert not handle.interrupted
+        assert ["reply 1"] == talk.heard
+        assert [("recovered", None)] == ended(recorder)
+
+    @pytest.mark.parametrize("state", CORRELATED)
+    async def test_where_interruptions_are_not_allowed(self, state, meet, recorder):
+        """The caller speaks on, and hears the reply after all."""
+        script, after = CORRELATED[state]
+        talk = await meet("openai without vad", script.replace("stalled", "failed"), deadline=60.0)
+        handle = talk.ask(instructions="SECRET", allow_interruptions=False)
+        await asyncio.sleep(after)
+
+        await audio_activity(talk, handle)
+        await handle
+
+        assert [f"reply {len(talk.server.requests)}"] == talk.heard
+        assert [None] == [stop for _, stop in ended(recorder)]
+
+
+HAND_OFF = {
+    # provider, state: what becomes of the reply, and what of the plugin alone's: heard, and
+    # whether the agent is told of failure; None where its reply never ends
+    ("openai", "attempt"): (("succeeded", None), (["reply 1"], False)),
+    ("openai", "wait"): (("recovered", None), ([], True)),
+    ("openai", "created and silent"): (("exhausted", "deadline"), None),
+    ("openai", "message begun and silent"): (("recovered", None), ([], False)),
+    ("openai", "between two generations"): (("recovered", None), ([], False)),
+    ("openai", "asked again"): (("recovered", None), ([], False)),
+    ("google", "attempt"): (("recovered", None), (["reply 1"], True)),
+    ("google", "listening"): (("recovered", None), (["reply 1"], True)),
+    ("ultravox", "listening"): (("exhausted", "deadline"), ([], True)),
+    ("phonic", "listening"): (("exhausted", "deadline"), ([], True)),
+    ("aws", "listening"): (("exhausted", "deadline"), ([], True)),
+}
+STATES = {"openai": CORRELATED, "google": GOOGLE, **LISTENING}
+
+
+class TestHandOff:
+    """LiveKit interrupts nothing for it: the new agent begins when the old one's speech is over."""
+
+    @pytest.mark.parametrize(("provider", "state"), HAND_OFF)
+    async def test_waits_for_the_reply(self, provider, state, meet, recorder):
+        """With all its retries; then the new agent speaks."""
+        outcome, _ = HAND_OFF[provider, state]
+        script, after = STATES[provider][state]
+        talk = await meet(provider, script)
+        handle = await talk.asked()
+        await asyncio.sleep(after)
+
+        new = Agent(instructions="SECRET, too")
+        talk.session.update_agent(new)
+        await handle
+        told = ended(recorder)
+        heard = list(talk.heard)
+        await talk.settle()
+
+        assert not handle.interrupted
+        assert [outcome] == told == ended(recorder)
+        assert (outcome[0] != "exhausted") == (1 == len(heard))
+        assert heard == talk.heard
+        assert new is talk.session.current_agent
+        assert [] == our_tasks()
+        await talk.reply(instructions="SECRET")
+        await talk.settle()
+        assert [*heard, f"reply {len(talk.server.requests)}"] == talk.heard
+
+    @pytest.mark.parametrize(("provider", "state"), HAND_OFF)
+    async def test_the_plugin_alone(self, provider, state, meet):
+        """LiveKit does the same there: what fails, fails, and what hangs holds the hand-off up."""
+        _, expected = HAND_OFF[provider, state]
+        script, after = STATES[provider][state]
+        talk = await meet(provider, script, bare=True)
+        handle = await talk.asked()
+        await asyncio.sleep(after)
+
+        new = Agent(instructions="SECRET, too")
+        talk.session.update_agent(new)
+        await talk.settle()
+
+        assert not handle.interrupted
+        if expected is None:
+            assert not handle.done()
+            assert talk.session._activity.agent is not new
+        else:
+            assert expected == (talk.heard, handle.exception() is not None)
+            assert talk.session._activity.agent is new

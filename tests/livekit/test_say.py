@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``say`` of the plugins that have one, over their simulators: watched, and left as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import warnings
+
+import aiohttp
+import pytest
+from livekit.agents import Agent, AgentSession, APIConnectOptions, llm
+from livekit.plugins import openai, ultravox, xai
+from support.conversation import Conversation, ended, now
+
+import traced_retry
+from traced_retry import semconv
+from traced_retry.simulator import OpenAISimulator
+from traced_retry.simulator.openai_kin import XAISimulator
+from traced_retry.simulator.phonic import PhonicSimulator, redirected
+from traced_retry.simulator.ultravox import UltravoxSimulator
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # Phonic's client is on websockets.legacy
+    from livekit.plugins import phonic
+
+    importlib.import_module("phonic.conversations.client")  # which it does at its first use
+
+PROVIDERS = {"xai": "x_ai", "ultravox": "ultravox", "phonic": "phonic"}
+"""``gen_ai.provider.name``."""
+ONE_SLOT = ["ultravox", "phonic"]
+
+
+@pytest.fixture(params=PROVIDERS)
+def provider(request):
+    """Each that has a ``say``."""
+    if request.param == "ultravox" and not hasattr(ultravox.realtime.RealtimeSession, "_say_task"):
+        pytest.skip("the plugin has no say() yet in 1.7.0")
+    return request.param
+
+
+@pytest.fixture
+async def converse(provider, recorder):
+    """Of a script for texts, and one for replies, makes a :class:`Conversation`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def converse(say="ok", script="ok", *, bare=False, on_exhausted=None, **policy):
+            simulator = {"xai": XAISimulator, "ultravox": UltravoxSimulator}.get(
+                provider, PhonicSimulator
+            )
+            server = await stack.enter_async_context(simulator(script, say=say))
+            http = await stack.enter_async_context(aiohttp.ClientSession())
+            if provider == "phonic":
+                stack.enter_context(redirected(server.url))
+                model = phonic.realtime.RealtimeModel(api_key="sk-SECRET")
+            elif provider == "ultravox":
+                model = ultravox.realtime.RealtimeModel(
+                    api_key="sk-SECRET",
+                    base_url=server.url,
+                    http_session=http,
+                    output_medium="text",
+                )
+            else:
+                model = xai.realtime.RealtimeModel(
+                    api_key="sk-SECRET",
+                    base_url=server.url,
+                    http_session=http,
+                    conn_options=APIConnectOptions(retry_interval=0.5),
+                )
+            if not bare:
+                traced_retry.wrap(
+                    model,
+                    policy=traced_retry.RetryPolicy(**policy),
+                    on_exhausted=on_exhausted,
+                    **recorder.providers,
+                )
+            session = await stack.enter_async_context(AgentSession(llm=model))
+            await session.start(Agent(instructions="SECRET instructions"))
+            return Conversation(server, model, session)
+
+        yield converse
+
+
+async def say(talk, text="SECRET good morning"):
+    """Have the agent say it: what it was told of, and after how many seconds."""
+    began = now()
+    handle = talk.session.say(text)
+    await handle
+    return handle.exception(), round(now() - began, 3)
+
+
+def said(recorder):
+    """Outcome, stop reason, and error code or type of each ``say``."""
+    return [
+        tuple(of.get(name) for name in (semconv.OUTCOME, semconv.STOP_REASON, semconv.ERROR_TYPE))
+        for of in (dict(span.attributes) for span in recorder.spans(semconv.SPAN_SAY))
+    ]
+
+
+async def heard_by(talk, number):
+    """Until the server was told to speak that many texts."""
+    await talk.server.wait_for(lambda: len(talk.server.say.heard) == number)
+
+
+TIMEOUT = {"xai": 10.0, "ultravox": 5.0, "phonic": 10.0}
+
+ROWS = {
+    # script: texts heard, outcome, stop reason, error.type, seconds, late ones
+    "ok": (1, "succeeded", None, None, 0.0, 0),
+    "late:3": (1, "succeeded", None, None, 3.0, 0),
+    "silence": (0, "exhausted", "unsafe_to_resend", "timeout", None, 0),
+    "late:12": (1, "exhausted", "unsafe_to_resend", "timeout", None, 1),
+}
+
+
+class TestEachFault:
+    @pytest.mark.parametrize("script", ROWS)
+    async def test_told_once_and_sent_once(self, script, converse, provider, recorder):
+        """As the plugin alone would have it, in the trace as well."""
+        heard, outcome, stop, error_type, seconds, lates = ROWS[script]
+        if provider == "xai" and lates:
+            heard = lates = 0  # the plugin cancels it by its place in the order
+        talk = await converse(script)
+
+        error, took = await say(talk)
+        await talk.settle()
+
+        assert heard == len(talk.heard)
+        assert [(outcome, stop, error_type)] == said(recorder)
+        assert (TIMEOUT[provider] if seconds is None else seconds) == took
+        assert (outcome == "exhausted") == isinstance(error, llm.RealtimeError)
+        assert 1 == len(talk.server.say.heard)
+        assert ({(PROVIDERS[provider], "say"): lates} if lates else {}) == recorder.counted(
+            semconv.METRIC_LATE_REPLIES, semconv.PROVIDER, semconv.OPERATION
+        )
+        assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize("script", ROWS)
+    async def test_the_plugin_alone(self, script, converse, provider):
+        """The same is heard, and told at the same time."""
+        heard, outcome, _, _, seconds, lates = ROWS[script]
+        if provider == "xai" and lates:
+            heard = 0
+        talk = await converse(script, bare=True)
+
+        error, took = await say(talk)
+        await talk.settle()
+
+        assert heard == len(talk.heard)
+        assert (TIMEOUT[provider] if seconds is None else seconds) == took
+        assert (outcome == "exhausted") == isinstance(error, llm.RealtimeError)
+
+    async def test_a_lost_connection(self, converse, provider, recorder):
+        """Told; not sent again where the plugin comes back."""
+        talk = await converse("drop_before,ok")
+
+        await say(talk)
+        await talk.settle()
+
+        (outcome, _, error_type) = said(recorder)[0]
+        assert (
+            ("exhausted", "connection_lost")
+            if provider == "xai"
+            else ("not_recoverable", "connection_lost")
+        ) == (outcome, error_type)
+        assert [] == talk.heard
+        assert 1 == len(talk.server.say.heard)
+        assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize("provider", ["xai"], indirect=True)
+    async def test_a_code(self, converse, recorder):
+        """The provider's own reaches the agent, the span and the metric."""
+        talk = await converse("error:rate_limit_exceeded,ok")
+
+        error, _ = await say(talk)
+        await talk.settle()
+
+        assert "rate_limit_exceeded" == error.code
+        (attempt,) = recorder.spans(semconv.SPAN_SAY_ATTEMPT)
+        assert "rate_limit_exceeded" == attempt.attributes[semconv.ERROR_CODE]
+        assert "stop" == attempt.attributes[semconv.DECISION]
+        assert [("exhausted", "unsafe_to_resend", "rate_limit_exceeded")] == said(recorder)
+        assert 1 == len(talk.server.say.heard)
+
+
+class TestVocabulary:
+    async def test_spans(self, converse, provider, recorder):
+        """A reply's attributes, on spans of the names of their own."""
+        talk = await converse()
+
+        await talk.reply()
+        await say(talk)
+
+        for reply, spoken in (
+            (semconv.SPAN_REPLY, semconv.SPAN_SAY),
+            (semconv.SPAN_ATTEMPT, semconv.SPAN_SAY_ATTEMPT),
+        ):
+            (of_reply,), (of_say,) = recorder.spans(reply), recorder.spans(spoken)
+            assert dict(of_reply.attributes) == dict(of_say.attributes)
+            assert of_reply.kind == of_say.kind
+        (attempt,) = recorder.spans(semconv.SPAN_SAY_ATTEMPT)
+        assert of_say is attempt
+        assert attempt.parent.span_id == recorder.spans(semconv.SPAN_SAY)[0].context.span_id
+
+    async def test_counts_of_replies_stay_exact(self, converse, provider, recorder):
+        """One reply and two texts: one more attribute tells them apart on every instrument."""
+        talk = await converse("ok,silence")
+        await talk.reply()
+        await say(talk)
+        await say(talk)
+
+        name = PROVIDERS[provider]
+        counted = (semconv.PROVIDER, semconv.OPERATION, semconv.OUTCOME)
+        assert {
+            (name, None, "succeeded"): 1,
+            (name, "say", "succeeded"): 1,
+            (name, "say", "exhausted"): 1,
+        } == recorder.counted(semconv.METRIC_REPLIES, *counted)
+        assert {(None, "succeeded"): 1, ("say", "succeeded"): 1, ("say", "failed"): 1} == (
+            recorder.counted(semconv.METRIC_ATTEMPTS, semconv.OPERATION, semconv.RESULT)
+        )
+        for metric in (semconv.METRIC_REPLY_DURATION, semconv.METRIC_ATTEMPT_DURATION):
+            counts = {None: 0, "say": 0}
+            for labels, (count, _) in recorder.points(metric).items():
+                counts[dict(labels).get(semconv.OPERATION)] += count
+            assert {None: 1, "say": 2} == counts
+        assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT, semconv.OPERATION)
+
+    async def test_zero_initialised(self, converse, recorder):
+        """The first failure is an increase, before anything was said."""
+        await converse()
+
+        points = recorder.points(semconv.METRIC_REPLIES)
+        zeroed = {
+            dict(labels)[semconv.STOP_REASON]
+            for labels in points
+            if {semconv.OPERATION, semconv.STOP_REASON} <= dict(labels).keys()
+        }
+        assert set(semconv.STOP_REASONS) == zeroed
+        assert {0} == set(points.values())
+
+    async def test_log_and_what_is_never_told(self, converse, provider, recorder, caplog):
+        """One WARN record that says what it was; the text is nowhere."""
+        caplog.set_level(logging.DEBUG, logger="traced_retry")
+        talk = await converse("silence")
+
+        await say(talk)
+
+        (record,) = [r for r in caplog.records if r.name == "traced_retry"]
+        assert record.getMessage().startswith(f"{PROVIDERS[provider]} say failed (timeout) after 1")
+        assert "say" == vars(record)[semconv.OPERATION]
+        (span,) = recorder.spans(semconv.SPAN_SAY)
+        assert f"{span.context.trace_id:032x}" == vars(record)[semconv.TRACE_ID]
+        told = [str(vars(record)), *(span.to_json() for span in recorder.spans("say"))]
+        assert [] == [line for line in told if "SECRET" in line]
+
+
+class TestWhatEndsIt:
+    async def test_the_caller(self, converse, recorder):
+        """Cancelled: interrupted, and the plugin's own future is cancelled."""
+        talk = await converse("late:3")
+        spoken = talk.realtime.say("SECRET")
+        await heard_by(talk, 1)
+        spoken.cancel()
+        await asyncio.sleep(0)
+
+        assert [("interrupted", "interrupted", None)] == said(recorder)
+        assert 0 == recorder.open_spans
+
+    async def test_a_session_that_closes(self, converse, recorder):
+        """Told at once."""
+        talk = await converse("silence")
+        spoken = talk.realtime.say("SECRET")
+        await heard_by(talk, 1)
+        began = now()
+        await talk.realtime.aclose()
+
+        with pytest.raises(llm.RealtimeError):
+            await spoken
+        assert began == now()
+        assert [("not_recoverable", "session_closed", "session_closed")] == said(recorder)
+
+    async def test_our_deadline_does_not(self, converse, recorder):
+        """A text may be streamed for longer than a reply may take."""
+
+        async def text():
+            yield "good "
+            await asyncio.sleep(3)
+            yield "morning"
+
+        talk = await converse(deadline=1.0, attempt_timeout=0.5)
+        error, took = await say(talk, text())
+        await talk.settle()
+
+        assert None is error
+        assert 3.0 == took
+        assert ["good morning"] == talk.heard
+        assert [("succeeded", None, None)] == said(recorder)
+
+    async def test_on_exhausted_is_not_told(self, converse, recorder):
+        """What it does may be to say something, which would fail, and so on."""
+        failed = []
+        talk = await converse("silence", on_exhausted=failed.append)
+        await say(talk)
+        await talk.settle()
+
+        assert "exhausted" == said(recorder)[0][0]
+        assert [] == failed
+
+
+class TestBesideAReply:
+    @pytest.mark.parametrize("provider", ONE_SLOT, indirect=True)
+    @pytest.mark.parametrize("seconds", [1, 7, 15])
+    async def test_say_takes_the_slot_of_a_reply(self, seconds, converse, recorder):
+        """In each of its windows: that reply is superseded, and its asker is told so."""
+        talk = await converse(script="silence")
+        reply = talk.realtime.generate_reply()
+        await talk.server.wait_for(lambda: talk.server.requests)
+        await asyncio.sleep(seconds)
+        generation = await talk.realtime.say("good morning")
+
+        assert reply.cancelled()
+        assert [("superseded", "superseded")] == ended(recorder)
+        assert [("succeeded", None, None)] == said(recorder)
+        assert None is not generation.message_stream
+        await talk.settle()
+        assert 1 == len(talk.server.requests)
+        assert ["good morning"] == talk.server.completed
+
+    @pytest.mark.parametrize("provider", ONE_SLOT, indirect=True)
+    async def test_a_reply_takes_the_slot_of_say(self, converse, recorder):
+        """Superseded, and told so."""
+        talk = await converse("silence")
+        spoken = talk.realtime.say("good morning")
+        await heard_by(talk, 1)
+        await talk.realtime.generate_reply()
+
+        assert spoken.cancelled()
+        assert [("superseded", "superseded", None)] == said(recorder)
+        assert [("succeeded", None)] == ended(recorder)
+
+    @pytest.mark.parametrize("provider", ["xai"], indirect=True)
+    async def test_neither_takes_the_others(self, converse, recorder):
+        """A future for each."""
+        talk = await converse(script="late:3")
+        reply = talk.realtime.generate_reply()
+        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.realtime.say("good morning")
+        await reply
+        await talk.settle()
+
+        assert ["good morning", "reply 1"] == talk.server.completed
+        assert [("succeeded", None)] == ended(recorder)
+        assert [("succeeded", None, None)] == said(recorder)
+
+
+class TestWithoutSay:
+    async def test_left_alone(self, recorder):
+        """OpenAI's plugin has none: it says so as ever, and nothing is traced."""
+        async with OpenAISimulator() as server, aiohttp.ClientSession() as http:
+            model = openai.realtime.RealtimeModel(
+                api_key="sk-SECRET", base_url=server.url, http_session=http
+            )
+            session = traced_retry.wrap(model, **recorder.providers).session()
+            with pytest.raises(NotImplementedError):
+                session.say("SECRET")
+            await session.aclose()
+
+        assert [] == recorder.spans(semconv.SPAN_SAY)
+        assert "say" not in vars(session)

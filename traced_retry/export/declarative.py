@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenTelemetry's declarative configuration files, with errors that say what is wrong.
+
+The SDK's own loader (opentelemetry-configuration 0.66) names neither the file nor what is allowed,
+and only logs an instrumentor's bad options; a mistyped component passes until it is looked up.
+Messages of the loader are not passed on whole: they may quote the file, and so a key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from traced_retry.errors import UsageError
+from traced_retry.livekit.instrumentor import RetryOptions
+
+if TYPE_CHECKING:
+    from opentelemetry.configuration import OpenTelemetryConfiguration
+
+INSTRUMENTOR: Final = "traced_retry"
+"""Our name below ``instrumentation/development`` → ``python``."""
+
+
+class ConfigurationFileError(UsageError):
+    """A configuration file that cannot be: file, key and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A configuration file that was read, and holds."""
+
+    path: Path
+    model: OpenTelemetryConfiguration
+    """What the SDK is to be set up from; our own options are taken out."""
+    options: RetryOptions
+    """Our own."""
+
+
+def load(path: str | os.PathLike[str]) -> Declared:
+    """Read a file and check it whole.
+
+    Raises:
+        ConfigurationFileError: it cannot be read, or something in it cannot be.
+    """
+    path = Path(path)
+    try:
+        from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
+            ConfigurationError,
+            load_config_file,
+        )
+    except ModuleNotFoundError:
+        raise ConfigurationFileError(
+            f"{path}: configuration files need opentelemetry-configuration: "
+            "pip install 'traced-retry[presets]'"
+        ) from None
+    try:
+        model = load_config_file(path)
+    except ConfigurationError as error:
+        raise ConfigurationFileError(f"{path}: {_explain(error)}") from None
+    for problem in _problems(model, ""):
+        raise ConfigurationFileError(f"{path}: {problem}")
+    return Declared(path, model, _take_options(path, model))
+
+
+def _explain(error: Exception) -> str:
+    """What the loader found, without what the file holds."""
+    cause = error.__cause__
+    mark = getattr(cause, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1} is no YAML: {getattr(cause, 'problem', '')}"
+    validator = getattr(cause, "validator", None)
+    if validator is None:
+        return str(error)
+    instance, schema = getattr(cause, "instance", None), getattr(cause, "schema", {})
+    at = ".".join(str(part) for part in getattr(cause, "absolute_path", ())) or "the top level"
+    if validator == "additionalProperties":
+        known = schema.get("properties", {})
+        odd = sorted(set(instance or ()) - set(known))
+        return f"{_listed(odd)} at {at} is not known; allowed: {', '.join(sorted(known))}"
+    if validator == "required":
+        missing = sorted(set(schema["required"]) - set(instance or ()))
+        return f"{at} lacks {_listed(missing)}"
+    return f"{at} must have {validator} {getattr(cause, 'validator_value', '')}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _problems(node: object, at: str) -> Iterator[str]:
+    """What the schema lets pass, all the way down: components that neither the SDK nor an
+    installed package provides, and endpoints that are none for want of a variable.
+    """
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _problems(item, f"{at}.{index}")
+    if not is_dataclass(node) or isinstance(node, type):
+        return
+    known = [field.name for field in fields(node)]
+    for name in getattr(node, "additional_properties", None) or {}:
+        # At the top level nothing can be plugged in; elsewhere an entry point may provide it.
+        if not at or name not in _plugged_in():
+            where = at.removeprefix(".") or "the top level"
+            allowed = sorted(word.replace("_development", "/development") for word in known)
+            yield f"{name!r} at {where} is not known; allowed: {', '.join(allowed)}"
+    if type(node).__name__.startswith("OtlpHttp") and not _is_url(getattr(node, "endpoint", None)):
+        yield (
+            f"{at.removeprefix('.')}.endpoint is no http:// or https:// URL; is a variable in it "
+            "not set?"
+        )
+    for name in known:
+        yield from _problems(getattr(node, name), f"{at}.{name}")
+
+
+def _is_url(endpoint: str | None) -> bool:
+    return endpoint is None or endpoint.startswith(("http://", "https://"))
+
+
+def _plugged_in() -> set[str]:
+    return {e.name for e in entry_points() if e.group.startswith("opentelemetry_")}
+
+
+def _take_options(path: Path, model: OpenTelemetryConfiguration) -> RetryOptions:
+    """Our own options out of the model, so that whoever set the SDK up instruments with them."""
+    section = model.instrumentation_development
+    listed: dict[str, Any] = dict((section and section.python) or {})
+    at = "instrumentation/development.python"
+    for name in listed:
+        if name != INSTRUMENTOR and difflib.get_close_matches(name, [INSTRUMENTOR], cutoff=0.8):
+            raise ConfigurationFileError(
+                f"{path}: {name!r} at {at} is not known; did you mean {INSTRUMENTOR!r}?"
+            )
+    given: Mapping[str, Any] = listed.pop(INSTRUMENTOR, None) or {}
+    if section is not None:
+        section.python = listed
+    try:
+        return RetryOptions(**given)
+    except UsageError as error:
+        raise ConfigurationFileError(f"{path}: {at}.{INSTRUMENTOR}: {error}") from None

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``say``, where a plugin speaks a given text itself: told of as a reply is, never sent again.
+
+No provider names the request in what it then says, so a text sent twice could be heard twice.
+
+Facts (livekit-plugins-xai, -ultravox, -phonic 1.8.9):
+
+* xAI's plugin gives the id of the oldest ``say`` to the next response that has none, whatever that
+  answers: an order, not an id. A response that comes after its time-out (10 s) is cancelled.
+* Ultravox's and Phonic's use the one slot of ``generate_reply``: whichever was asked last has it,
+  and the other's future is cancelled. What comes after the time-out (5 and 10 s) is spoken.
+* The text may be a stream. With xAI and Ultravox the time-out begins when that has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Final
+
+from traced_retry import semconv
+from traced_retry.failure import Failure, failure
+from traced_retry.livekit.adapter import Adapter, Call, Generation, ObservedRequest
+from traced_retry.livekit.listening import ListeningAdapter
+from traced_retry.policy import RetryPolicy
+
+_NEVER: Final = 86_400.0
+"""Seconds; longer than any call."""
+
+
+def observed(policy: RetryPolicy) -> RetryPolicy:
+    """``policy`` without a time of ours, which a text that is streamed may take, and no budget."""
+    return replace(policy, deadline=_NEVER, attempt_timeout=None, budget=None)
+
+
+class SayRequest(ObservedRequest):
+    """One text to be spoken."""
+
+    def __init__(self, adapter: Adapter, call: Call) -> None:
+        super().__init__(call)
+        self._adapter = adapter
+        self._losses = adapter.losses
+
+    def explain(self, error: BaseException) -> Failure:
+        """What xAI's plugin drops at a reconnect it tells of in words alone."""
+        why = super().explain(error)
+        if why.kind == "unknown" and why.code is None and self._adapter.losses > self._losses:
+            return failure(error, "connection_lost")
+        return why
+
+    def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
+        """The plugin has given up; where nothing stops the server, what it says next is late."""
+        super().abandon(attempt, then)
+        if isinstance(self._adapter, ListeningAdapter):
+            self._adapter.watch_for(self)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of the texts that a simulator is told to speak as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from traced_retry.simulator.script import Fault, Script
+
+
+class SayScript:
+    """A script for them alone, so that the one for replies keeps its place.
+
+    Args:
+        script: a parsed script, or its text.
+        known: the words that mean something here.
+
+    Raises:
+        ScriptError: the script cannot be read.
+
+    Attributes:
+        heard: every text the simulator was told to speak, in order.
+    """
+
+    def __init__(self, script: Script | str, known: Collection[str]) -> None:
+        self.script = Script.parse(script) if isinstance(script, str) else script
+        self.script.check(frozenset(known), "say")
+        self.heard: list[str] = []
+
+    def take(self, text: str) -> Fault:
+        """The element that ``text`` meets."""
+        self.heard.append(text)
+        return self.script.at(len(self.heard) - 1)
