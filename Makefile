@@ -42,6 +42,10 @@ bench: .venv/.bench  ## what retrying and tracing cost, beside tenacity and stam
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/outage.py
 
+.PHONY: backends
+backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once: ~/.cache, 8 minutes
+	$(BIN)/python tools/backends/build.py
+
 clean:  ## remove all that was built
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 

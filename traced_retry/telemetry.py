@@ -155,32 +155,27 @@ class Telemetry:
             return
         self._zeroed.add((provider, say))
         target = Target(provider, say=say)
+        # Outside of any span: an exemplar would lead from "exhausted" to a call that was not.
+        nowhere = otel_context.Context()
         with harmless("zero-initialising the counters"):
-            self.late_replies.add(0, target.labels)
+            self.late_replies.add(0, target.labels, nowhere)
             for outcome in ("succeeded", "recovered"):
-                self.replies.add(0, {**target.labels, semconv.OUTCOME: outcome})
+                self.replies.add(0, {**target.labels, semconv.OUTCOME: outcome}, nowhere)
             for reason, outcome in semconv.OUTCOME_OF.items():
-                self.replies.add(
-                    0,
-                    {
-                        **target.labels,
-                        semconv.OUTCOME: outcome,
-                        semconv.STOP_REASON: reason,
-                    },
-                )
+                of = {**target.labels, semconv.OUTCOME: outcome}
+                self.replies.add(0, {**of, semconv.STOP_REASON: reason}, nowhere)
             for action in actions:
                 of = {**target.labels, semconv.ACTION: action}
-                self.attempts.add(0, {**of, semconv.RESULT: "succeeded"})
+                self.attempts.add(0, {**of, semconv.RESULT: "succeeded"}, nowhere)
+                of = {**of, semconv.RESULT: "failed", semconv.RECOVERABLE: True}
                 for kind in ("timeout", "connection_lost", "server_error", "rate_limit_exceeded"):
-                    self.attempts.add(
-                        0,
-                        {
-                            **of,
-                            semconv.RESULT: "failed",
-                            semconv.ERROR_TYPE: kind,
-                            semconv.RECOVERABLE: True,
-                        },
-                    )
+                    self.attempts.add(0, {**of, semconv.ERROR_TYPE: kind}, nowhere)
+            for tell in when_zeroed:
+                tell()
+
+
+when_zeroed: list[Callable[[], None]] = []
+"""Called after counters were started at 0, before the first reply they count: to export that."""
 
 
 def _observe_budgets(_: metrics.CallbackOptions) -> Iterator[metrics.Observation]:

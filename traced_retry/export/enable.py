@@ -23,6 +23,7 @@ from livekit.agents import telemetry as livekit_telemetry
 from livekit.agents.telemetry import traces as livekit_traces
 from opentelemetry import metrics, trace
 
+from traced_retry import telemetry
 from traced_retry.export.sdk import SetUp, file_policy, set_up
 from traced_retry.guard import harmless, logger
 from traced_retry.livekit import hook
@@ -133,6 +134,7 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
     if existing is None:
         done = set_up(preset, service_name)
         _give_to_livekit()
+        telemetry.when_zeroed.append(_export_zeroes)
     else:
         done = SetUp(existing, file_policy())
     _tracing, _ours, _file_policy = Tracing(done.destination), existing is None, done.policy
@@ -146,7 +148,7 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
 
 
 def _instrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) -> None:
-    if hook._original_init is not None:
+    if hook.is_instrumented():
         if policy is None and on_exhausted is None:
             return
         hook.uninstrument()  # what is given now holds from now on
@@ -201,6 +203,18 @@ def _providers() -> list[Any]:
     given = getattr(livekit_telemetry.tracer, "_tracer_provider", None)
     found = (given, trace.get_tracer_provider(), metrics.get_meter_provider())
     return list({id(p): p for p in found if hasattr(p, "force_flush")}.values())
+
+
+def _export_zeroes() -> None:
+    """Have the counters seen at 0: the exporter's next turn may come after the first failure."""
+    flush = getattr(metrics.get_meter_provider(), "force_flush", None)
+    if flush is not None:
+
+        def work() -> None:
+            with harmless("exporting the counters' start"):
+                flush()
+
+        threading.Thread(target=work, name="traced_retry zeroes", daemon=True).start()
 
 
 def _after_fork() -> None:

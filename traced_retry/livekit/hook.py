@@ -354,7 +354,7 @@ def instrument(
         PolicyError: the environment holds a value that cannot be.
     """
     global _original_init  # noqa: PLW0603 - there is one RealtimeSession class to instrument
-    if _original_init is not None:
+    if is_instrumented():
         warnings.warn(
             "LiveKit is instrumented already; the second instrument() does nothing",
             RuntimeWarning,
@@ -373,6 +373,11 @@ def instrument(
             _install(self, config, explicit=False)
 
     llm.RealtimeSession.__init__ = __init__  # type: ignore[method-assign]
+
+
+def is_instrumented() -> bool:
+    """Whether :func:`instrument` is in force."""
+    return _original_init is not None
 
 
 def uninstrument() -> None:
