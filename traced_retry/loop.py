@@ -441,16 +441,21 @@ class Reply(Generic[T]):
 
     def _until_over(self, delivery: Delivery) -> Life:
         """Wait for the end of what was handed over; before its first word we may end it."""
+        limit = self._deadline
+        if self._policy.attempt_timeout is not None:
+            limit = min(limit, self._attempt_began + self._policy.attempt_timeout)
         while not (delivery.ended or self._ended):
             if self._stop is not None and self._news is not None:
-                # The session is gone. What was begun was heard as far as the caller let it.
-                delivery.end(None if delivery.first_output else self._news)
+                # A session that was closed was closed on purpose: what was begun was heard as far
+                # as that let it. One that died took the rest along.
+                meant = delivery.first_output and self._stop == "session_closed"
+                delivery.end(None if meant else self._news)
             elif delivery.first_output:
                 yield None
-            elif (now := self._loop.time()) >= self._deadline:
+            elif (now := self._loop.time()) >= limit:
                 delivery.end(self._request.timed_out(now - self._attempt_began))
             else:
-                yield self._deadline
+                yield limit
 
     def _conclude(self, delivery: Delivery) -> Failure | None:
         """End the reply, or tell the failure of a reply of which nothing was heard."""

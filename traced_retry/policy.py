@@ -52,7 +52,8 @@ class RetryPolicy:
     deadline: float = 20.0
     """For the whole reply, from the call on. A wait that would pass it is not begun."""
     attempt_timeout: float | None = None
-    """For one attempt; None leaves it to the plugin (5 to 10 s) and the deadline."""
+    """For one attempt, to its first word; None leaves it to the plugin (5 to 10 s, and only until
+    the response is begun) and the deadline."""
     retry_rate_limits: bool = True
     """Whether a rate limit is worth another attempt."""
     on_silence: OnSilence | None = None

@@ -281,6 +281,34 @@ class TestDelivery:
         )
         assert ["deadline"] == [failed.stop_reason for failed in self.told]
 
+    async def test_nothing_said_within_the_attempt_s_time(self, reply, recorder):
+        """The user's own limit holds for an attempt to its first word."""
+        request = Request(Scripted("first", "second"))
+        request.given = Delivery()
+        asked = reply(request, attempt_timeout=3.0)
+        await asked.start()
+        await asyncio.sleep(2.9)
+        request.given = second = Delivery()
+        await asyncio.sleep(1.2)
+        second.output()
+        second.end()
+
+        assert ["send", "abandon, then send", "send"] == request.asked
+        assert [3.0, 0.1] == [
+            round(sum_ / count, 6)
+            for count, sum_ in recorder.points("traced_retry.attempt.duration").values()
+        ]
+
+    async def test_the_session_dies_while_it_speaks(self, delivered, recorder):
+        """The rest is lost: that is told, and not counted as heard."""
+        delivered[1].output()
+        delivered[0].interject(failure(ProviderError(), "quota"), "not_recoverable")
+
+        assert ("not_recoverable", "not_recoverable") == (
+            recorder.replies[0]["traced_retry.outcome"],
+            recorder.replies[0]["traced_retry.stop_reason"],
+        )
+
     async def test_it_may_be_slow_once_it_speaks(self, delivered, recorder):
         """The deadline is for the first word."""
         delivered[1].output()

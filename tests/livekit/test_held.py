@@ -259,7 +259,6 @@ async def a_nova_sonic(stack, script):
 
 
 class TestCutShort:
-    @pytest.mark.xfail(strict=True, reason="the loop takes what had begun for heard")
     @pytest.mark.parametrize("kin", ["openai", "xai", "inference"], indirect=True)
     async def test_by_an_error_that_ends_the_session(self, converse, recorder):
         """What was heard in part was not heard: it is told, as after a lost connection."""
