@@ -36,7 +36,7 @@ core: .venv/.core-fork $(if $(shell tools/find-python 3.10),.venv/.core-3.10)  #
 # What the adapters rely on, in the oldest plugins supported. Not there yet in 1.7.0: VoiceLive and
 # inference's realtime model. Its AWS plugin cannot be pointed at a local server.
 oldest: .venv/.oldest  ## the adapters' tests on livekit-agents and plugins 1.7.0
-	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py held.py openai_kin.py google.py ultravox.py phonic.py nvidia.py)
+	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py held.py interruption.py openai_kin.py google.py ultravox.py phonic.py nvidia.py)
 
 bench: .venv/.bench  ## what retrying and tracing cost, beside tenacity and stamina
 	$(BIN)/python benchmarks/overhead.py

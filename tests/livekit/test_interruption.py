@@ -27,6 +27,7 @@ from support.kin import ALL, ENGINE, VOICELIVE, connected
 import traced_retry
 from traced_retry import semconv
 from traced_retry.livekit.adapter import ObservedRequest
+from traced_retry.livekit.speech import when_interrupted
 from traced_retry.loop import Reply
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.google import GoogleSimulator
@@ -601,3 +602,25 @@ class TestHandOff:
         else:
             assert expected == (talk.heard, handle.exception() is not None)
             assert talk.session._activity.agent is new
+
+
+class TestThePrivateFact:
+    async def test_a_speech_tells_when_it_is_interrupted(self, meet):
+        """``SpeechHandle._interrupt_fut``, at once, and not for one that was interrupted before."""
+        talk = await meet("openai", "silence")
+        handle, told = await talk.asked(), []
+        when_interrupted(handle, lambda: told.append("first"))
+        handle.interrupt()
+        when_interrupted(handle, lambda: told.append("second"))
+        await asyncio.sleep(SOON)
+
+        assert ["first"] == told
+
+    def test_one_that_does_not_is_said_once(self, caplog):
+        """And left alone."""
+        for _ in range(2):
+            when_interrupted(object(), pytest.fail)
+
+        assert ["_interrupt_fut"] == [
+            word for word in caplog.text.split() if word.startswith("_interrupt")
+        ]
