@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a misbehaving backend costs replies: ``python benchmarks/backends.py``, some four minutes.
+"""What a misbehaving backend costs replies: ``python benchmarks/backends.py``, some five minutes.
 
 Each fault has an agent process: LiveKit's own OpenAI plugin, wrapped by us, exporting to a local
 store and by OTLP to a backend that misbehaves. Two more make the same spans and export nothing:
 the first is what all are compared with, and how far the second is from it shows how far a ratio can
-be trusted. They take turns, a few replies each, so that a busy machine slows all of them alike. The
-model answers after a quarter of a second, which is fast for a real one. Exit status 1 where a
-promise is broken; 2 where the machine was too busy to tell.
+be trusted. They take turns, a few replies each, so that a busy machine slows all of them alike.
+
+CPU is the whole process's for one reply, the exporters' threads included: what exporting adds there
+is the most that it can add to a reply on average. The model answers after a quarter of a second,
+which is fast for a real one. Exit status 1 where a promise is broken; 2 where the machine was too
+busy to tell.
 """
 
 from __future__ import annotations
@@ -77,11 +80,18 @@ async def agent(store, url, flood):
     tell(spans=2 * AT_ONCE)
     process = psutil.Process()
     before = process.memory_info().rss
+    began = cpu(process)
     while await asyncio.to_thread(sys.stdin.readline) == "go\n":
         took = await asyncio.gather(*map(several, range(AT_ONCE), sessions))
         tell(seconds=[one for some in took for one in some], spans=2 * REPLIES // TURNS)
+    tell(grown=process.memory_info().rss - before, cpu=cpu(process) - began)
     await asyncio.gather(*(session.aclose() for session in sessions))
-    tell(grown=process.memory_info().rss - before)
+    tell()
+
+
+def cpu(process):
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 async def several(number, session):
@@ -166,9 +176,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def refused():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
+    """A port that is taken, so that nobody else gets it, and where nobody listens."""
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    _taken.append(taken)
+    return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+_taken = []
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -194,6 +209,7 @@ class _Agent:
     seconds: list[float] = field(default_factory=list)
     spans: int = 0
     grown: int = 0
+    cpu: float = 0.0
     exit: float = 0.0
     said: str = ""
 
@@ -230,6 +246,7 @@ class _Agent:
         if not self.grown:
             self.process.stdin.close()
             self.hear()
+            self.hear()
         began = time.perf_counter()
         self.process.wait(60)
         self.exit = time.perf_counter() - began
@@ -257,12 +274,12 @@ class _Agent:
         sums = f"{self.spans:,} = {self.delivered:,} + {count:,}"
         return f"{sums}{f' ({why})' if why else ''}{exact}"
 
-    def ended_well(self):
+    def ended_well(self, allowance):
         """No exception, exit status 0, in time."""
         trouble = self.process.returncode != 0 or "Traceback" in self.said
         if trouble:
             print(self.said, file=sys.stderr)
-        return judge(f"{self.name}: end", not trouble and self.exit < MOST_EXIT)
+        return judge(f"{self.name}: end", not trouble and self.exit < MOST_EXIT + allowance)
 
 
 def agents(folder):
@@ -299,8 +316,8 @@ def main():
         )
         model = json.loads(simulator.stdout.readline())["url"]
         try:
-            quiet = run(agents(Path(temporary)), model)
-            run_flood(Path(temporary))
+            quiet, allowance = run(agents(Path(temporary)), model)
+            run_flood(Path(temporary), allowance)
         finally:
             simulator.terminate()
             simulator.wait()
@@ -323,28 +340,32 @@ def run(all_agents, model):
         f"{REPLIES:,} replies each, {AT_ONCE} at once, the model answers after {ANSWER:g} s.\n"
         f"Promised: p99 at most {MOST_RATIO:g} of no exporter's, exit below {MOST_EXIT:g} s, "
         "made = delivered + dropped.\n"
-        f"  {'backend':<12}{'p99, ms':>9}{'ratio':>7}{'memory, MiB':>13}{'exit, s':>9}"
+        f"  {'backend':<12}{'p99, ms':>9}{'ratio':>7}{'CPU, ms':>9}"
+        f"{'memory, MiB':>13}{'exit, s':>9}"
         "  spans: made = delivered + dropped"
     )
     base, again = all_agents[0].p99, all_agents[1].p99
     quiet = max(base, again) / min(base, again) <= MOST_RATIO
+    allowance = 0.0 if quiet else max(one.exit for one in all_agents[:2])
     for one in all_agents:
         ratio = one.p99 / base
         late = judge(f"{one.name}: p99", ratio <= MOST_RATIO or not quiet)
         account = one.account() if one.store else ""
         print(
-            f"  {one.name:<12}{one.p99 * 1000:9.1f}{ratio:7.3f}{one.grown / 2**20:+13.1f}"
-            f"{one.exit:9.2f}  {account}{late}{one.ended_well()}"
+            f"  {one.name:<12}{one.p99 * 1000:9.1f}{ratio:7.3f}"
+            f"{one.cpu / REPLIES * 1000:9.2f}{one.grown / 2**20:+13.1f}"
+            f"{one.exit:9.2f}  {account}{late}{one.ended_well(allowance)}"
         )
 
     if not quiet:
         print(
-            "  The two without an exporter differ by more than 5 %: no ratio here tells anything."
+            "  The two without an exporter differ by more than 5 %: the machine was too busy,\n"
+            "  and no ratio here tells anything. Exits were given what one without took besides."
         )
-    return quiet
+    return quiet, allowance
 
 
-def run_flood(folder):
+def run_flood(folder, allowance):
     one = _Agent("flood", str(folder / "flood.jsonl"), Backend(None))
     one.start("", flood=True)
     one.leave()
@@ -352,7 +373,7 @@ def run_flood(folder):
     bounded = judge("flood: memory", grown < MOST_FLOOD)
     print(f"{FLOOD:,} spans as fast as they can be made, at a hanging backend")
     print(f"  memory, MiB: {grown:+.1f}, at most {MOST_FLOOD}{bounded}")
-    print(f"  exit, s: {one.exit:.2f}{one.ended_well()}")
+    print(f"  exit, s: {one.exit:.2f}{one.ended_well(allowance)}")
     print(f"  {one.account()}")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry demo | simulate | report | exporters | dashboards``."""
+"""``traced-retry demo | simulate | report | doctor | exporters | dashboards``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -244,6 +245,44 @@ def simulate(
         raise typer.BadParameter(
             f"127.0.0.1:{port} cannot be listened on ({error.strerror}); --port 0 picks a free one"
         ) from None
+
+
+@app.command()
+def doctor(
+    *,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object: ok, and the checks.")
+    ] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="The preset that your agent gives to enable().")
+    ] = None,
+    jaeger: Annotated[
+        str | None,
+        typer.Option(help="Jaeger's query URL; default: port 16686 of the endpoint's host."),
+    ] = None,
+) -> None:
+    """Say where spans would go from here, whether a test span arrives, and what would be retried.
+
+    Run it where your agent runs, with the same variables. Status 0 only when all is well.
+    """
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from traced_retry.doctor import examine  # noqa: PLC0415
+
+    logging.disable(logging.CRITICAL)  # exporters and SDK log what the checks say better
+    checks = []
+    for check in examine(preset, jaeger):
+        checks.append(check)
+        if not as_json:
+            typer.echo(f"{check.status:<4}  {check.check}: {check.message}")
+            if check.fix:
+                typer.echo(f"      fix: {check.fix}")
+    well = all(check.status == "ok" for check in checks)
+    if as_json:
+        typer.echo(json.dumps({"ok": well, "checks": [asdict(check) for check in checks]}))
+    sys.stdout.flush()
+    # Not by the SDK's exit handlers: a reader of metrics takes up to 30 s for a dead server.
+    os._exit(0 if well else 1)
 
 
 @exporters.command("list")

@@ -155,8 +155,9 @@ class Telemetry:
             return
         self._zeroed.add((provider, say))
         target = Target(provider, say=say)
-        # Outside of any span: an exemplar would lead from "exhausted" to a call that was not.
-        nowhere = otel_context.Context()
+        # Outside of any span: an exemplar would lead from "exhausted" to a call that was not. (An
+        # empty context would not do: the SDK takes that for none.)
+        nowhere = trace.set_span_in_context(trace.INVALID_SPAN, otel_context.Context())
         with harmless("zero-initialising the counters"):
             self.late_replies.add(0, target.labels, nowhere)
             for outcome in ("succeeded", "recovered"):

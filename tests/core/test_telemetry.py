@@ -410,6 +410,13 @@ class TestMetrics:
             "traced_retry.budget.remaining",
         } == recorder.metric_names()  # late_replies only once there was one
 
+    async def test_the_start_leads_to_no_trace(self, recorder):
+        """An exemplar of "exhausted" must not name the call that happened to be the first."""
+        with recorder.tracer_provider.get_tracer("agent").start_as_current_span("call"):
+            Telemetry(**recorder.providers).zero("openai")
+
+        assert [] == recorder.exemplars("traced_retry.replies")
+
     async def test_zero_initialised(self, recorder):
         """Each outcome and stop reason starts at 0, so that its first count is an increase."""
         telemetry = Telemetry(**recorder.providers)

@@ -180,11 +180,12 @@ def messages(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-def refused_url():
-    """Where nobody listens, with a key that must not be told."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}/v1/traces?key=sk-SECRET"
+@pytest.fixture
+def refused():
+    """A URL where nobody listens, on a port that is taken; with a key that must not be told."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/v1/traces?key=sk-SECRET"
 
 
 # --- faults -----------------------------------------------------------------------------------
@@ -238,10 +239,10 @@ def test_retry_after_is_heeded(pipeline, form):
     assert pipe.dropped == {}
 
 
-def test_refused(pipeline, caplog):
+def test_refused(pipeline, caplog, refused):
     """Nobody listens: counted as a lost connection, and no URL or key is in the log."""
     caplog.set_level(logging.DEBUG, "traced_retry")
-    pipe = pipeline(OtlpSpanExporter(endpoint=refused_url(), timeout=0.1))
+    pipe = pipeline(OtlpSpanExporter(endpoint=refused, timeout=0.1))
     pipe.make(42)
     assert pipe.processor.force_flush()
     pipe.close()
@@ -290,9 +291,9 @@ def test_a_full_disk(pipeline, caplog):
     assert len(messages(caplog)) == 2
 
 
-def test_an_exporter_that_does_not_say_why(pipeline):
+def test_an_exporter_that_does_not_say_why(pipeline, refused):
     """The SDK's own exporter serves too; its drops are ``failed``."""
-    pipe = pipeline(OTLPSpanExporter(endpoint=refused_url(), timeout=0.1))
+    pipe = pipeline(OTLPSpanExporter(endpoint=refused, timeout=0.1))
     pipe.make(3)
     pipe.close()
     assert pipe.dropped == {("otlp", "failed"): 3}

@@ -79,6 +79,7 @@ OK = ("succeeded", None)
 AGAIN = ("recovered", None)
 DEADLINE = ("exhausted", "deadline")
 DEAD = ("not_recoverable", "not_recoverable")
+CUT = ("not_recoverable", "output_started")
 ONCE, TWICE = ["send"], ["send", "listen"]
 
 ROWS = {
@@ -97,7 +98,7 @@ ROWS = {
     "error:internalServerException": (0, 0, DEAD, ONCE, 0),
     "malformed": (0, 0, DEAD, ONCE, 0),
     "drop_before": (0, 0, DEAD, ONCE, 2),
-    "drop_during": (1, 0, OK, ONCE, 2),  # begun, then cut
+    "drop_during": (1, 0, CUT, ONCE, 2),
     "unauthorized": (0, 0, DEAD, ONCE, 0),
 }
 
@@ -190,6 +191,109 @@ class TestEachRow:
 
         assert began == now()
         assert [DEAD] * 2 == ended(recorder)
+
+
+def stream(talk):
+    """The server's side of the one stream that is open."""
+    (session,) = [s for client in talk.server._clients for s in client.streams.values()]
+    return session
+
+
+class TestCutShort:
+    """More of it, for all three without ids, is in test_held.py."""
+
+    @pytest.mark.parametrize(
+        ("exception", "code", "type_"),
+        [
+            ("throttlingException", "ThrottlingException", "ThrottlingException"),
+            ("modelStreamErrorException", "ModelStreamErrorException", "_OTHER"),
+            ("systemInstability", "ValidationException", "ValidationException"),
+        ],
+    )
+    async def test_by_another_stream(self, exception, code, type_, converse, recorder):
+        """The plugin goes on without the rest, and closes nothing: told at once, and closed."""
+        talk = await converse("slow:9,ok")
+        handle = talk.ask()
+        await asyncio.sleep(3)
+        began = now()
+        if exception == "systemInstability":
+            stream(talk).fail("validationException", aws.UNSTABLE)
+        else:
+            stream(talk).fail(exception, "The script says so.")
+        await handle
+
+        assert began == round(now(), 3)
+        assert [CUT] == ended(recorder)
+        (attempt,) = recorder.attempts
+        assert (code, type_) == (attempt["traced_retry.error_code"], attempt["error.type"])
+        assert attempt["traced_retry.recoverable"]
+        assert isinstance(handle.exception(), llm.RealtimeError)
+        await asyncio.sleep(2)
+        assert None is await talk.reply()
+        await asyncio.sleep(20)
+        assert [CUT, OK] == ended(recorder)
+        assert (["reply 1", "reply 2"], 2) == (talk.heard, len(talk.server.requests))
+        assert 0 == recorder.open_spans
+
+    async def test_what_goes_on_in_another_stream(self, converse, recorder):
+        """Before the first words of an answer to the user, the plugin asks again: it is heard."""
+        talk = await converse("silence,slow:3")
+        handle = talk.ask(user_input="SECRET question")
+        await talk.server.wait_for(lambda: talk.server.requests)
+        stream(talk).send("completionStart")
+        await asyncio.sleep(1)
+        stream(talk).fail("throttlingException", "Too many requests, please wait.")
+        await asyncio.sleep(2)
+        assert [] == ended(recorder)
+        await handle
+        await asyncio.sleep(1)
+
+        assert [OK] == ended(recorder)
+        assert (None, ["reply 2"]) == (handle.exception(), talk.heard)
+
+    async def test_what_does_not(self, converse, recorder):
+        """Instructions are lost, also before the first words."""
+        talk = await converse("silence,ok")
+        handle = talk.ask()
+        await talk.server.wait_for(lambda: talk.server.requests)
+        stream(talk).send("completionStart")
+        await asyncio.sleep(1)
+        stream(talk).fail("throttlingException", "Too many requests, please wait.")
+        await handle
+
+        assert [CUT] == ended(recorder)
+        assert isinstance(handle.exception(), llm.RealtimeError)
+
+    async def test_one_shared_by_two(self, converse, recorder):
+        """Both callers are told."""
+        talk = await converse("drop_during")
+        handle = talk.ask(user_input="SECRET question")
+        await talk.server.wait_for(lambda: talk.server.requests)
+        other = talk.realtime.generate_reply()
+        await handle
+        await other
+        await asyncio.sleep(10)
+
+        assert [CUT, CUT] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+    async def test_by_other_tools(self, converse, recorder):
+        """The plugin recycles the session for them: heard as far as the caller let it."""
+
+        @function_tool
+        async def look_up() -> str:
+            """Look it up."""
+            return "found"
+
+        talk = await converse("slow:9")
+        handle = talk.ask()
+        await asyncio.sleep(3)
+        await talk.realtime.update_tools([look_up])
+        await asyncio.sleep(20)
+
+        assert 2 == talk.server.connections
+        assert [OK] == ended(recorder)
+        assert None is handle.exception()
 
 
 class TestUserMessage:
@@ -570,6 +674,42 @@ class TestContract:
 
         assert before.done()
         assert not talk.realtime._response_task.done()
+
+    async def test_what_is_being_spoken(self, converse):
+        """It is in ``_current_generation``, with the stream of its event, until it is closed."""
+        talk = await converse("slow:3", bare=True)
+        handle = talk.ask()
+        await asyncio.sleep(1)
+
+        (event, *_) = talk.announced
+        assert event.message_stream is talk.realtime._current_generation.message_ch
+        await handle
+        assert None is talk.realtime._current_generation
+
+    async def test_restart(self, converse, monkeypatch):
+        """Another stream is opened by ``_restart_session``, called with what ended the first."""
+        talk = await converse("rate_limit", bare=True)
+        original, errors = talk.realtime._restart_session, []
+
+        async def restart(error):
+            errors.append(type(error).__name__)
+            await original(error)
+
+        monkeypatch.setattr(talk.realtime, "_restart_session", restart)
+        await talk.timed_reply()
+
+        assert ["ThrottlingException"] == errors
+
+    async def test_cut_short(self, converse):
+        """The plugin alone opens another stream, and leaves the agent waiting for the rest."""
+        talk = await converse("slow:9", bare=True)
+        handle = talk.ask()
+        await asyncio.sleep(3)
+        stream(talk).fail("modelStreamErrorException", "The script says so.")
+        await asyncio.sleep(60)
+
+        assert 2 == talk.server.connections
+        assert not handle.done()
 
 
 class TestSimulator:

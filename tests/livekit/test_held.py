@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from livekit.agents import Agent, AgentSession, function_tool, llm
 from livekit.plugins import ultravox
-from support.conversation import codes, ended
+from support.conversation import Conversation, codes, ended
 from support.kin import ALL, VOICELIVE, connected
 
 import traced_retry
@@ -276,20 +276,118 @@ class TestCutShort:
         assert ["not_recoverable"] == [outcome for outcome, _ in ended(recorder)]
         assert [fatal] == codes(recorder)
 
-    @pytest.mark.xfail(strict=True, reason="these adapters see no reply to its end")
-    @pytest.mark.parametrize("provider", [an_ultravox, a_phonic, a_nova_sonic])
-    async def test_where_replies_carry_no_id(self, provider, recorder):
-        """Nothing is asked again and no stream is touched; the failure is told."""
-        async with contextlib.AsyncExitStack() as stack:
-            server, model = await provider(stack, "drop_during,ok")
-            traced_retry.wrap(model, policy=traced_retry.RetryPolicy(), **recorder.providers)
+
+@pytest.fixture(params=[an_ultravox, a_phonic, a_nova_sonic])
+async def without_ids(request, recorder):
+    """Of a script makes a conversation with one of those whose replies carry no id."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def converse(script, **kwargs):
+            server, model = await request.param(stack, script)
+            policy = traced_retry.RetryPolicy()
+            traced_retry.wrap(model, policy=policy, **recorder.providers, **kwargs)
             session = await stack.enter_async_context(AgentSession(llm=model))
             await session.start(Agent(instructions="SECRET instructions"))
             await asyncio.sleep(1)  # Nova Sonic's plugin opens its stream after 0.55 s
-            await session.generate_reply(instructions="SECRET")
-            await asyncio.sleep(30)
+            return Conversation(server, model, session)
 
-        assert 1 == len(server.requests)
-        assert [] == server.completed
-        assert ["not_recoverable"] == [outcome for outcome, _ in ended(recorder)]
+        yield converse
+
+
+async def lose(server):
+    """Have the server drop every connection."""
+    for connection in list(server._open):
+        await connection.hang_up(aiohttp.WSCloseCode.INTERNAL_ERROR, by_script=True)
+    for client in list(getattr(server, "_clients", ())):  # of the AWS simulator
+        client.abort()
+
+
+class TestCutShortWithoutIds:
+    """Nothing is asked again and no stream is touched; the failure is told."""
+
+    async def test_it_is_told(self, without_ids, recorder, caplog):
+        """By span, metric, log, on_exhausted and the handle's exception()."""
+        failed = []
+        talk = await without_ids("drop_during,ok", on_exhausted=failed.append)
+
+        error = await talk.reply(instructions="SECRET")
+        await talk.settle()
+
+        assert isinstance(error, llm.RealtimeError)
+        assert [("not_recoverable", "output_started")] == ended(recorder)
         assert ["connection_lost"] == codes(recorder)
+        names = (semconv.OUTCOME, semconv.STOP_REASON)
+        told = {("not_recoverable", "output_started"): 1}
+        assert told == recorder.counted(semconv.METRIC_REPLIES, *names)
+        assert ["output_started"] == [reply.stop_reason for reply in failed]
+        ours = [r for r in caplog.records if r.name == semconv.SCOPE]
+        assert ["WARNING"] == [r.levelname for r in ours]
+        assert 1 == len(talk.server.requests)
+        assert 0 == recorder.open_spans
+        spans = [s.to_json() for s in recorder.spans() if s.name.startswith(semconv.SPAN_REPLY)]
+        assert "SECRET" not in repr([spans, error, failed, [vars(r) for r in ours]])
+
+    async def test_one_that_ends_well(self, without_ids, recorder):
+        """It is told as it ends, and heard from its first words on."""
+        talk = await without_ids("slow:3")
+        handle = talk.ask(instructions="SECRET")
+        await asyncio.sleep(2.9)
+        assert [] == ended(recorder)
+        await asyncio.sleep(0.2)
+
+        assert [("succeeded", None)] == ended(recorder)
+        assert 0 == recorder.open_spans
+        (span,) = recorder.spans(semconv.SPAN_REPLY)
+        assert span.end_time - span.start_time < 2e9
+        await handle
+        assert None is handle.exception()
+
+    async def test_one_that_is_whole(self, without_ids, recorder):
+        """What is lost after its end is not part of it."""
+        talk = await without_ids("ok")
+        error = await talk.reply(instructions="SECRET")
+        await lose(talk.server)
+        await talk.settle()
+
+        assert None is error
+        assert [("succeeded", None)] == ended(recorder)
+
+    async def test_barge_in(self, without_ids, recorder):
+        """It is over at once, and was heard as far as the caller let it."""
+        talk = await without_ids("slow:5")
+        talk.ask(instructions="SECRET")
+        await asyncio.sleep(1)
+        talk.session.interrupt()
+        await asyncio.sleep(0.05)
+        over = ended(recorder)
+        await lose(talk.server)
+        await talk.settle()
+
+        assert [("succeeded", None)] == over
+        assert over == ended(recorder)
+        assert 0 == recorder.open_spans
+
+    async def test_a_session_that_is_closed(self, without_ids, recorder):
+        """As far as that let it, likewise."""
+        talk = await without_ids("slow:5")
+        talk.ask(instructions="SECRET")
+        await asyncio.sleep(1)
+        await talk.realtime.aclose()
+        await talk.settle()
+
+        assert [("succeeded", None)] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+    async def test_one_whose_end_nobody_tells(self, without_ids, recorder):
+        """No span stays open for longer than a minute; nothing says that it was not heard."""
+        talk = await without_ids("slow:600")
+        talk.ask(instructions="SECRET")
+        await asyncio.sleep(59)
+        assert [] == ended(recorder)
+        await asyncio.sleep(2)
+
+        assert [("succeeded", None)] == ended(recorder)
+        assert 0 == recorder.open_spans
+        await lose(talk.server)
+        await talk.settle()
+        assert 1 == len(ended(recorder))

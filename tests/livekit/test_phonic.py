@@ -145,16 +145,6 @@ class TestEachFault:
             assert began == asyncio.get_running_loop().time()
             await talk.settle(1)
 
-    async def test_dropped_in_the_middle(self, converse, recorder):
-        """What was begun was heard; the session's error event tells of the rest."""
-        talk = await converse("drop_during")
-
-        await talk.timed_reply()
-        await talk.settle()
-
-        assert [("succeeded", None)] == ended(recorder)
-        assert 1 == len(talk.server.requests)
-
 
 class TestAnEndWithoutAnEvent:
     @pytest.mark.parametrize("after", [1.0, 12.0], ids=["in the attempt", "while listening"])
@@ -211,6 +201,71 @@ class TestAnEndWithoutAnEvent:
 
         assert isinstance(error, llm.RealtimeError)
         assert 10.0 == took
+
+
+class TestCutShort:
+    """More of it, for all three without ids, is in test_held.py."""
+
+    async def speaking(self, talk):
+        """The handle of a reply whose first words are there, a second ago; the connection."""
+        handle = talk.ask()
+        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.settle(1)
+        (connection,) = talk.server._open
+        return handle, connection
+
+    async def test_dropped_in_the_middle(self, converse, recorder):
+        """The agent learns it before its session is closed."""
+        talk = await converse("drop_during")
+
+        error, _ = await talk.timed_reply()
+        await talk.settle()
+
+        assert isinstance(error, llm.RealtimeError)
+        assert [("not_recoverable", "output_started")] == ended(recorder)
+        assert 1 == len(talk.server.requests)
+        assert 1 == len(talk.closed)
+
+    async def test_a_close_that_no_event_tells_of(self, converse, recorder):
+        """With 1000: the plugin closes the reply's streams as if it were whole."""
+        talk = await converse("slow:5")
+        handle, _ = await self.speaking(talk)
+        await talk.server.end_conversations()
+        await talk.settle()
+
+        assert [] == talk.errors
+        assert [("not_recoverable", "output_started")] == ended(recorder)
+        assert "connection_lost" == recorder.attempts[0]["error.type"]
+        assert isinstance(handle.exception(), llm.RealtimeError)
+
+    @pytest.mark.parametrize("event", ["assistant_started_speaking", "user_started_speaking"])
+    async def test_an_end_that_is_not_told(self, event, converse, recorder):
+        """What begins instead ends it: nothing says that it was not heard."""
+        talk = await converse("slow:5")
+        _, connection = await self.speaking(talk)
+        await connection.send(event)
+        await talk.settle(1)
+
+        assert [("succeeded", None)] == ended(recorder)
+
+    async def test_by_a_tool(self, converse, recorder):
+        """Words and then a call of a tool: the plugin ends the reply there, and it was heard."""
+        talk = await converse("slow:5")
+        _, connection = await self.speaking(talk)
+        tool = {"tool_call_id": "1", "tool_name": "look_up", "parameters": {}}
+        await connection.send("tool_call", **tool)
+        await talk.settle(1)
+
+        assert [("succeeded", None)] == ended(recorder)
+
+    async def test_by_the_next_request(self, converse, recorder):
+        """The plugin closes what is being spoken: heard as far as the caller let it."""
+        talk = await converse("slow:5,ok")
+        await self.speaking(talk)
+        await talk.asked()
+        await talk.settle()
+
+        assert [("succeeded", None)] * 2 == ended(recorder)
 
 
 class TestPolicy:
@@ -555,6 +610,35 @@ class TestContract:
 
         assert talk.realtime._main_atask.done()
         assert [] == talk.errors
+
+    async def test_what_is_being_spoken(self, converse):
+        """It is in ``_current_generation``, with the stream that the future brings, until whole."""
+        talk = await converse("slow:1", bare=True)
+        await talk.server.wait_for("connected")
+        reply = await talk.realtime.generate_reply()
+
+        assert reply.message_stream is talk.realtime._current_generation.message_ch
+        await talk.settle(2)
+        assert None is talk.realtime._current_generation
+
+    async def test_who_closes_a_reply(self, converse, monkeypatch):
+        """The main task does so as it ends, and nothing else is done in that task."""
+        talk = await converse("slow:1,slow:5", bare=True)
+        original, by_main = talk.realtime._close_current_generation, []
+
+        def close(**kwargs):
+            if talk.realtime._current_generation is not None:
+                by_main.append(asyncio.current_task() is talk.realtime._main_atask)
+            original(**kwargs)
+
+        monkeypatch.setattr(talk.realtime, "_close_current_generation", close)
+        await (await talk.asked())
+        await talk.settle(2)
+        await (await talk.asked())
+        await talk.server.end_conversations()
+        await talk.settle(1)
+
+        assert [False, True] == by_main
 
     def test_a_plugin_that_cannot_be_redirected(self, monkeypatch):
         """It is said, rather than that a real server is called."""

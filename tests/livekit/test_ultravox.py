@@ -157,16 +157,6 @@ class TestEachFault:
         with pytest.raises(llm.RealtimeError, match=r"session failed|refused"):
             await talk.realtime.generate_reply()
 
-    async def test_dropped_in_the_middle(self, converse, recorder):
-        """What was begun was heard; the session's error event tells of the rest."""
-        talk = await converse("drop_during")
-
-        await talk.timed_reply()
-        await talk.settle()
-
-        assert [("succeeded", None)] == ended(recorder)
-        assert 1 == len(talk.server.requests)
-
     @pytest.mark.parametrize("bare", [True, False])
     async def test_a_server_that_comes_up_late(self, bare, converse, recorder):
         """The plugin calls again each second, and sends what waited: heard once, and no failure.
@@ -193,6 +183,65 @@ class TestEachFault:
             assert [("recovered", None)] == ended(recorder)
             failed = [a.get("error.type") for a in recorder.attempts]
             assert ["connection_lost", "timeout", None] == failed
+
+
+class TestCutShort:
+    """More of it, for all three without ids, is in test_held.py."""
+
+    async def speaking(self, talk):
+        """The handle of a reply whose first words are there, a second ago."""
+        handle = talk.ask()
+        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.settle(1)
+        return handle
+
+    async def test_dropped_in_the_middle(self, converse, recorder):
+        """The agent learns it before its session is closed."""
+        talk = await converse("drop_during")
+
+        error, _ = await talk.timed_reply()
+        await talk.settle()
+
+        assert isinstance(error, llm.RealtimeError)
+        assert [("not_recoverable", "output_started")] == ended(recorder)
+        assert 1 == len(talk.server.requests)
+        assert 1 == len(talk.closed)
+
+    async def test_a_loss_that_no_event_tells_of(self, converse, recorder):
+        """What cannot be sent makes the plugin open another call, and say nothing."""
+        talk = await converse("slow:5,ok")
+        handle = await self.speaking(talk)
+        talk.realtime._send_client_event({"unsendable": object()})
+        await talk.settle()
+
+        assert (2, []) == (talk.server.connections, talk.errors)
+        assert [("not_recoverable", "output_started")] == ended(recorder)
+        assert "connection_lost" == recorder.attempts[0]["error.type"]
+        assert isinstance(handle.exception(), llm.RealtimeError)
+        assert None is await talk.reply()
+
+    async def test_a_new_call_on_purpose(self, converse, recorder):
+        """New instructions do the same: heard as far as the caller let it."""
+        talk = await converse("slow:5")
+        handle = await self.speaking(talk)
+        await talk.realtime.update_instructions("other")
+        await talk.settle()
+
+        assert 2 == talk.server.connections
+        assert [("succeeded", None)] == ended(recorder)
+        assert None is handle.exception()
+        assert 0 == recorder.open_spans
+
+    async def test_by_a_tool(self, converse, recorder):
+        """Words and then a call of a tool: the plugin ends the reply there, and it was heard."""
+        talk = await converse("slow:5")
+        await self.speaking(talk)
+        (call,) = talk.server._open
+        tool = {"toolName": "look_up", "invocationId": "1", "parameters": {}}
+        await call.send("client_tool_invocation", **tool)
+        await talk.settle(1)
+
+        assert [("succeeded", None)] == ended(recorder)
 
 
 class TestPolicy:
@@ -574,3 +623,32 @@ class TestContract:
 
         assert [False] == [e.recoverable for e in errors]
         assert str(errors[0].error).startswith("HTTP 401")
+
+    async def test_what_is_being_spoken(self, converse):
+        """It is in ``_current_generation``, with the stream that the future brings, until whole."""
+        talk = await converse("slow:1", bare=True)
+        reply = await talk.realtime.generate_reply()
+
+        assert reply.message_stream is talk.realtime._current_generation.message_ch
+        await talk.settle(2)
+        assert None is talk.realtime._current_generation
+
+    async def test_an_event_comes_before_its_effect(self, converse):
+        """So a new call is seen while what the old one was saying is still there."""
+        talk = await converse("slow:5", bare=True)
+        seen = []
+        talk.realtime.on(
+            "ultravox_server_event_received",
+            lambda event: seen.append((event["type"], talk.realtime._current_generation)),
+        )
+        await talk.realtime.generate_reply()
+        channel = talk.realtime._msg_ch
+        seen.clear()
+        talk.realtime._send_client_event({"unsendable": object()})
+        await talk.settle(1)
+
+        assert "call_started" == seen[0][0]
+        assert None is not seen[0][1]
+        assert channel is talk.realtime._msg_ch
+        await talk.realtime.update_instructions("other")
+        assert channel is not talk.realtime._msg_ch

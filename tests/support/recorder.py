@@ -93,6 +93,19 @@ class Recorder:
                             found[frozenset(p.attributes.items())] = value
         return found
 
+    def exemplars(self, metric):
+        """The exemplars of a metric's points."""
+        data = self._reader.get_metrics_data()
+        return [
+            exemplar
+            for resource in (data.resource_metrics if data else ())
+            for scope in resource.scope_metrics
+            for m in scope.metrics
+            if m.name == metric
+            for point in m.data.data_points
+            for exemplar in point.exemplars
+        ]
+
     def counted(self, metric, *names):
         """A counter's non-zero values, summed by the values of these attributes."""
         totals = Counter()

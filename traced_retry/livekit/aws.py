@@ -17,7 +17,11 @@ Facts (livekit-plugins-aws 1.8.9, ``experimental/realtime/realtime_model.py``):
   at that event, not for the future. Hence we listen to the event, in the order of asking, and
   leave the slot alone.
 * After throttling, a model time-out or "System instability" it opens a new stream and says
-  nothing; a user's message is then sent again by the plugin, instructions are lost.
+  nothing. If the chat context ends with a user's message, that is sent again by the plugin, and its
+  answer goes on in what had begun. Instructions are lost, and so is the rest of what was being
+  said, of which the plugin closes nothing: the agent would wait for its end.
+* The end of a reply is told by no event. It is closed by ``_close_current_generation``: when it is
+  whole, it calls a tool, or the caller speaks.
 * A connection cut or refused ends ``_response_task``, which reads the stream (``_main_atask``
   begins it). No event tells, and nothing opens another stream, unless the session was being
   recycled for other tools: then the next reader is there in about a second. The recycling after
@@ -34,7 +38,7 @@ from typing import Any, ClassVar
 from livekit.agents import llm
 
 from traced_retry import semconv
-from traced_retry.failure import CODES, Failure, explain, failure, plain_code
+from traced_retry.failure import CODES, Failure, Kind, explain, failure, plain_code
 from traced_retry.guard import harmless
 from traced_retry.livekit.adapter import (
     Adapter,
@@ -44,6 +48,8 @@ from traced_retry.livekit.adapter import (
     Replies,
     told,
 )
+from traced_retry.livekit.listening import Speaking, before
+from traced_retry.request import Delivery
 from traced_retry.telemetry import Target
 
 _REMEMBERED = 64
@@ -62,6 +68,8 @@ class AWSAdapter(Adapter):
         "_response_task",
         "_main_atask",
         "_close_current_generation",
+        "_restart_session",
+        *Speaking.needs,
     )
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "listen")
 
@@ -71,6 +79,7 @@ class AWSAdapter(Adapter):
         """Requests asked and not yet answered, the oldest first."""
         self.given_up: deque[AWSRequest] = deque(maxlen=_REMEMBERED)
         """Those of which the agent was told that they failed."""
+        self.speaking = Speaking(session)
         self._newest: str | None = None
         self._unasked = False
         self._reader: asyncio.Task[Any] | None = None
@@ -100,6 +109,9 @@ class AWSAdapter(Adapter):
     def watch(self, request: AWSRequest) -> None:
         """Take up a request just sent; it fails where nobody reads the stream, now or later."""
         self.open.append(request)
+        if self._reader is None:
+            before(self.session, "_close_current_generation", self.speaking.over)
+            before(self.session, "_restart_session", self._on_restarting)
         self._watch_reader()
         if self._lost is not None:
             self.replies.interject(self._lost, "not_recoverable", only=request)
@@ -128,10 +140,25 @@ class AWSAdapter(Adapter):
             if not self._watch_reader() and self._reader is reader:
                 error = None if reader.cancelled() else reader.exception()
                 self._lost = _why_lost(error)
+                self._cut_short(self._lost)
                 self.replies.interject(self._lost, "not_recoverable")
-                # Of a reply cut short the plugin never closes the streams: the agent would wait
-                # for its end, and say nothing else, for ever.
-                self.session._close_current_generation()  # type: ignore[attr-defined]
+
+    def _on_restarting(self, error: BaseException) -> None:
+        """The plugin opens another stream; only a user's message is answered there after all."""
+        items = self.session.chat_ctx.items
+        asked_again = bool(items) and items[-1].type == "message" and items[-1].role == "user"
+        if not asked_again:
+            code = plain_code(type(error).__name__)
+            kind: Kind = "rate_limit" if code == "ThrottlingException" else "server_error"
+            self._cut_short(told(kind, "the stream was lost during the reply", code))
+
+    def _cut_short(self, why: Failure) -> None:
+        """Tell of a reply that was being spoken, and close it.
+
+        The plugin never does: the agent would wait for its end, and say nothing else, for ever.
+        """
+        self.speaking.over(why)
+        self.session._close_current_generation()  # type: ignore[attr-defined]
 
     def _on_generation(self, event: Generation) -> None:
         with harmless("reading a generation"):
@@ -219,6 +246,10 @@ class AWSRequest(ObservedRequest):
         """Barge-in: drop what was not sent yet. There is no cancel for what was."""
         self._close()
         self._withdraw()
+
+    def delivery(self, result: Generation) -> Delivery | None:
+        """Watch the reply to its end: it may be cut short."""
+        return self._adapter.speaking.begin(result)
 
     def answered(self, event: Generation) -> None:
         """The reply is there."""

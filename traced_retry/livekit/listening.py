@@ -11,12 +11,15 @@ finds the slot taken and leaves it alone.
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from livekit.agents import llm
 
 from traced_retry import semconv
 from traced_retry.failure import Failure
+from traced_retry.guard import harmless
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
@@ -25,11 +28,68 @@ from traced_retry.livekit.adapter import (
     Replies,
     unanswered,
 )
+from traced_retry.request import Delivery
 
 _AHEAD = 0.1
 """Seconds by which an attempt ends before the plugin's own time-out would empty the slot."""
 _SLIVER = 1.0
 """Seconds before the deadline that are not worth a window of their own."""
+_LONGEST = 60.0
+"""Seconds from its first words after which a reply is taken for heard, its end untold."""
+
+
+class Speaking:
+    """The reply that is being spoken, watched to its end; several, where they share one.
+
+    Ultravox's, Phonic's and AWS's plugins keep what they speak in ``_current_generation``, and None
+    as soon as it is whole, or was cut because the caller spoke. That is looked at, its streams
+    never are.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("_current_generation",)
+
+    def __init__(self, session: llm.RealtimeSession[Any]) -> None:
+        self._session: Any = session
+        self._generation: Any = None
+        self._open: list[tuple[Delivery, asyncio.TimerHandle]] = []
+
+    def begin(self, result: Generation) -> Delivery | None:
+        """Watch the reply ``result``; None where it is over already."""
+        generation = self._session._current_generation
+        if generation is None or generation.message_ch is not result.message_stream:
+            return None
+        self.look()
+        self._generation = generation
+        delivery = Delivery()
+        delivery.output()  # it begins with its first words, or the next moment: never ask again
+        timer = asyncio.get_running_loop().call_later(_LONGEST, delivery.end)
+        self._open.append((delivery, timer))
+        return delivery
+
+    def look(self) -> None:
+        """See whether it is whole."""
+        if self._open and self._session._current_generation is not self._generation:
+            self.over()
+
+    def over(self, why: Failure | None = None) -> None:
+        """It is whole, or was cut for the caller's sake; or it was cut short, and ``why``."""
+        ended, self._open, self._generation = self._open, [], None
+        for delivery, timer in ended:
+            timer.cancel()
+            delivery.end(why)
+
+
+def before(session: llm.RealtimeSession[Any], method: str, callback: Callable[..., None]) -> None:
+    """Call back, with the same arguments, each time before the session's ``method`` is called."""
+    original = getattr(session, method)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        with harmless(f"seeing {method}"):
+            callback(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(session, method, replacement)
 
 
 class ListeningAdapter(Adapter):
@@ -47,6 +107,7 @@ class ListeningAdapter(Adapter):
         """Whether the plugin is not known to have lost its server."""
         self.dead: Failure | None = None
         """Why nothing can be asked of this session any more, where we know better than the hook."""
+        self.speaking = Speaking(session)
         self._given_up: ObservedRequest | None = None
         session.on("input_speech_started", lambda _: self.watch_for(None))
 
@@ -147,3 +208,7 @@ class ListeningRequest(ObservedRequest):
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
         """Barge-in. The caller speaks, and the server answers that; nothing is told to it."""
         self._adapter.let_go(attempt)
+
+    def delivery(self, result: Generation) -> Delivery | None:
+        """Watch the reply to its end: it may be cut short."""
+        return self._adapter.speaking.begin(result)

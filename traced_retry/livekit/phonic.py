@@ -10,6 +10,8 @@ Facts (livekit-plugins-phonic 1.8.9, ``realtime/realtime_model.py``):
 * There is no reconnect. A lost connection emits an ``error`` event with ``recoverable=True`` and
   then the same with False; any other end of the session only the latter, at which the hook stops.
   But a close with 1000 emits nothing at all: the main task just ends.
+* The end of a reply is told by no event. It is closed by ``_close_current_generation``: when it is
+  whole, the caller speaks, or something else is asked; and by the main task, as that ends.
 * The error of a connection that was refused has the request's headers in its text: the API key.
 """
 
@@ -21,9 +23,15 @@ from typing import Any, ClassVar
 from livekit.agents import llm
 
 from traced_retry import semconv
+from traced_retry.failure import Failure
 from traced_retry.guard import harmless
 from traced_retry.livekit.adapter import Call, Generation, Replies, told
-from traced_retry.livekit.listening import ListeningAdapter, ListeningRequest
+from traced_retry.livekit.listening import (
+    ListeningAdapter,
+    ListeningRequest,
+    Speaking,
+    before,
+)
 
 
 class PhonicAdapter(ListeningAdapter):
@@ -34,6 +42,8 @@ class PhonicAdapter(ListeningAdapter):
         "_generate_reply_task",
         "_pending_user_text",
         "_main_atask",
+        "_close_current_generation",
+        *Speaking.needs,
     )
     slot = "_pending_generate_reply_fut"
     window = 10.0
@@ -57,14 +67,19 @@ class PhonicAdapter(ListeningAdapter):
         return gone
 
     def watch_for_the_end(self) -> None:
-        """Notice that the main task has ended, or will: nothing else tells of a close with 1000."""
+        """Notice what no event tells: the end of a reply, and that of the conversation."""
         if not self._watched:
             self._watched = True
+            before(self.session, "_close_current_generation", self._on_closing)
             self.session._main_atask.add_done_callback(self._on_over)  # type: ignore[attr-defined]
 
     def _on_over(self, _: asyncio.Task[None]) -> None:
         with harmless("seeing the conversation end"):
             self.die(self.dead or told("connection_lost", "the conversation is over"))
+
+    def _on_closing(self, **_: bool) -> None:
+        main: asyncio.Task[None] = self.session._main_atask  # type: ignore[attr-defined]
+        self.speaking.over(_cut_short() if asyncio.current_task() is main else None)
 
     def _on_generation(self, event: Generation) -> None:
         # Emitted after the slot was resolved: then somebody waited for it.
@@ -81,6 +96,7 @@ class PhonicAdapter(ListeningAdapter):
                 event.error.headers = None  # type: ignore[attr-defined]
         with harmless("reading an error event"):
             if event.recoverable:
+                self.speaking.over(_cut_short())
                 self.die(told("connection_lost", "the connection was lost"))
             elif self.dead is None:
                 self.dead = self.why(event)
@@ -107,3 +123,7 @@ class PhonicRequest(ListeningRequest):
         """Barge-in: as the plugin does, forget what the caller typed and was not sent yet."""
         if self._adapter.let_go(attempt):
             self._adapter.session._pending_user_text = None  # type: ignore[attr-defined]
+
+
+def _cut_short() -> Failure:
+    return told("connection_lost", "the conversation was lost during the reply")

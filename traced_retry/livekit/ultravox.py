@@ -13,6 +13,10 @@ Facts (livekit-plugins-ultravox 1.8.9, ``realtime/realtime_model.py``):
   whether a reply is heard, and a stream is never looked into; the raw events tell.
 * A call that was lost is over: an ``error`` event with ``recoverable=False``, at which the hook
   stops. Only a call that could not be reached is tried again; what was to be sent waits for it.
+* But where the loss is noticed by sending, nothing tells of it: the plugin just opens another call,
+  which begins with ``call_started``. It does the same for new instructions or tools, and then with
+  another ``_msg_ch``.
+* A server's event is emitted before the plugin acts on it.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from livekit.agents import llm
 from traced_retry.failure import kind_of_status
 from traced_retry.guard import harmless
 from traced_retry.livekit.adapter import Generation, Replies, told
-from traced_retry.livekit.listening import ListeningAdapter
+from traced_retry.livekit.listening import ListeningAdapter, Speaking
 
 _STATUS = re.compile(r"HTTP (\d{3})\b")
 """The plugin tells why a call was refused only in words: ``HTTP 401: Unauthorized``."""
@@ -36,12 +40,19 @@ _STATUS = re.compile(r"HTTP (\d{3})\b")
 class UltravoxAdapter(ListeningAdapter):
     """What one call's server said, as far as its replies are concerned."""
 
-    needs: ClassVar[tuple[str, ...]] = ("_pending_generation_fut", "_pending_generation_epoch")
+    needs: ClassVar[tuple[str, ...]] = (
+        "_pending_generation_fut",
+        "_pending_generation_epoch",
+        "_msg_ch",
+        *Speaking.needs,
+    )
     slot = "_pending_generation_fut"
     window = 5.0
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         super().__init__(session, replies)
+        self._channel: Any = None
+        """What the present call is sent."""
         session.on("ultravox_server_event_received", self._on_server_event)
         session.on("error", self._on_error)
 
@@ -55,13 +66,25 @@ class UltravoxAdapter(ListeningAdapter):
     def _on_server_event(self, event: dict[str, Any]) -> None:
         with harmless("reading a server event"):
             self.connected = True
+            if event.get("type") == "call_started" or self._channel is None:
+                self._cut()
+                self._channel = self.session._msg_ch  # type: ignore[attr-defined]
+            asyncio.get_running_loop().call_soon(self.speaking.look)
             if event.get("state") == "speaking" or event.get("role") == "agent":
                 self.heard()
 
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         with harmless("reading an error event"):
+            self._cut()
             if event.recoverable:
                 self.connected = False
             elif status := _STATUS.search(str(event.error)):
                 # The hook stops at this event too, but cannot tell a wrong key from a lost call.
                 self.die(told(kind_of_status(int(status[1])), "the call was refused"))
+
+    def _cut(self) -> None:
+        """The call is gone, and with it the rest of what it was saying."""
+        self.speaking.look()
+        meant = self.session._msg_ch is not self._channel  # type: ignore[attr-defined]
+        why = told("connection_lost", "the call was lost during the reply")
+        self.speaking.over(None if meant else why)

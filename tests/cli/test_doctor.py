@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``traced-retry doctor``, as a process of its own, with real servers."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+from backends.servers import Jaeger, command, free_ports
+from support.fresh import fresh
+from support.receiver import receiver
+
+from traced_retry.doctor import _session_names
+from traced_retry.livekit.registry import ADAPTERS
+
+MARKER = "sk-hunter2-never-to-be-seen"
+SETTINGS = ("OTEL_", "TRACED_RETRY_", "LIVEKIT_", "REQUESTS_CA_BUNDLE")
+
+
+@dataclass
+class Examined:
+    """What the doctor said of itself."""
+
+    status: int
+    printed: str
+    seconds: float
+
+    @property
+    def answer(self):
+        """The JSON."""
+        return json.loads(self.printed)
+
+    def __getitem__(self, check):
+        """The one check of that name."""
+        (found,) = [c for c in self.answer["checks"] if c["check"] == check]
+        return found
+
+    @property
+    def bad(self):
+        """Names of the checks that are not ok, with their status."""
+        return {c["check"]: c["status"] for c in self.answer["checks"] if c["status"] != "ok"}
+
+
+@pytest.fixture
+def doctor(tmp_path):
+    """Run it as JSON, or as text: ``doctor("--jaeger", url, text=True, VARIABLE=...)``."""
+
+    def run(*arguments, text=False, **environ):
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(SETTINGS) and not name.upper().endswith("_PROXY")
+        }
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "traced_retry.cli", "doctor", *arguments]
+            + ([] if text else ["--json"]),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**clean, "XDG_STATE_HOME": str(tmp_path / "state"), **environ},
+        )
+        seconds = time.monotonic() - began
+        assert "Traceback" not in done.stderr, done.stderr
+        assert MARKER not in done.stdout + done.stderr
+        return Examined(done.returncode, done.stdout, seconds)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def jaeger(tmp_path_factory):
+    """A real one."""
+    command("jaeger")
+    with Jaeger(tmp_path_factory.mktemp("jaeger")) as jaeger:
+        yield jaeger
+
+
+class TestWell:
+    def test_local_store(self, doctor, tmp_path):
+        """Nothing set: status 0, the test span is read back, and its file is gone again."""
+        done = doctor()
+
+        assert (0, True, {}) == (done.status, done.answer["ok"], done.bad)
+        assert done["export"]["message"].endswith("a test span was read back")
+        assert str(tmp_path / "state/traced-retry/spans") in done["export"]["message"]
+        assert [] == [p for p in (tmp_path / "state").rglob("*") if p.is_file()]
+
+    def test_text(self, doctor):
+        """One line a check, its status first."""
+        done = doctor(text=True)
+
+        assert 0 == done.status
+        assert {"ok"} == {line.split()[0] for line in done.printed.splitlines()}
+        assert "ok    sampler: every reply is traced\n" in done.printed
+
+    def test_jaeger_has_the_span(self, doctor, jaeger):
+        """It is asked; metrics are left out, for it takes none."""
+        done = doctor(
+            "--jaeger",
+            jaeger.url,
+            OTEL_EXPORTER_OTLP_ENDPOINT=jaeger.endpoint,
+            OTEL_METRICS_EXPORTER="none",
+            OTEL_SERVICE_NAME="examined",
+        )
+
+        assert (0, {}) == (done.status, done.bad)
+        assert f"and Jaeger at {jaeger.url} has it" in done["export"]["message"]
+        (trace,) = jaeger.traces("examined").values()
+        assert ["traced_retry doctor"] == [span["name"] for span in trace]
+
+    def test_preset(self, doctor):
+        """What the agent gives to enable(); whoever may listen on the port that it names."""
+        done = doctor("--preset", "jaeger")
+
+        assert done["provider"]["message"].endswith("spans go to preset jaeger")
+        assert done["export"]["message"].startswith("otlp to http://127.0.0.1:4318/v1/traces: ")
+
+    def test_configuration_file(self, doctor, jaeger, tmp_path):
+        """The SDK's own processors and exporter."""
+        text = subprocess.run(
+            [sys.executable, "-m", "traced_retry.cli", "exporters", "show", "presets/jaeger.yaml"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        file = tmp_path / "otel.yaml"
+        shipped = "${OTEL_EXPORTER_OTLP_ENDPOINT:-http://127.0.0.1:4318}"
+        assert shipped in text
+        file.write_text(text.replace(shipped, jaeger.endpoint))
+        done = doctor("--jaeger", jaeger.url, OTEL_CONFIG_FILE=str(file))
+
+        assert (0, {}) == (done.status, done.bad)
+        assert f"and Jaeger at {jaeger.url} has it" in done["export"]["message"]
+
+    def test_another_endpoint(self, doctor):
+        """Its 2xx is all there is to know, for spans and for metrics."""
+        with receiver() as server:
+            done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url)
+            names = [span.name for _, span in server.spans]
+
+        assert (
+            f"otlp to {server.url}/v1/traces: a test span was accepted"
+            in (done["export"]["message"])
+        )
+        assert "ok" == done["metrics"]["status"]
+        assert ["traced_retry doctor"] == names
+
+    def test_a_sampler_does_not_hide_a_dead_endpoint(self, doctor):
+        """The test span goes past it."""
+        with receiver() as server:
+            doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url, OTEL_TRACES_SAMPLER="always_off")
+            assert 1 == len(server.spans)
+
+
+class TestProvider:
+    def test_given_to_livekit(self, tmp_path):
+        """Inside an agent: the one that LiveKit's tracer uses, not the global one."""
+        code = f"""
+            from livekit.agents import telemetry
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+            from traced_retry.doctor import examine
+            from traced_retry.export.local import StoreExporter
+
+            provider = TracerProvider()
+            provider.add_span_processor(SimpleSpanProcessor(StoreExporter({str(tmp_path / "s")!r})))
+            telemetry.set_tracer_provider(provider)
+            result = {{c.check: (c.status, c.message) for c in examine()}}
+        """
+        ended = fresh(code)
+
+        assert "" == ended.error
+        assert ("ok", "the tracer provider given to LiveKit") == ended.result["provider"]
+        assert "a test span was read back" in ended.result["export"][1]
+
+    @pytest.mark.parametrize(
+        ("environ", "check", "said", "fix"),
+        [
+            ({"OTEL_SDK_DISABLED": "true"}, "provider", "nowhere", "OTEL_SDK_DISABLED"),
+            ({"OTEL_TRACES_EXPORTER": "none"}, "export", "nowhere", "OTEL_TRACES_EXPORTER"),
+            ({"OTEL_TRACES_EXPORTER": "jeager"}, "provider", "'jeager'; installed", "correct"),
+            ({"OTEL_CONFIG_FILE": "/not/there.yaml"}, "provider", "/not/there.yaml", "correct"),
+            ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:99999"}, "provider", "ValueError", "OTEL"),
+        ],
+    )
+    def test_nowhere(self, doctor, environ, check, said, fix):
+        """Said, with what to do."""
+        done = doctor(**environ)
+
+        assert (1, "fail") == (done.status, done[check]["status"])
+        assert said in done[check]["message"]
+        assert fix in done[check]["fix"]
+
+    def test_no_such_preset(self, doctor):
+        """Those there are, are named."""
+        done = doctor("--preset", "jager")
+
+        assert (1, {"provider": "fail"}) == (done.status, done.bad)
+        assert "'jager'; it must be one of" in done["provider"]["message"]
+
+
+class TestEndpoint:
+    def test_refused(self, doctor):
+        """Nothing listens: said within ten seconds, for spans and metrics."""
+        (port,) = free_ports(1)
+        done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}")
+
+        assert (1, {"export": "fail", "metrics": "fail"}) == (done.status, done.bad)
+        assert done["export"]["message"] == (
+            f"otlp to http://127.0.0.1:{port}/v1/traces: nothing listens there"
+        )
+
+    def test_hanging(self, doctor):
+        """It takes connections and says nothing: ten seconds, and the start of the process."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            url = f"http://127.0.0.1:{server.getsockname()[1]}"
+            done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=url)
+
+        assert {"export": "fail", "metrics": "fail"} == done.bad
+        assert "does not answer as OTLP" in done["export"]["message"]
+        assert done.seconds < 12
+
+    def test_grpc_port(self, doctor, jaeger):
+        """OTLP/HTTP to where gRPC is spoken: the port is named."""
+        done = doctor(
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{jaeger.grpc}", OTEL_METRICS_EXPORTER="none"
+        )
+
+        assert {"export": "fail"} == done.bad
+        assert "4318 is OTLP/HTTP's" in done["export"]["fix"]
+
+    def test_wrong_path(self, doctor, jaeger):
+        """Jaeger's 404, and what a path looks like."""
+        done = doctor(
+            OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=f"{jaeger.endpoint}/api/traces",
+            OTEL_METRICS_EXPORTER="none",
+        )
+
+        assert {"export": "fail"} == done.bad
+        assert done["export"]["message"].endswith("/api/traces: it answers 404")
+        assert "/v1/traces" in done["export"]["fix"]
+
+    def test_metrics_to_jaeger(self, doctor, jaeger):
+        """Which an endpoint for all signals asks for, and Jaeger does not take."""
+        done = doctor("--jaeger", jaeger.url, OTEL_EXPORTER_OTLP_ENDPOINT=jaeger.endpoint)
+
+        assert (1, {"metrics": "fail"}) == (done.status, done.bad)
+        assert "it takes none (404)" in done["metrics"]["message"]
+        assert "OTEL_METRICS_EXPORTER=none" in done["metrics"]["fix"]
+
+    def test_another_jaeger(self, doctor, jaeger):
+        """The span is accepted somewhere, and is not in the Jaeger that is asked."""
+        with receiver() as server:
+            done = doctor("--jaeger", jaeger.url, OTEL_EXPORTER_OTLP_ENDPOINT=server.url)
+
+        assert (1, {"export": "fail"}) == (done.status, done.bad)
+        assert f"but Jaeger at {jaeger.url} does not have it" in done["export"]["message"]
+
+    def test_no_jaeger(self, doctor, jaeger):
+        """The URL given is the one that takes spans."""
+        done = doctor(
+            "--jaeger",
+            f"http://127.0.0.1:{free_ports(1)[0]}",
+            OTEL_EXPORTER_OTLP_ENDPOINT=jaeger.endpoint,
+            OTEL_METRICS_EXPORTER="none",
+        )
+
+        assert {"export": "fail"} == done.bad
+        assert "does not answer as one" in done["export"]["message"]
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("sampler", "argument", "well"),
+        [
+            ("always_on", "", True),
+            ("parentbased_traceidratio", "1.0", True),
+            ("parentbased_traceidratio", "0.99", False),
+            ("traceidratio", "0.01", False),
+            ("always_off", "", False),
+        ],
+    )
+    def test_sampler(self, doctor, sampler, argument, well):
+        """Any that may drop a reply fails."""
+        done = doctor(OTEL_TRACES_SAMPLER=sampler, OTEL_TRACES_SAMPLER_ARG=argument)
+
+        assert ({} if well else {"sampler": "fail"}) == done.bad
+        assert int(not well) == done.status
+
+    @pytest.mark.parametrize(
+        ("environ", "said"),
+        [
+            ({"LIVEKIT_REALTIME_MAX_RETRIES": "-1"}, ["LIVEKIT_REALTIME_MAX_RETRIES is '-1'"]),
+            ({"LIVEKIT_REALTIME_RETRY_BASE_DELAY": "60"}, ["base_delay is 60.0, above max_delay"]),
+            (
+                {"TRACED_RETRY_DEADLINE": "0", "TRACED_RETRY_ON_SILENCE": "shout"},
+                ["TRACED_RETRY_DEADLINE is '0'", "TRACED_RETRY_ON_SILENCE is 'shout'"],
+            ),
+        ],
+    )
+    def test_policy(self, doctor, environ, said):
+        """Every value that cannot be, and what is allowed."""
+        done = doctor(**environ)
+        found = [c["message"] for c in done.answer["checks"] if c["check"] == "policy"]
+
+        assert (1, {"policy": "fail"}) == (done.status, done.bad)
+        assert len(said) == len(found)
+        assert all(what in message for what, message in zip(said, found, strict=True))
+
+    def test_mistyped_variable(self, doctor):
+        """Nobody reads it."""
+        done = doctor(TRACED_RETRY_BUDGTE="3")
+
+        assert (1, {"TRACED_RETRY_BUDGTE": "warn"}) == (done.status, done.bad)
+        assert "did you mean TRACED_RETRY_BUDGET?" == done["TRACED_RETRY_BUDGTE"]["fix"]
+
+    def test_values(self, doctor):
+        """Shown as they are, where no secret belongs."""
+        done = doctor(TRACED_RETRY_BUDGET="25", OTEL_SERVICE_NAME="support")
+
+        assert ("25", "support") == (
+            done["TRACED_RETRY_BUDGET"]["message"],
+            done["OTEL_SERVICE_NAME"]["message"],
+        )
+
+    @pytest.mark.parametrize("text", [False, True])
+    def test_secrets(self, doctor, text):
+        """In headers, URLs, attributes, certificates, odd variables; ``doctor`` looks for it."""
+        with receiver() as server:
+            done = doctor(
+                text=text,
+                OTEL_EXPORTER_OTLP_ENDPOINT=server.url.replace("//", f"//user:{MARKER}@"),
+                OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=f"{server.url}/v1/traces?key={MARKER}",
+                OTEL_EXPORTER_OTLP_HEADERS=f"authorization=Bearer%20{MARKER},x-team=voice",
+                OTEL_EXPORTER_OTLP_METRICS_HEADERS=MARKER,
+                OTEL_EXPORTER_OTLP_LOGS_ENDPOINT=MARKER,
+                OTEL_RESOURCE_ATTRIBUTES=f"team={MARKER}",
+                OTEL_EXPORTER_OTLP_CLIENT_KEY=f"-----BEGIN KEY-----\n{MARKER * 99}",
+                OTEL_MADE_UP=MARKER,
+                LIVEKIT_API_SECRET=MARKER,
+                HTTPS_PROXY=f"http://user:{MARKER}@127.0.0.1:9",
+            )
+
+        assert 1 == done.status
+        assert "authorization=(hidden), x-team=(hidden)" in done.printed
+        assert "https_proxy" not in done.printed
+        assert "http://127.0.0.1:9" in done.printed
+        assert "LIVEKIT_API_SECRET" not in done.printed
+
+    @pytest.mark.parametrize("endpoint", [MARKER, f"http://{MARKER}@", f"{MARKER}:no-port"])
+    def test_an_endpoint_that_is_a_key(self, doctor, endpoint):
+        """It is not even echoed as a host's name."""
+        assert 1 == doctor(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint).status
+
+    def test_jaeger_is_no_url(self, doctor):
+        """A mistake on the command line, status 2."""
+        assert 2 == doctor("--jaeger", MARKER).status
+
+
+class TestPlugins:
+    def test_each_is_active(self, doctor):
+        """With the versions installed here, which the other tests run against."""
+        done = doctor()
+        found = {
+            c["check"]: c["message"]
+            for c in done.answer["checks"]
+            if c["check"].startswith("plugin ")
+        }
+
+        names = ["aws", "azure", "google", "openai", "phonic", "ultravox", "xai"]
+        installed = {
+            name: importlib.metadata.version(f"livekit-plugins-{name}")
+            for name in names
+            if importlib.util.find_spec(f"livekit.plugins.{name}")
+        }
+        assert installed
+        for name, version in installed.items():
+            assert found[f"plugin {name}"].startswith(f"{version}: ")
+            assert "Adapter is active" in found[f"plugin {name}"]
+
+    @pytest.mark.parametrize("home", ADAPTERS)
+    def test_what_is_read_of_the_source_is_so(self, home):
+        """Every method of the class is among the names that the source was read for."""
+        try:
+            module = importlib.import_module(home)
+        except ModuleNotFoundError as error:
+            pytest.skip(f"no {error.name} here")
+        session = getattr(module, "RealtimeSession", None)
+        here = session is not None and session.__module__ == home
+        methods = {n for n, v in vars(session).items() if callable(v)} if here else set()
+
+        assert bool(methods) == bool(_session_names(home))
+        assert set() == {n for n in methods if not n.startswith("__")} - _session_names(home)
+
+    def test_observe_only(self, doctor, tmp_path):
+        """A plugin that has moved what the adapter needs, as a later version might."""
+        spec = importlib.util.find_spec("livekit.plugins.phonic")
+        copy = tmp_path / "livekit/plugins/phonic"
+        shutil.copytree(spec.submodule_search_locations[0], copy)
+        file = copy / "realtime/realtime_model.py"
+        file.write_text(file.read_text().replace("_pending_user_text", "_text_that_waits"))
+        done = doctor(PYTHONPATH=str(tmp_path))
+
+        assert (1, {"plugin phonic": "warn"}) == (done.status, done.bad)
+        assert "observe-only, for _pending_user_text is gone" in done["plugin phonic"]["message"]
+        assert "1.7.0 to 1.8.9" in done["plugin phonic"]["fix"]

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What traced_retry emits, by its own code and OpenTelemetry's Prometheus exporter."""
+
+from __future__ import annotations
+
+import time
+
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from prometheus_client import REGISTRY
+
+from traced_retry import budget, semconv
+from traced_retry.export.exporting import BoundedSpanProcessor
+from traced_retry.failure import failure
+from traced_retry.telemetry import Target, Telemetry
+
+
+class _Nowhere:
+    reason = None
+
+    def export(self, spans):
+        return None
+
+    def shutdown(self):
+        return None
+
+
+def emitted():
+    """{metric: {label: values}} after one reply of every kind; names as Prometheus has them."""
+    reader = PrometheusMetricReader()
+    provider = MeterProvider([reader])
+    try:
+        telemetry = Telemetry(meter_provider=provider)
+        bucket = budget.RetryBudget(5.0)
+        bucket.open("openai", time.monotonic)
+        _play(telemetry)
+        BoundedSpanProcessor(_Nowhere(), "otlp", meter_provider=provider).shutdown()
+        found = {}
+        for family in REGISTRY.collect():
+            for sample in family.samples:
+                labels = found.setdefault(sample.name, {})
+                for label, value in sample.labels.items():
+                    labels.setdefault(label, set()).add(value)
+        return {name: of for name, of in found.items() if name.startswith("traced_retry")}
+    finally:
+        provider.shutdown()
+
+
+def _play(telemetry):
+    target = Target("openai", "gpt-realtime")
+    telemetry.zero("openai", semconv.ACTIONS)
+    failed = failure(RuntimeError(), "timeout")
+    for stop in (None, *semconv.STOP_REASONS):
+        for action in semconv.ACTIONS:
+            for result in semconv.RESULTS:
+                reply = telemetry.reply(target)
+                reply.begin()
+                reply.attempt_began(1, action, 0.0)
+                reply.attempt_ended(result, 0.1, failed if result == "failed" else None)
+                reply.waited(0.1)
+                reply.end(stop, 1, 0.1, 0.2, None)
+                reply.late()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads what ``dashboards/`` ships."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DASHBOARDS = ROOT / "dashboards"
+RULES = sorted((DASHBOARDS / "prometheus").glob("*.yaml"))
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def faster(text, times):
+    """Rules or a query with each window, wait and interval that much shorter.
+
+    Names and thresholds stay. What was counted per minute is counted per 60 s / ``times``.
+    """
+
+    def shorter(match):
+        return f"{match[1]}{int(match[2]) * _UNITS[match[3]] * 1000 // times}ms"
+
+    text = re.sub(r"(\[|offset |for: |interval: )(\d+)([smhd])\b", shorter, text)
+    minute, five = f"{60 / times:g}", f"{300 / times:g}"
+    return (
+        re.sub(r"(?<![\d.])300 \*", f"{five} *", text)
+        .replace("/ 300", f"/ {five}")
+        .replace("60 * provider:", f"{minute} * provider:")
+        .replace("60 * sum", f"{minute} * sum")
+        .replace("60 * (", f"{minute} * (")
+        .replace("60 *\n", f"{minute} *\n")
+    )
+
+
+def rules():
+    """Every rule of every file in dashboards/prometheus."""
+    return [
+        rule
+        for path in RULES
+        for group in yaml.safe_load(path.read_text())["groups"]
+        for rule in group["rules"]
+    ]
+
+
+def dashboards():
+    """{file name: dashboard}."""
+    return {
+        path.name: json.loads(path.read_text())
+        for path in sorted((DASHBOARDS / "grafana").glob("*.json"))
+    }
+
+
+def panels(dashboard):
+    """Every panel that shows something, those in collapsed rows too."""
+    for panel in dashboard["panels"]:
+        if panel["type"] == "row":
+            yield from panel.get("panels", [])
+        else:
+            yield panel

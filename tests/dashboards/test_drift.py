@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queries name what is emitted, and what is emitted is charted.
+
+What is emitted is not copied here: our own code records one reply of every kind through
+OpenTelemetry's Prometheus exporter, and the spanmetrics connector's labels are read from the
+configuration that we ship. `make oldest` runs this on the oldest exporter supported.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from dashboards.reading import dashboards, panels, rules
+
+from dashboards import promql
+from traced_retry import semconv
+
+pytest.importorskip("opentelemetry.exporter.prometheus")
+
+SCRAPED = {
+    "up": promql.TARGET,
+    "lk_agents_active_job_count": {*promql.TARGET, "nodename"},
+    "ALERTS": {
+        *promql.TARGET,
+        *("alertname", "alertstate", "severity", "long", "short", "cause"),
+        *("gen_ai_provider_name", promql.ENVIRONMENT),
+    },
+}
+"""What Prometheus itself and LiveKit's worker have."""
+
+NOT_CHARTED = {
+    semconv.SERVER_ADDRESS: "on the trace; one provider has one address, or as many as regions",
+    semconv.SERVER_PORT: "on the trace",
+    semconv.LK_RETRY_COUNT: "on the trace; LiveKit's name for the attempt's number",
+    semconv.ATTEMPTS: "on the trace, as an attribute; the metric of the same name is charted",
+    semconv.DELAY_TOTAL: "on the trace; charted as the metric traced_retry.delay",
+    semconv.ATTEMPT: "on the trace",
+    semconv.DELAY: "on the trace; charted as the metric of that name",
+    semconv.ERROR_CODE: "on the trace only: it is not bounded",
+    semconv.DECISION: "on the trace; the outcomes tell what came of it",
+    semconv.NEXT_DELAY: "on the trace; what was really waited is charted",
+    semconv.OPERATION: "say and generate_reply are counted together",
+    semconv.TRACE_ID: "on log records",
+}
+"""Attributes that no chart shows, and why."""
+
+
+@pytest.fixture(scope="module")
+def emitted():
+    """{metric: {label: values}} of the agents' own metrics."""
+    from dashboards.emitted import emitted
+
+    return emitted()
+
+
+@pytest.fixture(scope="module")
+def known(emitted):
+    """{metric: labels}: emitted, counted from spans, scraped, and recorded from those."""
+    found = {
+        **{name: {*labels, *promql.TARGET} for name, labels in emitted.items()},
+        **promql.spans(),
+        **SCRAPED,
+    }
+    for rule in rules():
+        if "record" in rule:
+            made = promql.result_labels(promql.parse(rule["expr"]), found)
+            found[rule["record"]] = (
+                found.get(rule["record"], set())
+                | made
+                | {promql.ENVIRONMENT}
+                | {*rule.get("labels", ())}
+            )
+    return found
+
+
+def every_query():
+    """(where, expression) of every rule, panel, variable and annotation."""
+    for rule in rules():
+        yield rule.get("record") or rule["alert"], rule["expr"]
+    for name, board in dashboards().items():
+        for panel in panels(board):
+            for target in panel.get("targets", []):
+                if "expr" in target:
+                    yield f"{name}: {panel['title']}", target["expr"]
+        for annotation in board["annotations"]["list"]:
+            yield f"{name}: annotation", annotation["expr"]
+        for variable in board.get("templating", {}).get("list", []):
+            if variable["type"] == "query":
+                inner = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
+                yield f"{name}: ${variable['name']}", f"count by ({inner[2]}) ({inner[1]})"
+
+
+QUERIES = sorted(set(every_query()))
+
+
+@pytest.mark.parametrize(("where", "expression"), QUERIES)
+def test_every_metric_and_label_is_emitted(known, where, expression):
+    """No query selects a series that nobody makes, or by a label that it cannot have."""
+    tree = promql.parse(expression)
+
+    for selector in promql.selectors(tree):
+        matching = [labels for name, labels in known.items() if re.fullmatch(selector.metric, name)]
+        assert matching, selector.metric
+        can_have = set().union(*matching) | {promql.ENVIRONMENT}
+        assert not {m.label for m in selector.matchers} - can_have, selector
+    assert [] == promql.wrong_labels(tree, known)
+
+
+VALUES = {
+    semconv.OUTCOME: set(semconv.OUTCOMES),
+    semconv.STOP_REASON: set(semconv.STOP_REASONS),
+    semconv.ACTION: set(semconv.ACTIONS),
+    semconv.RESULT: set(semconv.RESULTS),
+    semconv.RECOVERABLE: {"true", "false"},
+    semconv.DROP_REASON: set(semconv.DROP_REASONS),
+    "span_name": {semconv.SPAN_REPLY, semconv.SPAN_ATTEMPT},
+}
+
+
+@pytest.mark.parametrize(("where", "expression"), QUERIES)
+def test_every_value_is_emitted(where, expression):
+    """No query compares a label with a value that it never has."""
+    values = {name.replace(".", "_"): of for name, of in VALUES.items()}
+
+    for selector in promql.selectors(promql.parse(expression)):
+        for matcher in selector.matchers:
+            if matcher.label in values and matcher.value != ".*":
+                assert set(matcher.value.split("|")) - {""} <= values[matcher.label], matcher
+
+
+def test_emitted_values_are_those_of_the_vocabulary(emitted):
+    """What the test above compares with is what comes out."""
+    replies, attempts = (
+        emitted["traced_retry_replies_total"],
+        emitted["traced_retry_attempts_total"],
+    )
+
+    assert set(semconv.OUTCOMES) == replies["traced_retry_outcome"]
+    assert set(semconv.STOP_REASONS) <= replies["traced_retry_stop_reason"]
+    assert set(semconv.ACTIONS) == attempts["traced_retry_action"]
+    assert set(semconv.RESULTS) == attempts["traced_retry_result"]
+    assert {"true", "false"} >= {v.lower() for v in attempts["traced_retry_recoverable"] - {""}}
+
+
+def _shown():
+    """Metrics behind all panels, and labels that a panel groups by, through recording rules."""
+    recorded = {rule["record"]: rule["expr"] for rule in rules() if "record" in rule}
+    metrics, labels, seen = set(), set(), set()
+    todo = [
+        (expression, True)
+        for where, expression in QUERIES
+        if ".json" in where and "annotation" not in where
+    ]
+    while todo:
+        expression, visible = todo.pop()
+        tree = promql.parse(expression)
+        labels |= promql.grouped_by(tree) if visible else set()
+        for selector in promql.selectors(tree):
+            if visible:
+                labels |= {m.label for m in selector.matchers}
+            metrics.add(selector.metric)
+            for name in set(recorded) - seen:
+                if re.fullmatch(selector.metric, name):
+                    seen.add(name)
+                    todo.append((recorded[name], False))
+    return metrics, labels
+
+
+def test_every_instrument_is_charted(emitted):
+    """Each family that comes out is behind some panel; so is each instrument of the vocabulary."""
+    metrics, _ = _shown()
+    families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in emitted}
+    charted = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in metrics}
+    instruments = {re.sub(r"_seconds$", "", family).replace("_", ".") for family in families}
+    vocabulary = {v for n, v in vars(semconv).items() if n.startswith("METRIC_")}
+
+    assert set() == families - charted
+    assert {name.replace("_", ".") for name in vocabulary} == instruments
+
+
+def test_every_attribute_is_charted_or_told_why_not():
+    """Each attribute of the vocabulary is a label of some panel, or listed with a reason."""
+    _, labels = _shown()
+    ours = {
+        semconv.PROVIDER,
+        semconv.MODEL,
+        semconv.SERVER_ADDRESS,
+        semconv.SERVER_PORT,
+        semconv.ERROR_TYPE,
+        semconv.LK_RETRY_COUNT,
+        semconv.TRACE_ID,
+    } | {
+        value
+        for name, value in vars(semconv).items()
+        if name.isupper() and isinstance(value, str) and value.startswith("traced_retry.")
+        if not name.startswith("METRIC_")
+    }
+    charted = {name for name in ours if name.replace(".", "_") in labels}
+
+    assert ours - charted == set(NOT_CHARTED)
+
+
+def test_every_outcome_has_a_colour_of_its_own():
+    """So that a value added to the vocabulary is given one."""
+    board = dashboards()["provider.json"]
+    (panel,) = [p for p in panels(board) if p["title"] == "Replies by outcome"]
+    named = {o["matcher"]["options"] for o in panel["fieldConfig"]["overrides"]}
+
+    assert set(semconv.OUTCOMES) == named

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An outage, a page, an end: real Prometheus, real Alertmanager, the shipped files.
+
+Replies are told by our own telemetry and scraped. A minute of the rules takes a second here;
+nothing else of them is changed.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+import time
+import urllib.request
+
+import pytest
+import yaml
+from backends.servers import DASHBOARDS, EXPORTERS, Process, command, free_ports, get, until
+from dashboards.reading import faster
+from dashboards.traffic import Traffic
+
+from traced_retry import rules
+
+pytestmark = pytest.mark.real_time
+
+
+class Webhook(http.server.ThreadingHTTPServer):
+    """What Alertmanager sent: [(path, notification)]."""
+
+    def __init__(self):
+        self.got = []
+        super().__init__(("127.0.0.1", 0), _Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def groups(self, path, status):
+        """The groups that were notified there with that status: {group: notifications}."""
+        found = {}
+        for where, sent in list(self.got):
+            if where == path and sent["status"] == status:
+                found.setdefault(json.dumps(sent["groupLabels"], sort_keys=True), []).append(sent)
+        return found
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.server.got.append((self.path, json.loads(body)))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def alertmanager_config(hook):
+    """The shipped configuration and inhibitions; only times and addresses are ours."""
+    found = yaml.safe_load((EXPORTERS / "alertmanager/alertmanager.yaml").read_text())
+    shipped = yaml.safe_load((DASHBOARDS / "alertmanager/inhibit.yaml").read_text())
+    found["inhibit_rules"] = shipped["inhibit_rules"]
+    found["route"].update(group_wait="1s", group_interval="2s")
+    for receiver in found["receivers"]:
+        for webhook in receiver["webhook_configs"]:
+            webhook["url"] = webhook["url"].replace("127.0.0.1:9099", f"127.0.0.1:{hook}")
+    return found
+
+
+@pytest.fixture
+def paging(tmp_path):
+    """Traffic that is scraped, Prometheus and Alertmanager that run, and where pages arrive."""
+    for name in ("prometheus", "prometheus-alertmanager"):
+        command(name)
+    port, manager = free_ports(2)
+    hook, traffic = Webhook(), Traffic()
+    (tmp_path / "rules").mkdir()
+    for path in (DASHBOARDS / "prometheus").glob("*.yaml"):
+        (tmp_path / "rules" / path.name).write_text(faster(path.read_text(), 60))
+    (tmp_path / "alertmanager.yaml").write_text(
+        json.dumps(alertmanager_config(hook.server_address[1]))
+    )
+    shipped = yaml.safe_load((EXPORTERS / "prometheus/prometheus.yaml").read_text())
+    shipped["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    shipped["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [
+        f"127.0.0.1:{manager}"
+    ]
+    shipped["scrape_configs"] = [
+        {
+            "job_name": "livekit-workers",
+            "static_configs": [{"targets": [f"127.0.0.1:{traffic.port}"]}],
+        }
+    ]
+    (tmp_path / "prometheus.yaml").write_text(json.dumps(shipped))
+    url = f"http://127.0.0.1:{port}"
+    alertmanager = Process(
+        "prometheus-alertmanager",
+        [
+            f"--config.file={tmp_path / 'alertmanager.yaml'}",
+            f"--storage.path={tmp_path / 'alertmanager'}",
+            f"--web.listen-address=127.0.0.1:{manager}",
+            "--cluster.listen-address=",
+        ],
+        f"http://127.0.0.1:{manager}/-/ready",
+        tmp_path,
+    )
+    prometheus = Process(
+        "prometheus",
+        [
+            f"--config.file={tmp_path / 'prometheus.yaml'}",
+            f"--storage.tsdb.path={tmp_path / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--rules.alert.resend-delay=1s",
+        ],
+        f"{url}/-/ready",
+        tmp_path,
+    )
+    with alertmanager, prometheus:
+        yield traffic, hook, url, f"http://127.0.0.1:{manager}"
+    traffic.close()
+    hook.shutdown()
+    hook.server_close()
+
+
+def firing(prometheus):
+    """{(alert, provider)} that fire in Prometheus."""
+    answer = get(f"{prometheus}/api/v1/alerts")
+    return {
+        (a["labels"]["alertname"], a["labels"].get("gen_ai_provider_name"))
+        for a in answer["data"]["alerts"]
+        if a["state"] == "firing"
+    }
+
+
+def value(prometheus, query):
+    """The one value that a query gives; 0 without any."""
+    found = get(f"{prometheus}/api/v1/query", query=query)["data"]["result"]
+    return float(found[0]["value"][1]) if found else 0.0
+
+
+def suppressed(manager):
+    """{(alert, provider)} that Alertmanager holds back."""
+    with urllib.request.urlopen(f"{manager}/api/v2/alerts", timeout=5) as response:
+        alerts = json.load(response)
+    return {
+        (a["labels"]["alertname"], a["labels"].get("gen_ai_provider_name"))
+        for a in alerts
+        if a["status"]["inhibitedBy"]
+    }
+
+
+def test_one_provider_fails(paging):
+    """One page for it, its ticket held back, none for its neighbour, resolved when over."""
+    traffic, hook, prometheus, manager = paging
+    page = json.dumps({"alertname": rules.BURN, "gen_ai_provider_name": "openai"}, sort_keys=True)
+    healthy = {"openai": (None, 0.4), "gcp.gemini": (None, 0.4)}
+    traffic.go(healthy, every=0.1)
+    replies = f'sum(sum_over_time({rules.REPLIES}{{gen_ai_provider_name="openai"}}[1m]))'
+    until(lambda: value(prometheus, replies) > 30, 30, "enough replies for a ratio")
+    traffic.go({**healthy, "openai": ("deadline", 20.0)}, every=0.1)
+
+    until(lambda: hook.groups("/page", "firing"), 60, "the page")
+    until(lambda: (rules.SLOW, "openai") in suppressed(manager), 60, "the ticket's inhibition")
+    both = '{alertstate="firing", severity="critical", gen_ai_provider_name="openai"}'
+    until(lambda: value(prometheus, f"count(ALERTS{both})") == 2, 60, "the long windows")
+    first = hook.groups("/page", "firing")[page][0]
+
+    assert {"openai"} == {a["labels"]["gen_ai_provider_name"] for a in first["alerts"]}
+    assert "% of the replies asked of openai" in first["alerts"][0]["annotations"]["description"]
+    assert first["alerts"][0]["annotations"]["dashboard_url"].endswith("var-provider=openai")
+
+    traffic.go(healthy, every=0.1)
+    until(lambda: page in hook.groups("/page", "resolved"), 120, "the page's end")
+
+    assert {page} == set(hook.groups("/page", "firing"))
+    # The slow form of the same alert may be a ticket by now: budget is spent, page or not.
+    assert set() == {t for t in hook.groups("/ticket", "firing") if rules.BURN not in t}
+    assert (rules.BURN, "gcp.gemini") not in firing(prometheus)
+
+
+def test_several_providers_fail(paging):
+    """Five at once: one page, theirs held back."""
+    traffic, hook, _, manager = paging
+    providers = [f"provider-{n}" for n in range(5)]
+    traffic.go(dict.fromkeys(providers, ("max_attempts", 2.0)), every=0.1)
+
+    until(lambda: hook.groups("/page", "firing"), 60, "the page")
+    until(lambda: {(rules.BURN, p) for p in providers} <= suppressed(manager), 60, "the inhibition")
+    settled = time.monotonic() + 6
+    until(lambda: time.monotonic() > settled, 10, "three group intervals")
+
+    assert [json.dumps({"alertname": rules.MANY})] == list(hook.groups("/page", "firing"))

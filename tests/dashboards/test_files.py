@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is committed is what is generated; `traced-retry dashboards` with one's own thresholds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from backends.servers import command
+from dashboards.reading import DASHBOARDS, dashboards, panels
+
+from traced_retry import rules, thresholds
+from traced_retry.dashboard_files import files, root
+from traced_retry.errors import UsageError
+
+CLI = [sys.executable, "-m", "traced_retry.cli", "dashboards"]
+
+
+def run(*arguments):
+    """The command, as a process."""
+    return subprocess.run(
+        [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_rules_are_as_generated():
+    """Nobody edited alerts.yaml and its other forms, and nobody forgot `make dashboards`."""
+    made = rules.files(thresholds.read(DASHBOARDS / "config.yaml"), DASHBOARDS)
+
+    assert made == {name: (DASHBOARDS / name).read_text() for name in made}
+
+
+@pytest.mark.parametrize("script", ["build_rules", "build_dashboards"])
+def test_everything_is_as_generated(script, tmp_path):
+    """A build in a copy of the folder changes no file."""
+    pytest.importorskip("grafana_foundation_sdk")
+    shutil.copytree(
+        DASHBOARDS, tmp_path / "dashboards", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    before = {p: p.read_bytes() for p in (tmp_path / "dashboards").rglob("*") if p.is_file()}
+
+    subprocess.run(
+        [sys.executable, "-B", str(tmp_path / "dashboards" / f"{script}.py")], check=True
+    )
+
+    after = {p: p.read_bytes() for p in (tmp_path / "dashboards").rglob("*") if p.is_file()}
+    assert before == after
+
+
+class TestRunbook:
+    def sections(self):
+        """Titles of its sections."""
+        return re.findall(r"^## (.+)$", (DASHBOARDS / "runbook.md").read_text(), re.MULTILINE)
+
+    def test_a_section_per_alert(self):
+        """In the order of the list that links count by."""
+        assert list(rules.ALERTS) == self.sections()
+
+    def test_each_section_says_what_is_needed(self):
+        """What callers experience, where to look, why, what to do, how to know."""
+        text = (DASHBOARDS / "runbook.md").read_text()
+        for section in text.split("\n## ")[1:]:
+            for heading in (
+                "**What callers experience.**",
+                "**First look.**",
+                "**Likely causes",
+                "**What to do now.**",
+                "**How to know that it worked.**",
+            ):
+                assert heading in section, section[:40]
+
+    def test_links_lead_to_the_section(self, shipped):
+        """Of each alert; in Grafana by the panel's id, elsewhere by the heading's anchor."""
+        board = dashboards()["runbook.json"]
+        title = {p["id"]: p["title"] for p in panels(board)}
+        for alert in rules.alerts(shipped):
+            url = alert.document(shipped)["annotations"]["runbook_url"]
+            assert alert.alert == title[int(url.rpartition("=")[2])]
+            assert f"/d/{board['uid']}?" in url
+        elsewhere = shipped.but(runbook_url="https://wiki.example/runbook")
+        for alert in rules.alerts(elsewhere):
+            url = alert.document(elsewhere)["annotations"]["runbook_url"]
+            assert f"https://wiki.example/runbook#{alert.alert.lower()}" == url
+
+    def test_names_only_panels_that_there_are(self):
+        """What it tells to look at is on a dashboard."""
+        text = re.sub(r"\s+", " ", (DASHBOARDS / "runbook.md").read_text())
+        named = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text))
+        boards = dashboards().values()
+        titles = {p["title"] for b in boards for p in panels(b)} | {b["title"] for b in boards}
+        titles |= {p["title"] for b in boards for p in b["panels"] if p["type"] == "row"}
+
+        assert set() == named - titles
+
+
+class TestWrite:
+    def test_into_a_folder(self, tmp_path):
+        """All files, with our numbers where none are given."""
+        done = run("write", tmp_path / "d")
+
+        assert 0 == done.returncode, done.stderr
+        written = {p.relative_to(tmp_path / "d").as_posix() for p in (tmp_path / "d").rglob("*.*")}
+        assert {file.name for file in files()} == written
+        for name in ("prometheus/alerts.yaml", "config.yaml", "grafana/overview.json"):
+            assert (DASHBOARDS / name).read_text() == (tmp_path / "d" / name).read_text()
+
+    def test_thresholds_of_ones_own(self, tmp_path):
+        """They are in the rules, in the drawn thresholds, and in the config that is written."""
+        options = {
+            "--objective": 99.5,
+            "--min-replies": 7,
+            "--silence": 2.5,
+            "--grafana-url": "https://grafana.example/",
+            "--runbook-url": "https://wiki.example/r",
+        }
+        done = run("write", tmp_path, *(x for pair in options.items() for x in pair))
+        assert 0 == done.returncode, done.stderr
+        written = (tmp_path / "prometheus/alerts.yaml").read_text()
+
+        assert "> 14.4 * 0.005" in written
+        assert ">= 7" in written
+        assert "vector(2.5)" in written
+        assert "https://grafana.example/d/traced-retry-provider" in written
+        assert "https://wiki.example/r#tracedretryexhaustionburn" in written
+        again = thresholds.read(tmp_path / "config.yaml")
+        assert (99.5, 7, 2.5) == (again.objective, again.min_replies, again.silence_seconds)
+        assert done.stdout == run("write", tmp_path, "--config", tmp_path / "config.yaml").stdout
+
+    def test_rules_written_with_any_threshold_are_well_formed(self, tmp_path):
+        """Promtool takes them."""
+        run("write", tmp_path, "--objective", 99.95, "--min-replies", 1)
+        done = subprocess.run(
+            [command("promtool"), "check", "rules", *map(str, tmp_path.glob("prometheus/*.yaml"))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert 0 == done.returncode, done.stderr
+
+    @pytest.mark.parametrize("objective", [90, 93.06])
+    def test_what_can_never_fire_is_refused(self, objective, tmp_path):
+        """It says why, and what would do."""
+        done = run("write", tmp_path / "d", "--objective", objective)
+
+        assert 2 == done.returncode
+        assert f"at an objective of {objective:g} % the alert with factor 14.4 never" in done.stderr
+        assert "Name an objective above 93.07 %" in done.stderr
+        assert not (tmp_path / "d").exists()
+
+    @pytest.mark.parametrize(
+        ("option", "value", "says"),
+        [
+            ("--objective", 100, "objective is 100.0; it must be a percent above 0 and below 100"),
+            ("--objective", "nan", "objective is nan"),
+            ("--min-replies", 0, "min_replies is 0; it must be 1 or more"),
+            ("--silence", 0, "silence.seconds is 0.0; it must be above 0"),
+            ("--config", "/nowhere.yaml", "/nowhere.yaml cannot be read"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, option, value, says, tmp_path):
+        """One line that names it, and status 2."""
+        done = run("write", tmp_path / "d", option, value)
+
+        assert 2 == done.returncode
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_nothing_edited_is_lost(self, tmp_path):
+        """A file that differs is not overwritten without --force; then nothing else is."""
+        run("write", tmp_path)
+        (tmp_path / "prometheus/alerts.yaml").write_text("mine")
+        (tmp_path / "runbook.md").unlink()
+        done = run("write", tmp_path)
+
+        assert 2 == done.returncode
+        assert "--force" in done.stderr
+        assert not (tmp_path / "runbook.md").exists()
+        assert 0 == run("write", tmp_path, "--force").returncode
+        assert "mine" != (tmp_path / "prometheus/alerts.yaml").read_text()
+
+    def test_list_and_show(self):
+        """Each file with its first words; one of them whole."""
+        listed = run("list").stdout
+        assert {file.name for file in files()} == {line.split()[0] for line in listed.splitlines()}
+        assert (DASHBOARDS / "runbook.md").read_text() == run("show", "runbook.md").stdout
+        missing = run("show", "runbok.md")
+        assert 2 == missing.returncode
+        assert "there is no 'runbok.md'; there are alertmanager/inhibit.yaml" in missing.stderr
+
+
+class TestConfig:
+    def change(self, **changes):
+        """The shipped configuration, changed."""
+        found = yaml.safe_load((root() / "config.yaml").read_text())
+        for path, value in changes.items():
+            *outer, name = path.split("__")
+            of = found
+            for key in outer:
+                of = of[int(key) if key.isdigit() else key]
+            if value is None:
+                del of[name]
+            else:
+                of[name] = value
+        return found
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"objective": "99"}, "objective is '99'; it must be a number"),
+            ({"min_replies": 1.5}, "min_replies is 1.5; it must be a whole number"),
+            ({"objective": None}, "has no objective"),
+            ({"objektive": 99}, "unknown objektive; known: "),
+            ({"storm__amplification": 1}, "storm.amplification is 1; it must be above 1"),
+            ({"silence__window": "4m"}, "it must be 5m or longer"),
+            ({"silence__window": "ten"}, "'ten' is no duration; write one such as 90s"),
+            ({"silence__window": 10}, "silence_window is 10; it must be text"),
+            ({"silence__quantile": 1.0}, "silence.quantile is 1.0"),
+            ({"many_providers__providers": 1}, "must be 2 or more"),
+            ({"burn_rates": []}, "it must be a list of at least one"),
+            ({"burn_rates__0__factor": 200}, "the alert with factor 200 never"),
+            ({"burn_rates__0__factor": 0}, "burn_rates.factor is 0; it must be above 0"),
+            ({"burn_rates__0__severity": "loud"}, "it must be critical or warning"),
+            ({"burn_rates__0__long": "5m"}, "the long window (5m) must be longer"),
+            ({"burn_rates__0__for": None}, "burn_rates has no for"),
+        ],
+    )
+    def test_what_cannot_be(self, change, says):
+        """The error names the key, the value and what is allowed."""
+        with pytest.raises(UsageError, match=re.escape(says)):
+            thresholds.parse(self.change(**change), "config.yaml")
+
+    def test_something_has_to_page(self):
+        """Only tickets: refused."""
+        rows = [row for row in self.change()["burn_rates"] if row["severity"] == "warning"]
+        with pytest.raises(UsageError, match="nothing would ever page"):
+            thresholds.parse(self.change(burn_rates=rows), "config.yaml")
+
+    @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b"])
+    def test_no_configuration_at_all(self, text, tmp_path):
+        """Broken YAML, or none that maps: one error."""
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(UsageError, match=r"c\.yaml"):
+            thresholds.read(tmp_path / "c.yaml")
+
+
+class TestOtherForms:
+    def test_kubernetes(self):
+        """The operator's object has every rule; the ConfigMaps have every dashboard, unchanged."""
+        rule = yaml.safe_load((DASHBOARDS / "kubernetes/prometheus-rule.yaml").read_text())
+        prometheus = [
+            group
+            for name in ("recording", "rollup", "alerts")
+            for group in yaml.safe_load((DASHBOARDS / f"prometheus/{name}.yaml").read_text())[
+                "groups"
+            ]
+        ]
+        assert ("monitoring.coreos.com/v1", "PrometheusRule") == (rule["apiVersion"], rule["kind"])
+        assert prometheus == rule["spec"]["groups"]
+
+        (maps,) = [f.text for f in files() if f.name == "kubernetes/dashboards.yaml"]
+        found = {}
+        for item in yaml.safe_load(maps)["items"]:
+            assert {"grafana_dashboard": "1"} == item["metadata"]["labels"]
+            found.update(item["data"])
+        assert {f"traced-retry-{n}": b for n, b in dashboards().items()} == {
+            name: json.loads(text) for name, text in found.items()
+        }
+
+    def test_grafana_alerts(self, shipped):
+        """Each alert but one is there with its query, labels and links, under a uid of its own."""
+        (group,) = yaml.safe_load((DASHBOARDS / "grafana-alerting/alerts.yaml").read_text())[
+            "groups"
+        ]
+        wanted = [a for a in rules.alerts(shipped) if a.alert != rules.MANY]
+
+        assert [a.expr for a in wanted] == [r["data"][0]["model"]["expr"] for r in group["rules"]]
+        assert len(wanted) == len({r["uid"] for r in group["rules"]})
+        assert len(wanted) == len({r["title"] for r in group["rules"]})
+        for rule in group["rules"]:
+            assert rule["condition"] in {d["refId"] for d in rule["data"]}
+            assert {"summary", "description", "runbook_url", "dashboard_url"} == set(
+                rule["annotations"]
+            )
+            assert "$value " not in json.dumps(rule)
+            assert "range query" not in json.dumps(rule)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of ``dashboards/``, as shipped or with thresholds of one's own."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import traced_retry
+from traced_retry import rules, thresholds
+from traced_retry.errors import UsageError
+
+_TOP: Final = ("objective", "min_replies", "grafana_url", "runbook_url")
+
+
+class DashboardFilesError(UsageError):
+    """The files cannot be written there; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class DashboardFile:
+    """One file, and what it is for."""
+
+    name: str
+    """Its path below ``dashboards/``, with forward slashes, such as ``grafana/overview.json``."""
+    text: str
+
+    @property
+    def description(self) -> str:
+        """Its own first sentence; a dashboard's title."""
+        if self.name.endswith(".json"):
+            return str(json.loads(self.text)["title"])
+        lines = (line.lstrip("# ").strip() for line in self.text.splitlines())
+        return next((line for line in lines if line), "")
+
+
+def root() -> Path:
+    """The folder: inside the installed package, or beside it in an editable install."""
+    try:
+        return Path(str(importlib.resources.files("traced_retry.dashboards")))
+    except ModuleNotFoundError:
+        return Path(traced_retry.__file__).parent.parent / "dashboards"
+
+
+def files(config: Path | None = None, **changes: Any) -> list[DashboardFile]:
+    """Every file, by name.
+
+    Args:
+        config: thresholds of one's own, of the shape of ``dashboards/config.yaml``; default: that.
+        changes: fields of :class:`~traced_retry.thresholds.Thresholds` to change; None: as it is.
+
+    Raises:
+        ThresholdError: one of them cannot be; the message says why.
+    """
+    folder = root()
+    source = config or folder / "config.yaml"
+    wanted = thresholds.read(source).but(**changes)
+    boards = {f"grafana/{p.name}": _read(p) for p in sorted(folder.glob("grafana/*.json"))}
+    found = {
+        "config.yaml": _config(_read(source), wanted),
+        "runbook.md": _read(folder / "runbook.md"),
+        **{f"prometheus/{n}.yaml": _read(folder / f"prometheus/{n}.yaml") for n in _RECORDED},
+        **boards,
+        **rules.files(wanted, folder),
+        "kubernetes/dashboards.yaml": rules.config_maps(boards),
+    }
+    return [DashboardFile(name, text) for name, text in sorted(found.items())]
+
+
+_RECORDED: Final = ("recording", "rollup")
+
+
+def write(directory: Path, found: list[DashboardFile], *, force: bool = False) -> list[Path]:
+    """Write the files below ``directory``, which is made; returns where each now is.
+
+    Raises:
+        DashboardFilesError: a file is there already, with other content, and ``force`` is not set;
+            then nothing is written. Or the directory cannot be written.
+    """
+    texts = {directory / file.name: file.text for file in found}
+    changed = [p for p, text in texts.items() if p.is_file() and p.read_bytes() != text.encode()]
+    if changed and not force:
+        raise DashboardFilesError(
+            f"{changed[0]} is there already and differs: --force overwrites it, or name another "
+            "directory"
+        )
+    try:
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode())
+    except OSError as error:
+        raise DashboardFilesError(
+            f"{error.filename} cannot be written ({error.strerror}): name another directory"
+        ) from None
+    return list(texts)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _config(text: str, wanted: thresholds.Thresholds) -> str:
+    """The configuration with what was changed, comments and all, so that it can be used again."""
+    for name in _TOP:
+        line = f"{name}: {json.dumps(getattr(wanted, name))}".replace("\\", r"\\")
+        text = re.sub(rf"(?m)^{name}:.*$", line, text)
+    return re.sub(
+        r"(?m)^(silence:\n(?:[ #].*\n)*?  seconds:).*$",
+        lambda match: f"{match[1]} {wanted.silence_seconds}",
+        text,
+    )

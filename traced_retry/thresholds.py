@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives, thresholds and windows of the shipped alerts: read from a file, and checked.
+
+``dashboards/config.yaml`` has the defaults, and says what each is for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+
+from traced_retry.errors import UsageError
+
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION: Final = re.compile(r"([1-9][0-9]*)([smhd])")
+
+_EVERY: Final = 0.999
+"""A ratio that even a total outage hardly exceeds: one success in a thousand keeps it below."""
+
+STEP: Final = 60
+"""Seconds between two samples of the rolled-up series; no window can be shorter."""
+
+
+class ThresholdError(UsageError):
+    """A threshold that cannot be; the message names it, its value and what is allowed."""
+
+
+def seconds(duration: str) -> int:
+    """Seconds of a Prometheus duration of one unit, such as ``90s``, ``5m``, ``1h``, ``3d``.
+
+    Raises:
+        ThresholdError: it is not one.
+    """
+    match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
+    if match is None:
+        raise ThresholdError(f"{duration!r} is no duration; write one such as 90s, 5m, 1h or 3d")
+    return int(match[1]) * _SECONDS[match[2]]
+
+
+@dataclass(frozen=True)
+class BurnRate:
+    """One pair of windows of the multi-window burn-rate alert."""
+
+    severity: Literal["critical", "warning"]
+    factor: float
+    """How many times faster than the objective allows the budget burns."""
+    long: str
+    short: str
+    for_: str
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """All of ``dashboards/config.yaml``, flat; durations are Prometheus's."""
+
+    objective: float
+    """Percent of replies that are not to be exhausted."""
+    min_replies: int
+    burn_rates: tuple[BurnRate, ...]
+    exhausted_replies: int
+    exhausted_window: str
+    not_recoverable_replies: int
+    not_recoverable_share: float
+    """0 to 1."""
+    not_recoverable_window: str
+    not_recoverable_for: str
+    storm_amplification: float
+    """Requests sent per reply."""
+    storm_window: str
+    storm_for: str
+    silence_seconds: float
+    silence_quantile: float
+    """0 to 1."""
+    silence_window: str
+    silence_for: str
+    many_providers_providers: int
+    many_providers_for: str
+    telemetry_for: str
+    spans_job: str
+    grafana_url: str
+    runbook_url: str
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def budget(self) -> float:
+        """The share of replies that may be exhausted, 0 to 1."""
+        return round(1 - self.objective / 100, 10)
+
+    def but(self, **changes: Any) -> Thresholds:
+        """These with some changed; None changes nothing.
+
+        Raises:
+            ThresholdError: one of them cannot be.
+        """
+        return replace(self, **{name: v for name, v in changes.items() if v is not None})
+
+
+def read(path: Path) -> Thresholds:
+    """The thresholds in a file of the shape of ``dashboards/config.yaml``.
+
+    Raises:
+        ThresholdError: it cannot be read, a key is missing, unknown or of the wrong kind, or a
+            value cannot be.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ThresholdError(
+            f"{path} cannot be read as YAML ({type(error).__name__}): copy the shipped config.yaml "
+            "and edit that"
+        ) from None
+    return parse(found, str(path))
+
+
+def parse(found: Any, where: str) -> Thresholds:
+    """The thresholds in what a YAML file held.
+
+    Raises:
+        ThresholdError: as :func:`read`.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in _mapping(found, where).items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}_{inner}": v for inner, v in value.items()})
+        else:
+            flat[key] = value
+    types = {field.name: str(field.type) for field in fields(Thresholds)}
+    _same_keys(set(flat), set(types), where)
+    for name, kind in types.items():
+        if kind in _KINDS:
+            _of_kind(name, flat[name], kind, where)
+    flat["burn_rates"] = tuple(_burn_rate(row, where) for row in _list(flat["burn_rates"], where))
+    return Thresholds(**flat)
+
+
+_KINDS: Final[dict[str, tuple[type, ...]]] = {"float": (int, float), "int": (int,), "str": (str,)}
+
+
+def _of_kind(name: str, value: Any, kind: str, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, _KINDS[kind]):
+        expected = {"float": "a number", "int": "a whole number", "str": "text"}[kind]
+        raise ThresholdError(f"{where}: {name} is {value!r}; it must be {expected}")
+
+
+def _burn_rate(row: Any, where: str) -> BurnRate:
+    row = {("for_" if key == "for" else key): v for key, v in _mapping(row, where).items()}
+    types = {field.name: str(field.type) for field in fields(BurnRate)}
+    _same_keys(set(row), set(types), f"{where}: burn_rates")
+    for name, kind in types.items():
+        _of_kind(f"burn_rates.{name}", row[name], kind if kind in _KINDS else "str", where)
+    return BurnRate(**row)
+
+
+def _mapping(found: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise ThresholdError(
+            f"{where} holds no mapping; copy the shipped config.yaml and edit that"
+        )
+    return found
+
+
+def _list(found: Any, where: str) -> list[Any]:
+    if not isinstance(found, list) or not found:
+        raise ThresholdError(f"{where}: burn_rates is {found!r}; it must be a list of at least one")
+    return found
+
+
+def _same_keys(found: set[str], expected: set[str], where: str) -> None:
+    missing = ", ".join(sorted(name.rstrip("_") for name in expected - found))
+    unknown = ", ".join(sorted(map(str, found - expected)))
+    known = ", ".join(sorted(name.rstrip("_") for name in expected))
+    if missing:
+        raise ThresholdError(f"{where} has no {missing}; add what the shipped config.yaml has")
+    if unknown:
+        raise ThresholdError(f"{where}: unknown {unknown}; known: {known}")
+
+
+def _check(of: Thresholds) -> None:
+    _between("objective", of.objective, 0, 100, "percent")
+    _between("not_recoverable.share", of.not_recoverable_share, 0, 1, "share")
+    _between("silence.quantile", of.silence_quantile, 0, 1, "share")
+    for name in ("min_replies", "exhausted_replies", "not_recoverable_replies"):
+        _at_least(name, getattr(of, name), 1)
+    _at_least("many_providers.providers", of.many_providers_providers, 2)
+    if not (math.isfinite(of.storm_amplification) and of.storm_amplification > 1):
+        raise ThresholdError(
+            f"storm.amplification is {of.storm_amplification}; it must be above 1, which is one "
+            "request per reply"
+        )
+    if not (math.isfinite(of.silence_seconds) and of.silence_seconds > 0):
+        raise ThresholdError(f"silence.seconds is {of.silence_seconds}; it must be above 0")
+    for name in ("exhausted", "not_recoverable", "storm", "silence"):
+        _window(f"{name}.window", getattr(of, f"{name}_window"))
+    for name in ("not_recoverable", "storm", "silence", "many_providers", "telemetry"):
+        seconds(getattr(of, f"{name}_for"))
+    for row in of.burn_rates:
+        _check_burn_rate(row, of)
+    if not any(row.severity == "critical" for row in of.burn_rates):
+        raise ThresholdError("no row of burn_rates is critical: nothing would ever page; add one")
+
+
+def _check_burn_rate(row: BurnRate, of: Thresholds) -> None:
+    if row.severity not in ("critical", "warning"):
+        raise ThresholdError(
+            f"burn_rates.severity is {row.severity!r}; it must be critical or warning"
+        )
+    if not (math.isfinite(row.factor) and row.factor > 0):
+        raise ThresholdError(f"burn_rates.factor is {row.factor}; it must be above 0")
+    if row.factor * of.budget >= _EVERY:
+        lowest = math.ceil((1 - _EVERY / row.factor) * 10000) / 100
+        raise ThresholdError(
+            f"at an objective of {of.objective:g} % the alert with factor {row.factor:g} never "
+            f"fires: more than {row.factor * of.budget:.1%} of replies would have to be exhausted. "
+            f"Name an objective above {lowest:.2f} %, or a smaller factor in the config"
+        )
+    _window("burn_rates.short", row.short)
+    if seconds(row.long) <= seconds(row.short):
+        raise ThresholdError(
+            f"burn_rates: the long window ({row.long}) must be longer than the short ({row.short})"
+        )
+    seconds(row.for_)
+
+
+def _window(name: str, duration: str) -> None:
+    if seconds(duration) < 5 * STEP:
+        raise ThresholdError(
+            f"{name} is {duration}; counts are five-minute ones, so it must be 5m or longer"
+        )
+
+
+def _between(name: str, value: float, low: float, high: float, what: str) -> None:
+    if not low < value < high:
+        raise ThresholdError(f"{name} is {value}; it must be a {what} above {low} and below {high}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ThresholdError(f"{name} is {value}; it must be {least} or more")
