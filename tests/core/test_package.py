@@ -56,7 +56,7 @@ def test_is_typed():
 
 def test_public_names():
     """What is public is listed, and is there (what needs LiveKit only where that is installed)."""
-    for name in set(traced_retry.__all__) - {"instrument", "uninstrument", "wrap"}:
+    for name in set(traced_retry.__all__) - {"enable", "instrument", "uninstrument", "wrap"}:
         assert getattr(traced_retry, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         traced_retry.nonsense  # noqa: B018
