@@ -36,11 +36,12 @@ core: .venv/.core-fork $(if $(shell tools/find-python 3.10),.venv/.core-3.10)  #
 # What the adapters rely on, in the oldest plugins supported. Not there yet in 1.7.0: VoiceLive and
 # inference's realtime model. Its AWS plugin cannot be pointed at a local server.
 oldest: .venv/.oldest  ## the adapters' tests on livekit-agents and plugins 1.7.0
-	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py held.py interruption.py openai_kin.py google.py ultravox.py phonic.py nvidia.py)
+	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py held.py interruption.py stateful.py openai_kin.py google.py ultravox.py phonic.py nvidia.py)
 
 bench: .venv/.bench  ## what retrying and tracing cost, beside tenacity and stamina
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/outage.py
+	$(BIN)/python benchmarks/backends.py
 
 .PHONY: backends
 backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once: ~/.cache, 8 minutes
@@ -69,7 +70,7 @@ OLDEST := $(patsubst %,livekit-%==1.7.0,agents plugins-openai plugins-xai plugin
 	@echo "installing the oldest plugins supported into .venv/oldest"
 	@test -x .venv/oldest/bin/pytest || { $(BIN)/python -m venv .venv/oldest && \
 		.venv/oldest/bin/pip --disable-pip-version-check --quiet install $(OLDEST) pytest pytest-asyncio \
-		h2 trustme opentelemetry-instrumentation backoff; }
+		h2 trustme opentelemetry-instrumentation backoff hypothesis; }
 	@rm -rf build; .venv/oldest/bin/pip --disable-pip-version-check --quiet install --force-reinstall --no-deps . \
 		&& rm -rf build && touch $@
 

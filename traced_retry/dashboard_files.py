@@ -31,9 +31,9 @@ class DashboardFile:
 
     @property
     def description(self) -> str:
-        """Its own first sentence; a dashboard's title."""
+        """Its own first words; a dashboard's title."""
         if self.name.endswith(".json"):
-            return str(json.loads(self.text)["title"])
+            return str(json.loads(self.text).get("title", "Jaeger's UI: searches and links"))
         lines = (line.lstrip("# ").strip() for line in self.text.splitlines())
         return next((line for line in lines if line), "")
 
@@ -62,7 +62,7 @@ def files(config: Path | None = None, **changes: Any) -> list[DashboardFile]:
     boards = {f"grafana/{p.name}": _read(p) for p in sorted(folder.glob("grafana/*.json"))}
     found = {
         "config.yaml": _config(_read(source), wanted),
-        "runbook.md": _read(folder / "runbook.md"),
+        **{name: _read(folder / name) for name in ("jaeger-ui.json", "runbook.md")},
         **{f"prometheus/{n}.yaml": _read(folder / f"prometheus/{n}.yaml") for n in _RECORDED},
         **boards,
         **rules.files(wanted, folder),

@@ -63,7 +63,8 @@ def examine(
 ) -> Iterator[Check]:
     """Look at this process as :func:`traced_retry.enable` would find it.
 
-    Where no tracer provider is set yet, this sets the SDK up, as ``enable`` would.
+    Where no tracer provider is set yet, this sets the SDK up, as ``enable`` would. It waits for
+    servers, so an event loop is not the place for it.
 
     Args:
         preset: as for ``enable``.
@@ -333,7 +334,7 @@ def _sampler(provider: TracerProvider) -> Check:
 
 
 def _exporters(provider: TracerProvider, jaeger: str | None, until: float) -> Iterator[Check]:
-    processors = provider._active_span_processor._span_processors
+    processors = getattr(provider._active_span_processor, "_span_processors", ())
     found = [exporter for p in processors if (exporter := _exporter(p)) is not None]
     if not found:
         fix = "set OTEL_TRACES_EXPORTER to otlp, or unset it for the local store"

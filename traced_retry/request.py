@@ -33,7 +33,10 @@ class Request(Protocol[T]):
         """What is safe to do next; None where nothing is."""
 
     def ready(self) -> bool:
-        """Whether a request sent now could be answered; ``Reply.wake`` when that changes."""
+        """Whether a request sent now could be answered; ``Reply.wake`` when that changes.
+
+        Not asked before a ``listen``, which sends none.
+        """
 
     def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
         """The attempt failed and ``then`` follows (None: nothing, the agent is told of failure).

@@ -20,7 +20,7 @@ from backends.servers import Jaeger, command, free_ports
 from support.fresh import fresh
 from support.receiver import receiver
 
-from traced_retry.doctor import _session_names
+from traced_retry.doctor import _guess, _session_names
 from traced_retry.livekit.registry import ADAPTERS
 
 MARKER = "sk-hunter2-never-to-be-seen"
@@ -55,7 +55,7 @@ class Examined:
 def doctor(tmp_path):
     """Run it as JSON, or as text: ``doctor("--jaeger", url, text=True, VARIABLE=...)``."""
 
-    def run(*arguments, text=False, **environ):
+    def run(*arguments, text=False, before=(), **environ):
         clean = {
             name: value
             for name, value in os.environ.items()
@@ -63,7 +63,7 @@ def doctor(tmp_path):
         }
         began = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "traced_retry.cli", "doctor", *arguments]
+            [*before, sys.executable, "-m", "traced_retry.cli", "doctor", *arguments]
             + ([] if text else ["--json"]),
             capture_output=True,
             text=True,
@@ -75,6 +75,24 @@ def doctor(tmp_path):
         assert "Traceback" not in done.stderr, done.stderr
         assert MARKER not in done.stdout + done.stderr
         return Examined(done.returncode, done.stdout, seconds)
+
+    return run
+
+
+@pytest.fixture
+def examined(tmp_path):
+    """The same without the command line, in a process forked from one that has all imported."""
+
+    def run(**environ):
+        code = """
+            import dataclasses, json
+            from traced_retry.doctor import examine
+
+            result = json.dumps({"checks": [dataclasses.asdict(check) for check in examine()]})
+        """
+        ended = fresh(code, **{"XDG_STATE_HOME": str(tmp_path / "state"), **environ})
+        assert "" == ended.error
+        return Examined(-1, ended.result, 0.0)
 
     return run
 
@@ -191,17 +209,25 @@ class TestProvider:
             ({"OTEL_SDK_DISABLED": "true"}, "provider", "nowhere", "OTEL_SDK_DISABLED"),
             ({"OTEL_TRACES_EXPORTER": "none"}, "export", "nowhere", "OTEL_TRACES_EXPORTER"),
             ({"OTEL_TRACES_EXPORTER": "jeager"}, "provider", "'jeager'; installed", "correct"),
+            ({"XDG_STATE_HOME": "/dev/null"}, "provider", "cannot be written", "XDG_STATE_HOME"),
             ({"OTEL_CONFIG_FILE": "/not/there.yaml"}, "provider", "/not/there.yaml", "correct"),
             ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:99999"}, "provider", "ValueError", "OTEL"),
         ],
     )
-    def test_nowhere(self, doctor, environ, check, said, fix):
+    def test_nowhere(self, examined, environ, check, said, fix):
         """Said, with what to do."""
-        done = doctor(**environ)
+        done = examined(**environ)
 
-        assert (1, "fail") == (done.status, done[check]["status"])
+        assert {check: "fail"} == done.bad
         assert said in done[check]["message"]
         assert fix in done[check]["fix"]
+
+    def test_disk_full(self, doctor):
+        """The store is made, and what it is handed is lost."""
+        done = doctor(before=["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"])
+
+        assert (1, {"export": "fail"}) == (done.status, done.bad)
+        assert done["export"]["message"].endswith("a test span was lost, the disk is full")
 
     def test_no_such_preset(self, doctor):
         """Those there are, are named."""
@@ -268,6 +294,21 @@ class TestEndpoint:
         assert (1, {"export": "fail"}) == (done.status, done.bad)
         assert f"but Jaeger at {jaeger.url} does not have it" in done["export"]["message"]
 
+    @pytest.mark.parametrize(
+        ("endpoint", "query"),
+        [
+            ("http://traces.local:4318/v1/traces", "http://traces.local:16686"),
+            ("https://[::1]:4318/v1/traces", "http://[::1]:16686"),
+            ("traces.local:4317", "http://traces.local:16686"),
+            (f"https://user:{MARKER}@traces.local/v1/traces", None),
+            (f"https://traces.local/v1/traces?key={MARKER}", None),
+            (None, None),
+        ],
+    )
+    def test_where_a_jaeger_may_be(self, endpoint, query):
+        """On the endpoint's host; not where it takes a password, for that is a vendor's."""
+        assert query == _guess(endpoint)
+
     def test_no_jaeger(self, doctor, jaeger):
         """The URL given is the one that takes spans."""
         done = doctor(
@@ -292,12 +333,11 @@ class TestSettings:
             ("always_off", "", False),
         ],
     )
-    def test_sampler(self, doctor, sampler, argument, well):
+    def test_sampler(self, examined, sampler, argument, well):
         """Any that may drop a reply fails."""
-        done = doctor(OTEL_TRACES_SAMPLER=sampler, OTEL_TRACES_SAMPLER_ARG=argument)
+        done = examined(OTEL_TRACES_SAMPLER=sampler, OTEL_TRACES_SAMPLER_ARG=argument)
 
         assert ({} if well else {"sampler": "fail"}) == done.bad
-        assert int(not well) == done.status
 
     @pytest.mark.parametrize(
         ("environ", "said"),
@@ -310,14 +350,22 @@ class TestSettings:
             ),
         ],
     )
-    def test_policy(self, doctor, environ, said):
+    def test_policy(self, examined, environ, said):
         """Every value that cannot be, and what is allowed."""
-        done = doctor(**environ)
+        done = examined(**environ)
         found = [c["message"] for c in done.answer["checks"] if c["check"] == "policy"]
 
-        assert (1, {"policy": "fail"}) == (done.status, done.bad)
+        assert {"policy": "fail"} == done.bad
         assert len(said) == len(found)
         assert all(what in message for what, message in zip(said, found, strict=True))
+
+    def test_text(self, doctor):
+        """A value that cannot be, its fix below it, and status 1."""
+        done = doctor(text=True, TRACED_RETRY_DEADLINE="soon")
+
+        assert 1 == done.status
+        assert "fail  policy: TRACED_RETRY_DEADLINE is 'soon'; it must be" in done.printed
+        assert "\n      fix: correct the variable, or unset it\n" in done.printed
 
     def test_mistyped_variable(self, doctor):
         """Nobody reads it."""

@@ -26,16 +26,11 @@ def faster(text, times):
     def shorter(match):
         return f"{match[1]}{int(match[2]) * _UNITS[match[3]] * 1000 // times}ms"
 
+    text = text.replace("[59s999ms:15s]", f"[{59999 // times}ms:{15000 // times}ms]")
     text = re.sub(r"(\[|offset |for: |interval: )(\d+)([smhd])\b", shorter, text)
-    minute, five = f"{60 / times:g}", f"{300 / times:g}"
-    return (
-        re.sub(r"(?<![\d.])300 \*", f"{five} *", text)
-        .replace("/ 300", f"/ {five}")
-        .replace("60 * provider:", f"{minute} * provider:")
-        .replace("60 * sum", f"{minute} * sum")
-        .replace("60 * (", f"{minute} * (")
-        .replace("60 *\n", f"{minute} *\n")
-    )
+    for number in (15, 300):
+        text = re.sub(rf"(?<![\w.]){number} \* (?=sum)", f"{number / times:g} * ", text)
+    return text.replace("/ 300", f"/ {300 / times:g}")
 
 
 def rules():

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from backends import fleet as fleets
@@ -23,6 +25,8 @@ from backends import servers
 from backends.agent import Job
 from backends.fleet import PROVIDER, truth
 from dashboards.reading import DASHBOARDS, dashboards, faster, panels
+
+from dashboards import preview
 
 pytestmark = pytest.mark.real_time
 
@@ -356,3 +360,35 @@ def test_lost_replies_are_found_in_jaeger(measured):
 
     lost = ("exhausted", "not_recoverable")
     assert {outcome: measured.truth["openai", outcome] for outcome in lost} == found
+
+
+def test_preview(measured, tmp_path):
+    """Each panel is drawn from its real answers, on a page that loads nothing.
+
+    Into the folder TRACED_RETRY_PREVIEW where that is set, with a picture of each dashboard.
+    """
+    boards = {n: b for n, b in dashboards().items() if preview.shown(b)}
+    answers = {name: {p["id"]: [] for p in preview.shown(b)} for name, b in boards.items()}
+    for board, panel, target in QUERIES:
+        provider = "openai" if board == "provider.json" else ".*"
+        expression = PATHS["spans"](filled(target["expr"], measured, provider))
+        found = measured.draw(expression)
+        if target["instant"]:
+            found = [(dict(of), [(0.0, v)]) for of, v in measured.ask(expression).items()]
+        answers[board][panel["id"]].append((target, found))
+    folder = Path(os.environ.get("TRACED_RETRY_PREVIEW") or tmp_path)
+
+    whole = preview.page(boards, answers)
+
+    assert not re.search(r"<script|src=|href=|url\(", whole)
+    for name, board in boards.items():
+        for panel in preview.shown(board):
+            body = preview.draw(panel, answers[name][panel["id"]], 400, 250)
+            assert 'class="none"' not in body or panel["title"] == NO_BUDGET, panel["title"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dashboards.html").write_text(whole)
+    for name, board in boards.items():
+        one = folder / f"{Path(name).stem}.html"
+        one.write_text(preview.page({name: board}, answers))
+        preview.screenshot(one, folder / f"{Path(name).stem}.png")
+        one.unlink()

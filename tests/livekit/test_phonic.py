@@ -544,6 +544,17 @@ class TestWhatTheAgentSees:
         ]
         assert not [t for t in told if "SECRET" in t]
 
+    async def test_no_handler_sees_the_key(self, converse):
+        """In whatever order the plugin's base calls them: in any, with livekit-agents 1.7.0."""
+        talk = await converse("unauthorized")
+        seen = []
+        for _ in range(50):
+            talk.realtime.on("error", lambda event: seen.append(f"{event.error!r} {event.error}"))
+        await talk.timed_reply()
+
+        assert 50 == len(seen)
+        assert not [text for text in seen if KEY in text]
+
     async def test_the_key_without_us(self, converse):
         """What the plugin alone hands to everyone who listens to the session's errors."""
         talk = await converse("unauthorized", bare=True)

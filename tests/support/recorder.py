@@ -7,11 +7,15 @@ from collections import Counter
 
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from traced_retry import semconv
+
+
+_RESOURCE = Resource.get_empty()  # the default one is looked for in threads, 20 ms each time
 
 
 class _Open:
@@ -44,11 +48,11 @@ class Recorder:
     def __init__(self):
         self._exporter = InMemorySpanExporter()
         self._open = _Open()
-        self.tracer_provider = TracerProvider(shutdown_on_exit=False)
+        self.tracer_provider = TracerProvider(resource=_RESOURCE, shutdown_on_exit=False)
         self.tracer_provider.add_span_processor(self._open)
         self.tracer_provider.add_span_processor(SimpleSpanProcessor(self._exporter))
         self._reader = InMemoryMetricReader()
-        self.meter_provider = MeterProvider([self._reader], shutdown_on_exit=False)
+        self.meter_provider = MeterProvider([self._reader], _RESOURCE, shutdown_on_exit=False)
 
     @property
     def providers(self):

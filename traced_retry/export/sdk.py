@@ -164,7 +164,11 @@ def _place(name: str) -> str:
     if name != "otlp" or endpoint is None:
         return name
     url = urlsplit(endpoint)  # without the user's name and password, should it hold them
-    return f"otlp, {url.hostname or '?'}" + (f":{url.port}" if url.port else "")
+    try:
+        port = url.port
+    except ValueError:
+        raise ExportError("the port of the OTLP endpoint is no number up to 65535") from None
+    return f"otlp, {url.hostname or '?'}" + (f":{port}" if port else "")
 
 
 def _span_exporter(name: str) -> SpanExporter:

@@ -110,6 +110,15 @@ class ListeningAdapter(Adapter):
         self.speaking = Speaking(session)
         self._given_up: ObservedRequest | None = None
         session.on("input_speech_started", lambda _: self.watch_for(None))
+        before(session, "emit", self._on_emit)
+
+    def _on_emit(self, event: str, *args: Any) -> None:
+        # Up to livekit 1.1.14 at least, an event's handlers are called in any order.
+        if event == "error":
+            self.on_error(*args)
+
+    def on_error(self, event: llm.RealtimeModelError) -> None:
+        """Take note of an ``error`` event, before the hook and all others are told of it."""
 
     def request(self, call: Call) -> ListeningRequest:
         """One reply's request."""

@@ -52,7 +52,6 @@ class PhonicAdapter(ListeningAdapter):
         super().__init__(session, replies)
         self._watched = False
         session.on("generation_created", self._on_generation)
-        session.on("error", self._on_error)
 
     def request(self, call: Call) -> PhonicRequest:
         """One reply's request."""
@@ -89,17 +88,15 @@ class PhonicAdapter(ListeningAdapter):
             else:
                 self.heard()
 
-    def _on_error(self, event: llm.RealtimeModelError) -> None:
-        # Our hook hangs on the session before anyone else: nobody after us sees the key.
-        with harmless("removing the key from an error"):
-            if getattr(event.error, "headers", None):
-                event.error.headers = None  # type: ignore[attr-defined]
-        with harmless("reading an error event"):
-            if event.recoverable:
-                self.speaking.over(_cut_short())
-                self.die(told("connection_lost", "the connection was lost"))
-            elif self.dead is None:
-                self.dead = self.why(event)
+    def on_error(self, event: llm.RealtimeModelError) -> None:
+        """The conversation is over. Nobody after us sees the key."""
+        if getattr(event.error, "headers", None):
+            event.error.headers = None  # type: ignore[attr-defined]
+        if event.recoverable:
+            self.speaking.over(_cut_short())
+            self.die(told("connection_lost", "the connection was lost"))
+        elif self.dead is None:
+            self.dead = self.why(event)
 
 
 class PhonicRequest(ListeningRequest):

@@ -54,7 +54,6 @@ class UltravoxAdapter(ListeningAdapter):
         self._channel: Any = None
         """What the present call is sent."""
         session.on("ultravox_server_event_received", self._on_server_event)
-        session.on("error", self._on_error)
 
     def install(self, future: asyncio.Future[Generation] | None) -> None:
         """See the base class; the slot is resolved only where the epoch beside it is set."""
@@ -73,14 +72,14 @@ class UltravoxAdapter(ListeningAdapter):
             if event.get("state") == "speaking" or event.get("role") == "agent":
                 self.heard()
 
-    def _on_error(self, event: llm.RealtimeModelError) -> None:
-        with harmless("reading an error event"):
-            self._cut()
-            if event.recoverable:
-                self.connected = False
-            elif status := _STATUS.search(str(event.error)):
-                # The hook stops at this event too, but cannot tell a wrong key from a lost call.
-                self.die(told(kind_of_status(int(status[1])), "the call was refused"))
+    def on_error(self, event: llm.RealtimeModelError) -> None:
+        """The call is lost, or was refused; where it could not be reached the plugin tries on."""
+        self._cut()
+        if event.recoverable:
+            self.connected = False
+        elif status := _STATUS.search(str(event.error)):
+            # The hook stops at this event too, but cannot tell a wrong key from a lost call.
+            self.die(told(kind_of_status(int(status[1])), "the call was refused"))
 
     def _cut(self) -> None:
         """The call is gone, and with it the rest of what it was saying."""
