@@ -88,6 +88,15 @@ core = test -x .venv/core-$(1)/bin/pytest || { $(2) -m venv .venv/core-$(1) && \
 	rm -rf build; .venv/core-$(1)/bin/pip --disable-pip-version-check --quiet install --force-reinstall --no-deps . \
 	&& rm -rf build && touch $@
 
+.PHONY: dashboards preview
+dashboards: .venv/.test  ## make the rules, alerts and dashboards anew from semconv and config.yaml
+	$(BIN)/python dashboards/build.py
+	$(BIN)/python dashboards/build_rules.py
+	$(BIN)/python dashboards/build_dashboards.py
+
+preview: .venv/.test  ## draw the dashboards from real query results: dashboards/preview
+	TRACED_RETRY_PREVIEW=dashboards/preview $(BIN)/pytest tests/dashboards/test_fleet.py -k preview
+
 .PHONY: matrix
 matrix: .venv/.test  ## every provider x every fault, with us and without; writes docs/providers.md
 	$(BIN)/python tools/matrix.py --write docs/providers.md

@@ -29,6 +29,7 @@ HEAD: Final = """\
 # itself, and pushed. A process's own series begins at 0 and lives for minutes. Of such a one `rate`
 # makes too much at its end (of n samples by 1/(2(n-1)), half as much again where n is 2), and
 # nothing if its first sample is above 0; so it is the last value less the one before the window.
+# Which it is is settled per provider: one that is counted from spans is counted from spans alone.
 groups:
   - name: traced_retry_recording
     rules:
@@ -77,6 +78,8 @@ def rule(record: str, spans: str, own: str, *names: str) -> str:
               unless on (job, instance) up
             )
           )
+          unless on ({label(semconv.PROVIDER)})
+          {spans}
 """
 
 

@@ -464,7 +464,7 @@ class Reply(Generic[T]):
             if delivery.failed_unheard:
                 return failure
             # A second try would be heard as a second reply.
-            self._give_up(failure, self._stop or "output_started")
+            self._give_up(failure, "output_started")
         elif delivery.cancelled:
             self._close_attempt("interrupted")
             self._end("interrupted")

@@ -304,7 +304,7 @@ class TestDelivery:
         delivered[1].output()
         delivered[0].interject(failure(ProviderError(), "quota"), "not_recoverable")
 
-        assert ("not_recoverable", "not_recoverable") == (
+        assert ("not_recoverable", "output_started") == (
             recorder.replies[0]["traced_retry.outcome"],
             recorder.replies[0]["traced_retry.stop_reason"],
         )

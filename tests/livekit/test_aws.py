@@ -199,6 +199,11 @@ def stream(talk):
     return session
 
 
+async def over(handle):
+    """Wait for the speech to be over, for a minute."""
+    await asyncio.wait_for(handle.wait_for_playout(), 60)
+
+
 class TestCutShort:
     """More of it, for all three without ids, is in test_held.py."""
 
@@ -220,7 +225,7 @@ class TestCutShort:
             stream(talk).fail("validationException", aws.UNSTABLE)
         else:
             stream(talk).fail(exception, "The script says so.")
-        await handle
+        await over(handle)
 
         assert began == round(now(), 3)
         assert [CUT] == ended(recorder)
@@ -245,7 +250,7 @@ class TestCutShort:
         stream(talk).fail("throttlingException", "Too many requests, please wait.")
         await asyncio.sleep(2)
         assert [] == ended(recorder)
-        await handle
+        await over(handle)
         await asyncio.sleep(1)
 
         assert [OK] == ended(recorder)
@@ -259,7 +264,7 @@ class TestCutShort:
         stream(talk).send("completionStart")
         await asyncio.sleep(1)
         stream(talk).fail("throttlingException", "Too many requests, please wait.")
-        await handle
+        await over(handle)
 
         assert [CUT] == ended(recorder)
         assert isinstance(handle.exception(), llm.RealtimeError)
@@ -270,7 +275,7 @@ class TestCutShort:
         handle = talk.ask(user_input="SECRET question")
         await talk.server.wait_for(lambda: talk.server.requests)
         other = talk.realtime.generate_reply()
-        await handle
+        await over(handle)
         await other
         await asyncio.sleep(10)
 

@@ -258,6 +258,18 @@ class TestCutShort:
 
         assert [("succeeded", None)] == ended(recorder)
 
+    async def test_one_that_is_whole_before_it_is_looked_at(self, converse, recorder):
+        """What begins in the same moment, and is lost, is another one."""
+        talk = await converse("silence")
+        await talk.asked()
+        (connection,) = talk.server._open
+        await connection.reply(talk.server.requests[0])
+        await connection.begin()
+        await connection.hang_up(1011, by_script=True)
+        await talk.settle()
+
+        assert [("succeeded", None)] == ended(recorder)
+
     async def test_by_the_next_request(self, converse, recorder):
         """The plugin closes what is being spoken: heard as far as the caller let it."""
         talk = await converse("slow:5,ok")

@@ -14,7 +14,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from traced_retry import semconv
 
-
 _RESOURCE = Resource.get_empty()  # the default one is looked for in threads, 20 ms each time
 
 

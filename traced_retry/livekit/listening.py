@@ -58,7 +58,6 @@ class Speaking:
         generation = self._session._current_generation
         if generation is None or generation.message_ch is not result.message_stream:
             return None
-        self.look()
         self._generation = generation
         delivery = Delivery()
         delivery.output()  # it begins with its first words, or the next moment: never ask again
