@@ -337,6 +337,7 @@ class TestUserMessage:
         handle.interrupt()
 
         assert await other is talk.announced[0]
+        await asyncio.sleep(1)
         assert [("interrupted", "interrupted"), OK] == ended(recorder)
         assert None is talk.realtime._pending_generation_fut
 
@@ -382,6 +383,7 @@ class TestNothingSent:
         asked = talk.realtime.generate_reply(instructions="SECRET")
 
         assert (await nothing) is (await asked)
+        await asyncio.sleep(1)
         assert [OK, OK] == ended(recorder)
 
     async def test_audio_only(self, converse, recorder):

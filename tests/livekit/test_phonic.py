@@ -473,6 +473,7 @@ class TestInterruption:
         first = await talk.asked()
         await asyncio.sleep(after)
         await (await talk.asked())
+        await talk.settle(1)
 
         assert first.cancelled()
         assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)

@@ -442,6 +442,7 @@ class TestInterruption:
         await asyncio.sleep(after)
         second = await talk.asked()
         await second
+        await talk.settle(1)
 
         assert first.cancelled()
         assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
@@ -455,6 +456,7 @@ class TestInterruption:
         second = talk.realtime.generate_reply()
 
         assert (await second).user_initiated
+        await talk.settle(1)
         assert ["interrupted", "succeeded"] == [end for end, _ in ended(recorder)]
 
     async def test_a_restart_supersedes(self, converse, recorder):
