@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import re
 from dataclasses import dataclass
@@ -40,10 +39,9 @@ class DashboardFile:
 
 def root() -> Path:
     """The folder: inside the installed package, or beside it in an editable install."""
-    try:
-        return Path(str(importlib.resources.files("traced_retry.dashboards")))
-    except ModuleNotFoundError:
-        return Path(traced_retry.__file__).parent.parent / "dashboards"
+    package = Path(traced_retry.__file__).parent
+    installed = package / "dashboards"
+    return installed if installed.is_dir() else package.parent / "dashboards"
 
 
 def files(config: Path | None = None, **changes: Any) -> list[DashboardFile]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +41,9 @@ class ShippedFile:
 
 def root() -> Path:
     """The folder: inside the installed package, or beside it in an editable install."""
-    try:
-        return Path(str(importlib.resources.files("traced_retry.exporters")))
-    except ModuleNotFoundError:
-        return Path(traced_retry.__file__).parent.parent / "exporters"
+    package = Path(traced_retry.__file__).parent
+    installed = package / "exporters"
+    return installed if installed.is_dir() else package.parent / "exporters"
 
 
 def shipped() -> list[ShippedFile]:
