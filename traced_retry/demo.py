@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,7 +59,7 @@ SCENES: Final = (
     Scene("rate_limit:5", "The caller loses patience while we wait.", interrupt_after=0.7),
     Scene("rate_limit", "The provider stays busy."),
     Scene("quota", "The account is out of quota."),
-    Scene("failed", "The response fails before its first word."),
+    Scene("failed_message,ok", "The response dies after it began, before its first word."),
 )
 
 
@@ -142,7 +142,8 @@ class Demo:
                     http_session=http,
                     conn_options=APIConnectOptions(retry_interval=0.1),
                 ),
-                policy=POLICY,
+                # As in production, where each call is a process with a budget of its own.
+                policy=replace(POLICY, budget=traced_retry.RetryBudget()),
                 meter_provider=meter_provider,
             )
             session: AgentSession[None] = AgentSession(llm=model)

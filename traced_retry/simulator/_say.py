@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+from aiohttp import WSCloseCode
 
 from traced_retry.simulator.script import Fault, Script
 
@@ -31,3 +35,17 @@ class SayScript:
         """The element that ``text`` meets."""
         self.heard.append(text)
         return self.script.at(len(self.heard) - 1)
+
+
+async def speak_as_told(connection: Any, text: str) -> Fault:
+    """Do with ``text`` as its element says; returns that, for the words of one protocol alone."""
+    fault: Fault = connection.server.say.take(text)
+    connection.server.wake()
+    match fault.name:
+        case "ok":
+            await connection.speak(text)
+        case "late":
+            connection.after(fault.seconds, partial(connection.speak, text))
+        case "drop_before":
+            await connection.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+    return fault

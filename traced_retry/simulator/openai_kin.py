@@ -7,13 +7,12 @@ with the caller's key pair is all that differs. It takes :class:`OpenAISimulator
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Final
 
-from aiohttp import WSCloseCode, web
+from aiohttp import web
 
 from traced_retry.simulator._openai_protocol import Event, place_of
-from traced_retry.simulator._say import SayScript
+from traced_retry.simulator._say import SayScript, speak_as_told
 from traced_retry.simulator.openai import OpenAISimulator, _ScriptedConnection
 from traced_retry.simulator.script import Script
 from traced_retry.simulator.server import Connection, OnEvent, Simulator
@@ -65,17 +64,9 @@ class _XAIConnection(_ScriptedConnection):
             await super().create_item(event)
             return
         text = "".join(part.get("text", "") for part in item.get("content") or ())
-        fault = self.server.say.take(text)
-        self.server.wake()
-        match fault.name:
-            case "ok":
-                await self.speak(text)
-            case "late":
-                self.after(fault.seconds, partial(self.speak, text))
-            case "error":
-                await self.reject(event.get("event_id"), fault.argument, "The script says so.")
-            case "drop_before":
-                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
+        fault = await speak_as_told(self, text)
+        if fault.name == "error":
+            await self.reject(event.get("event_id"), fault.argument, "The script says so.")
 
     async def speak(self, text: str) -> None:
         response = await self.begin(None)  # It echoes no id: a say() sends no metadata.

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from aiohttp import WSCloseCode, web
 
-from traced_retry.simulator._say import SayScript
+from traced_retry.simulator._say import SayScript, speak_as_told
 from traced_retry.simulator.script import Fault, Script
 from traced_retry.simulator.server import Connection, OnEvent, Request, Simulator
 
@@ -138,7 +138,7 @@ class _Conversation(Connection):
             case "generate_reply" | "tool_call_output":
                 await self.hear(event)
             case "say":
-                await self.speak_as_told(event["text"])
+                await speak_as_told(self, event["text"])
 
     async def hear(self, event: Event) -> None:
         fault = self.server.next_fault
@@ -191,17 +191,6 @@ class _Conversation(Connection):
 
     async def fail(self, code: str) -> None:
         await self.send("error", error={"message": "The script says so.", "code": code})
-
-    async def speak_as_told(self, text: str) -> None:
-        fault = self.server.say.take(text)
-        self.server.wake()
-        match fault.name:
-            case "ok":
-                await self.speak(text)
-            case "late":
-                self.after(fault.seconds, partial(self.speak, text))
-            case "drop_before":
-                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
 
     async def speak(self, text: str) -> None:
         await self.send("assistant_started_speaking")

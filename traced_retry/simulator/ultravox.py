@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from aiohttp import WSCloseCode, web
 
-from traced_retry.simulator._say import SayScript
+from traced_retry.simulator._say import SayScript, speak_as_told
 from traced_retry.simulator.script import Fault, Script
 from traced_retry.simulator.server import (
     Connection,
@@ -124,7 +124,7 @@ class _Call(Connection):
                 self.server.cancels.append(None)
             await self.hear(event)
         elif kind == "forced_agent_message":
-            await self.speak_as_told(event["content"])
+            await speak_as_told(self, event["content"])
         elif kind == "client_tool_result" and event.get("agentReaction", "speaks") == "speaks":
             await self.hear({})
 
@@ -167,17 +167,6 @@ class _Call(Connection):
                 await self.begin()
                 await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
             case "drop_before" | "unauthorized" | "quota" | "rate_limit":
-                await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
-
-    async def speak_as_told(self, text: str) -> None:
-        fault = self.server.say.take(text)
-        self.server.wake()
-        match fault.name:
-            case "ok":
-                await self.speak(text)
-            case "late":
-                self.after(fault.seconds, partial(self.speak, text))
-            case "drop_before":
                 await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
 
     async def speak(self, text: str) -> None:
