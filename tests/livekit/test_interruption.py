@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import random
-import warnings
 from pathlib import Path
 
 import aiohttp
@@ -20,9 +18,10 @@ import pytest
 from google.genai import types
 from livekit.agents import Agent, AgentSession, APIConnectOptions, vad
 from livekit.agents.voice.events import CloseReason
-from livekit.plugins import google, openai, ultravox
+from livekit.plugins import google, openai
 from support.conversation import Conversation, actions, ended
 from support.kin import ALL, ENGINE, VOICELIVE, connected
+from support.without_ids import a_nova_sonic, a_phonic, an_ultravox
 
 import traced_retry
 from traced_retry import semconv
@@ -31,7 +30,6 @@ from traced_retry.livekit.speech import when_interrupted
 from traced_retry.loop import Reply
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.google import GoogleSimulator
-from traced_retry.simulator.phonic import PhonicSimulator, redirected
 from traced_retry.simulator.ultravox import UltravoxSimulator
 from traced_retry.telemetry import Target, Telemetry
 
@@ -83,39 +81,9 @@ async def gemini_without_vad(stack, script):
     return await gemini(stack, script, realtime_input_config=MANUAL)
 
 
-async def an_ultravox(stack, script):
+async def a_thinking_ultravox(stack, script):
     """Ultravox, which says as soon as it thinks that a reply begins."""
-    server = await stack.enter_async_context(UltravoxSimulator(script, thinks=True))
-    http = await stack.enter_async_context(aiohttp.ClientSession())
-    model = ultravox.realtime.RealtimeModel(
-        api_key="sk-SECRET", base_url=server.url, http_session=http, output_medium="text"
-    )
-    return server, model
-
-
-async def a_phonic(stack, script):
-    """Phonic."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # it is on websockets.legacy
-        phonic = importlib.import_module("livekit.plugins.phonic")
-        importlib.import_module("phonic.conversations.client")
-    server = await stack.enter_async_context(PhonicSimulator(script))
-    stack.enter_context(redirected(server.url))
-    return server, phonic.realtime.RealtimeModel(api_key="sk-SECRET")
-
-
-async def a_nova_sonic(stack, script):
-    """Nova Sonic; the virtual clock must not overtake its client's threads."""
-    home = "livekit.plugins.aws.experimental.realtime.realtime_model"
-    plugin = pytest.importorskip(home, reason="livekit-plugins-aws[realtime] needs Python 3.12")
-    if not hasattr(plugin, "_BedrockRuntimeConfig"):
-        pytest.skip("the simulator stands in for another client than that of 1.7.0")
-    from traced_retry.simulator.aws import AWSSimulator
-
-    asyncio.get_running_loop().patience = 0.05
-    server = await stack.enter_async_context(AWSSimulator(script))
-    stack.enter_context(server.redirected())
-    return server, plugin.RealtimeModel()
+    return await an_ultravox(stack, script, thinks=True)
 
 
 PROVIDERS = {
@@ -126,7 +94,7 @@ PROVIDERS = {
     "openai without vad": openai_without_vad,
     "google": gemini,
     "google without vad": gemini_without_vad,
-    "ultravox": an_ultravox,
+    "ultravox": a_thinking_ultravox,
     "phonic": a_phonic,
     "aws": a_nova_sonic,
 }
