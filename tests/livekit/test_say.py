@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import logging
 import warnings
@@ -81,6 +82,12 @@ async def converse(provider, recorder):
             return Conversation(server, model, session)
 
         yield converse
+    if provider == "ultravox":
+        # The plugin, bare as well, cancels its own close of the socket where a text is pending:
+        # the connection is found unclosed by whichever test the collector comes by in.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 async def say(talk, text="SECRET good morning"):
