@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -191,6 +193,59 @@ class TestUnderOpentelemetryInstrument:
         assert [] == list((tmp_path / "state").rglob("*.jsonl"))
 
 
+def dropped(done):
+    """Why spans were dropped, and how many, as the last record says."""
+    assert "Traceback" not in done.stderr
+    (told,) = [line for line in done.stderr.splitlines() if " span(s): " in line]
+    count, why = re.fullmatch(r"exporter otlp_http dropped (\d+) span\(s\): (.*)", told).groups()
+    assert int(count) == sum(int(number) for number in re.findall(r"\d+", why))
+    return why
+
+
+class TestABackendThatMisbehaves:
+    """A file's batches are exported by our processor: see test_exporting.py for each case."""
+
+    @pytest.mark.parametrize("preset", ["jaeger", "collector"])
+    def test_drops_are_counted(self, preset, edited):
+        """And said once: nobody listens there."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+            done = instrumented(edited(preset), "ok", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+
+        assert {"requests": 1, "completed": 1} == json.loads(done.stdout)
+        assert re.fullmatch(r"(connection (\d+))?(, )?(shutdown \d+)?", dropped(done))
+
+    @pytest.mark.parametrize("preset", ["jaeger", "collector"])
+    def test_the_exit_is_bounded(self, preset, edited):
+        """Nothing answers, for the ten minutes that the file allows each export."""
+        file = edited(preset)
+        file.write_text(file.read_text().replace("timeout: 2000", "timeout: 600000"))
+        with socket.create_server(("127.0.0.1", 0)) as mute:
+            endpoint = f"http://127.0.0.1:{mute.getsockname()[1]}"
+            done = instrumented(file, "ok", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+
+        assert {"requests": 1, "completed": 1} == json.loads(done.stdout)
+        assert re.fullmatch(r"shutdown \d+", dropped(done))
+
+    def test_a_files_certificates_are_heeded(self, edited, authority, tmp_path):
+        """``tls``, for spans; the SDK reads it from variables alone."""
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(tls)
+        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+        file = edited("vendor", "${OTEL_EXPORTER_OTLP_CERTIFICATE}", str(tmp_path / "ca.pem"))
+        with receiver(tls) as server:
+            instrumented(
+                file,
+                "ok",
+                OTEL_EXPORTER_OTLP_ENDPOINT=server.url,
+                OTEL_EXPORTER_OTLP_HEADERS="api-key=sk-vendor",
+            )
+            told = [span.name for _, span in server.spans]
+
+        assert semconv.SPAN_REPLY in told
+
+
 TYPOS = {
     # what is changed in jaeger.yaml: what the error says beside the file
     ("service.name\n", "service.name\n      valeu: x\n"): "'valeu' at resource.attributes.0 is not "
@@ -222,6 +277,8 @@ TYPOS = {
         "BUDGET:-lots}",
     ): "budget is 'lots'; it must be how many retries at once, 1 or more",
     ("service.name\n", "service.name: [\n"): "line 14 is no YAML",
+    ("timeout: 2000", "compression: zip"): "tracer_provider.processors.0.batch.exporter.otlp_http."
+    "compression is 'zip'; it must be one of gzip, deflate, none",
     ("http://127", "htp://127"): "tracer_provider.processors.0.batch.exporter.otlp_http.endpoint "
     "is no http:// or https:// URL",
 }

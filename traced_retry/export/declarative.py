@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
+
 from traced_retry.errors import UsageError
+from traced_retry.export.exporting import DELAY, BoundedSpanProcessor
 from traced_retry.livekit.instrumentor import RetryOptions
 
 if TYPE_CHECKING:
     from opentelemetry.configuration import OpenTelemetryConfiguration
+    from opentelemetry.configuration.models import OtlpHttpExporter
 
 INSTRUMENTOR: Final = "traced_retry"
 """Our name below ``instrumentation/development`` → ``python``."""
+
+_COMPRESSIONS: Final = ("gzip", "deflate", "none")
 
 
 class ConfigurationFileError(UsageError):
@@ -65,6 +72,73 @@ def load(path: str | os.PathLike[str]) -> Declared:
     for problem in _problems(model, ""):
         raise ConfigurationFileError(f"{path}: {problem}")
     return Declared(path, model, _take_options(path, model))
+
+
+def take_batches(model: OpenTelemetryConfiguration) -> list[Callable[[], BoundedSpanProcessor]]:
+    """Take the ``batch`` processors out of the model; each that is returned starts ours instead.
+
+    Left to the SDK are those of ``otlp_grpc`` and ``otlp_file/development``.
+
+    Raises:
+        OSError: a local store cannot be written.
+    """
+    provider = model.tracer_provider
+    if provider is None:
+        return []
+    taken: list[Callable[[], BoundedSpanProcessor]] = []
+    left = []
+    for processor in provider.processors:
+        made = processor.batch and _batch_exporter(processor.batch.exporter)
+        if not processor.batch or not made:
+            left.append(processor)
+            continue
+        name, exporter = made
+        delay = processor.batch.schedule_delay
+        taken.append(
+            partial(
+                BoundedSpanProcessor,
+                exporter,
+                name,
+                queue_size=processor.batch.max_queue_size,
+                batch_size=processor.batch.max_export_batch_size,
+                delay=DELAY if delay is None else delay / 1000,
+            )
+        )
+    provider.processors = left
+    return taken
+
+
+def _batch_exporter(declared: Any) -> tuple[str, SpanExporter] | None:
+    """Name and exporter of one that ours can count for."""
+    if declared.otlp_http is not None:
+        return "otlp_http", _otlp_http(declared.otlp_http)
+    if declared.console is not None:
+        return "console", ConsoleSpanExporter()
+    for name, settings in declared.additional_properties.items():
+        (entry_point,) = entry_points(group="opentelemetry_traces_exporter", name=name)
+        return name, entry_point.load()(**(settings or {}))
+    return None
+
+
+def _otlp_http(declared: OtlpHttpExporter) -> SpanExporter:
+    """Also with ``tls``, which the SDK leaves unheeded in a file (configuration 0.66)."""
+    from opentelemetry.exporter.otlp.proto.http import Compression  # noqa: PLC0415 - takes a while
+
+    from traced_retry.export.otlp import OtlpSpanExporter  # noqa: PLC0415
+
+    listed = (pair.partition("=") for pair in (declared.headers_list or "").split(","))
+    headers = {name.strip(): value.strip() for name, equals, value in listed if equals}
+    headers.update({pair.name: pair.value or "" for pair in declared.headers or ()})
+    files = declared.tls
+    return OtlpSpanExporter(
+        endpoint=declared.endpoint,
+        headers=headers or None,
+        timeout=None if declared.timeout is None else declared.timeout / 1000,
+        compression=declared.compression and Compression(declared.compression.lower()),
+        certificate_file=(files and files.ca_file) or None,
+        client_key_file=(files and files.key_file) or None,
+        client_certificate_file=(files and files.cert_file) or None,
+    )
 
 
 def _explain(error: Exception) -> str:
@@ -112,6 +186,12 @@ def _problems(node: object, at: str) -> Iterator[str]:
         yield (
             f"{at.removeprefix('.')}.endpoint is no http:// or https:// URL; is a variable in it "
             "not set?"
+        )
+    compression = getattr(node, "compression", None) or "none"
+    if compression.lower() not in _COMPRESSIONS:
+        yield (
+            f"{at.removeprefix('.')}.compression is {compression!r}; it must be one of "
+            f"{', '.join(_COMPRESSIONS)}"
         )
     for name in known:
         yield from _problems(getattr(node, name), f"{at}.{name}")

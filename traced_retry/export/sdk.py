@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -21,7 +22,12 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter
 
 from traced_retry.export import files
-from traced_retry.export.exporting import BoundedMetricReader, BoundedSpanProcessor, ExportError
+from traced_retry.export.exporting import (
+    METRICS_WITHIN,
+    BoundedMetricReader,
+    BoundedSpanProcessor,
+    ExportError,
+)
 from traced_retry.export.local import StoreExporter, new_store
 from traced_retry.export.store import STORE_DELAY, STORE_WITHIN
 from traced_retry.guard import logger
@@ -101,7 +107,10 @@ def _declared(declared: Declared, destination: str) -> SetUp:
         configure_sdk,
     )
 
-    from traced_retry.export.declarative import ConfigurationFileError  # noqa: PLC0415
+    from traced_retry.export.declarative import (  # noqa: PLC0415
+        ConfigurationFileError,
+        take_batches,
+    )
 
     policy = declared.options.policy()
     model = declared.model
@@ -110,9 +119,21 @@ def _declared(declared: Declared, destination: str) -> SetUp:
     if has_meter_provider():
         model.meter_provider = None
     try:
+        batches = take_batches(model)
         configure_sdk(model)
     except (ConfigurationError, OSError) as error:  # a missing package, a store not writable
         raise ConfigurationFileError(f"{declared.path}: {error}") from None
+    # At exit the last one registered is shut down first, and the SDK would begin with its meter
+    # provider, for up to 30 s: the spans come first, for what is dropped of them is counted.
+    meter_provider = metrics.get_meter_provider()
+    if model.meter_provider is not None and isinstance(meter_provider, MeterProvider):
+        atexit.register(meter_provider.shutdown, METRICS_WITHIN * 1000)
+    tracer_provider = trace.get_tracer_provider()
+    if isinstance(tracer_provider, TracerProvider):
+        for start in batches:
+            processor = start()  # after the meter provider is there, which it counts with
+            tracer_provider.add_span_processor(processor)
+            atexit.register(processor.shutdown)
     return SetUp(destination, policy)
 
 
