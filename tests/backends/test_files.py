@@ -37,9 +37,10 @@ def test_jaeger_takes_its_configuration(overlay):
     check("jaeger", "validate", *(f"--config={file}" for file in files))
 
 
-def test_the_collector_takes_its_configuration():
-    """``otelcol validate``. The load balancer's needs a component that cannot be had here."""
-    check("otelcol", "validate", f"--config={EXPORTERS / 'collector/collector.yaml'}")
+@pytest.mark.parametrize("name", ["collector.yaml", "load-balancer.yaml"])
+def test_the_collector_takes_its_configuration(name):
+    """``otelcol validate``."""
+    check("otelcol", "validate", f"--config={EXPORTERS / 'collector' / name}")
 
 
 def test_prometheus_takes_its_configuration_and_rules(tmp_path):
