@@ -125,6 +125,7 @@ def _declared(declared: Declared, destination: str) -> SetUp:
         raise ConfigurationFileError(f"{declared.path}: {error}") from None
     # At exit the last one registered is shut down first, and the SDK would begin with its meter
     # provider, for up to 30 s: the spans come first, for what is dropped of them is counted.
+    # A meter provider that was shut down takes this registration of it away, too.
     meter_provider = metrics.get_meter_provider()
     if model.meter_provider is not None and isinstance(meter_provider, MeterProvider):
         atexit.register(meter_provider.shutdown, METRICS_WITHIN * 1000)
