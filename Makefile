@@ -89,10 +89,11 @@ core = test -x .venv/core-$(1)/bin/pytest || { $(2) -m venv .venv/core-$(1) && \
 	&& rm -rf build && touch $@
 
 .PHONY: dashboards preview
-dashboards: .venv/.test  ## make the rules, alerts and dashboards anew from semconv and config.yaml
+dashboards: .venv/.test  ## make rules, alerts, dashboards and the docs' tables anew
 	$(BIN)/python dashboards/build.py
 	$(BIN)/python dashboards/build_rules.py
 	$(BIN)/python dashboards/build_dashboards.py
+	$(BIN)/python dashboards/build_docs.py
 
 preview: .venv/.test  ## draw the dashboards from real query results: dashboards/preview
 	TRACED_RETRY_PREVIEW=dashboards/preview $(BIN)/pytest tests/dashboards/test_fleet.py -k preview

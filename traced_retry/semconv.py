@@ -80,6 +80,8 @@ on. ``restart``: a fresh session, then a request."""
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
 
 Decision = Literal["retry", "stop"]
+"""Whether another attempt was to follow, when this one had failed."""
+DECISIONS: Final[tuple[Decision, ...]] = get_args(Decision)
 
 Result = Literal["succeeded", "failed", "interrupted", "superseded"]
 """How one attempt ended."""

@@ -35,20 +35,20 @@ def test_rules_are_as_generated():
     assert made == {name: (DASHBOARDS / name).read_text() for name in made}
 
 
-@pytest.mark.parametrize("script", ["build_rules", "build_dashboards"])
+@pytest.mark.parametrize("script", ["build_rules", "build_dashboards", "build_docs"])
 def test_everything_is_as_generated(script, tmp_path):
-    """A build in a copy of the folder changes no file."""
+    """A build in a copy of the folders changes no file; the docs' tables are as generated, too."""
     pytest.importorskip("grafana_foundation_sdk")
-    shutil.copytree(
-        DASHBOARDS, tmp_path / "dashboards", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    before = {p: p.read_bytes() for p in (tmp_path / "dashboards").rglob("*") if p.is_file()}
+    for folder in (DASHBOARDS, DASHBOARDS.parent / "docs"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(folder, tmp_path / folder.name, ignore=ignore)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
     subprocess.run(
         [sys.executable, "-B", str(tmp_path / "dashboards" / f"{script}.py")], check=True
     )
 
-    after = {p: p.read_bytes() for p in (tmp_path / "dashboards").rglob("*") if p.is_file()}
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert before == after
 
 

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: INP001 - a script; the folder ships as data
+"""Tables of the telemetry contract: spans, outcomes, instruments.
+
+Which attributes there are, when, and of what type is not written down here: our own code tells of
+a reply of every kind, and what the SDK then has is what the tables say.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any, Final
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import Histogram, InMemoryMetricReader, Sum
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+
+from traced_retry import budget, semconv
+from traced_retry.export.exporting import BoundedSpanProcessor
+from traced_retry.failure import failure
+from traced_retry.telemetry import Target, Telemetry
+
+
+def values(names: tuple[str, ...]) -> str:
+    """Values, as one lists them."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+MEANS: Final = {
+    semconv.PROVIDER: "semantic conventions' value where there is one, else a lower-case name",
+    semconv.MODEL: "",
+    semconv.SERVER_ADDRESS: "",
+    semconv.SERVER_PORT: "",
+    semconv.OUTCOME: "see below",
+    semconv.ATTEMPTS: "how many there were",
+    semconv.DELAY_TOTAL: "seconds waited between attempts, summed",
+    semconv.STOP_REASON: "see below",
+    semconv.ATTEMPT: "its number, from 1",
+    semconv.ACTION: values(semconv.ACTIONS),
+    semconv.DELAY: "seconds really waited before it",
+    semconv.LK_RETRY_COUNT: "its number, from 0, as on LiveKit's own attempts",
+    semconv.RESULT: values(semconv.RESULTS),
+    semconv.ERROR_TYPE: "bounded; of a reply that of the error the agent is told",
+    semconv.RECOVERABLE: "whether another attempt could pass",
+    semconv.DECISION: values(semconv.DECISIONS),
+    semconv.ERROR_CODE: "the provider's own, exact",
+    semconv.NEXT_DELAY: "seconds; planned, a reconnect may make it longer",
+}
+UNLESS_ALWAYS: Final = {
+    semconv.MODEL: "where known",
+    semconv.SERVER_ADDRESS: "where known",
+    semconv.SERVER_PORT: "where known",
+    semconv.LK_RETRY_COUNT: "inside LiveKit",
+    semconv.STOP_REASON: "unless it was heard",
+    semconv.ERROR_TYPE: "when it failed",
+    semconv.RECOVERABLE: "when it failed",
+    semconv.DECISION: "when it failed",
+    semconv.ERROR_CODE: "when it failed with one",
+    semconv.NEXT_DELAY: "when a retry follows",
+}
+"""When what is there at times only is there. A new attribute without an entry stops the build."""
+OUTCOMES: Final[dict[semconv.Outcome, str]] = {
+    "succeeded": "heard, at the first attempt",
+    "recovered": "heard, after a retry",
+    "exhausted": "could have passed, and did not in time",
+    "not_recoverable": "no further attempt could have passed, or been safe",
+    "interrupted": "by the caller",
+    "superseded": "by the provider, for a newer request",
+}
+TYPES: Final = {str: "string", int: "int", float: "double", bool: "boolean"}
+
+
+class _Spans(SpanProcessor):
+    """(name, attributes at the start, attributes at the end) of each span."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = []
+        self._started: dict[int, Mapping[str, Any]] = {}
+
+    def on_start(self, span: Span, parent_context: object = None) -> None:
+        self._started[span.get_span_context().span_id] = dict(span.attributes or {})
+
+    def on_end(self, span: ReadableSpan) -> None:
+        started = self._started.pop(span.get_span_context().span_id)
+        self.found.append((span.name, started, dict(span.attributes or {})))
+
+
+class _Nowhere:
+    reason = None
+
+    def export(self, spans: object) -> None: ...
+    def shutdown(self) -> None: ...
+
+
+def _tell(telemetry: Telemetry, target: Target) -> None:
+    """A reply of every kind, with an attempt of every kind."""
+    silent = failure(RuntimeError(), "timeout")
+    coded = failure(RuntimeError(), "server_error", code="server_error")
+    thens: tuple[semconv.Action | None, ...] = (None, *semconv.ACTIONS)
+    for stop, result, failed, then in product(
+        (None, *semconv.STOP_REASONS), semconv.RESULTS, (silent, coded), thens
+    ):
+        reply = telemetry.reply(target)
+        reply.begin()
+        reply.attempt_began(1, "send", 0.0)
+        reply.attempt_ended(result, 0.1, failed if result == "failed" else None, then, 0.1)
+        reply.waited(0.1)
+        lost = stop is not None and semconv.OUTCOME_OF[stop] in ("exhausted", "not_recoverable")
+        reply.end(stop, 1, 0.1, 0.2, failed if lost else None)
+        reply.late()
+
+
+def tables() -> dict[str, list[list[str]]]:
+    """Each table's rows by its name, headings first."""
+    logging.getLogger(semconv.SCOPE).disabled = True  # it would tell of each reply that failed
+    spans, reader = _Spans(), InMemoryMetricReader()
+    tracers, meters = TracerProvider(), MeterProvider([reader])
+    tracers.add_span_processor(spans)
+    held = budget.RetryBudget(5.0)  # what it holds is told for as long as it is there
+    held.open("openai", time.monotonic)
+    dropping = BoundedSpanProcessor(_Nowhere(), "otlp", meter_provider=meters)
+    for inside in (False, True):
+        for target in (Target("openai"), Target("openai", "gpt-realtime", "127.0.0.1", 443)):
+            _tell(Telemetry(tracers, meters, in_livekit=inside), target)
+    points = reader.get_metrics_data()
+    dropping.shutdown()
+    meters.shutdown()
+    assert points is not None
+    metrics = [m for r in points.resource_metrics for s in r.scope_metrics for m in s.metrics]
+    return {
+        "span generate_reply": _span(spans, semconv.SPAN_REPLY),
+        "span generate_reply.attempt": _span(spans, semconv.SPAN_ATTEMPT),
+        "outcomes": _outcomes(),
+        "instruments": [
+            ["instrument", "kind, unit", "what", "attributes"],
+            *(_instrument(m) for m in sorted(metrics, key=_place)),
+        ],
+    }
+
+
+def _span(spans: _Spans, name: str) -> list[list[str]]:
+    told = [(start, end) for span, start, end in spans.found if span == name]
+    types = {key: type(value) for _, end in told for key, value in end.items()}
+    rows = []
+    for key, kind in types.items():
+        early = any(key in start for start, _ in told)
+        when = "from the start" if early else "at the end"
+        if not all(key in end for _, end in told):
+            when += f", {UNLESS_ALWAYS[key]}"
+        rows.append([f"`{key}`", TYPES[kind], when, MEANS[key]])
+    # What is known from the start comes first; within that the order is the vocabulary's.
+    order = [f"`{key}`" for key in MEANS]
+    rows.sort(key=lambda row: (row[2].startswith("at the end"), order.index(row[0])))
+    return [["attribute", "type", "when", "what"], *rows]
+
+
+def _outcomes() -> list[list[str]]:
+    reasons = {
+        outcome: tuple(s for s, of in semconv.OUTCOME_OF.items() if of == outcome)
+        for outcome in semconv.OUTCOMES
+    }
+    rows = [[f"`{o}`", OUTCOMES[o], values(reasons[o])] for o in semconv.OUTCOMES]
+    return [["outcome", "what", "stop reasons"], *rows]
+
+
+def _place(metric: Any) -> int:
+    """Its place in the vocabulary."""
+    return [v for n, v in vars(semconv).items() if n.startswith("METRIC_")].index(metric.name)
+
+
+def _instrument(metric: Any) -> list[str]:
+    kind = "gauge"
+    if isinstance(metric.data, Histogram):
+        kind = "histogram"
+    elif isinstance(metric.data, Sum):
+        kind = "counter" if metric.data.is_monotonic else "up-down counter"
+    return [
+        f"`{metric.name}`",
+        f"{kind}, `{metric.unit}`",
+        metric.description.rstrip("."),
+        "; ".join(_attributes([point.attributes for point in metric.data.data_points])),
+    ]
+
+
+def _attributes(points: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Those that each point has; then those that some have, by when that is."""
+    names = dict.fromkeys(name for point in points for name in point)
+    always = tuple(n for n in names if all(n in point for point in points))
+    yield values(always)
+    conditions = dict.fromkeys(UNLESS_ALWAYS[n] for n in names if n not in always)
+    for condition in conditions:
+        some = tuple(n for n in names if n not in always and UNLESS_ALWAYS[n] == condition)
+        yield f"{condition}: {values(some)}"

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: INP001 - a script; the folder ships as data
+"""Write the tables between markers in ``docs/`` and in this folder's README.
+
+They come from what the code emits (``build_contract.py``), from the rules, and from the dashboards'
+JSON: run it last. A marker is ``<!-- table: NAME -->``; the table ends at ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import build_contract
+import promql_parser
+import yaml
+
+from traced_retry import rules, thresholds
+from traced_retry.thresholds import Thresholds
+
+HERE: Final = Path(__file__).parent
+DOCUMENTS: Final = (
+    HERE / "README.md",
+    HERE.parent / "docs" / "dashboards.md",
+    HERE.parent / "docs" / "design.md",
+)
+UNITS: Final = {
+    "s": "s",
+    "percentunit": "ratio, as %",
+    "cpm": "per minute",
+    "short": "number",
+    "none": "list",
+}
+"""Grafana's units, in words."""
+VARIABLES: Final = {
+    "$__rate_interval_ms": "300000",
+    "$__rate_interval": "5m",
+    "$__range": "1h",
+}
+"""What Grafana fills in before PromQL can be read; the longer name first."""
+
+Rows = list[list[str]]
+
+
+def markdown(rows: Rows) -> str:
+    """A table; its first row is the headings."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in cells]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+# --- alerts ---------------------------------------------------------------------------------------
+
+
+def alerts(of: Thresholds) -> Iterator[list[str]]:
+    """Each alert with its numbers, in the order of the runbook."""
+    yield ["alert", "severity", "when", "for at least"]
+    for alert in rules.alerts(of):
+        yield [alert.alert, alert.severity, _when(alert, of), alert.for_]
+
+
+def _when(alert: rules.Alert, of: Thresholds) -> str:
+    if alert.alert == rules.BURN:
+        row = next(r for r in of.burn_rates if (r.long, r.short) == tuple(alert.labels.values()))
+        return (
+            f"more than {row.factor * of.budget * 100:.4g} % of the replies exhausted in "
+            f"{row.long}, and still in {row.short}: {row.factor:g} times what the objective allows"
+        )
+    if alert.alert == rules.ABSENT:
+        return {
+            "counts_down": f"the counts from spans ({of.spans_job}) cannot be scraped",
+            "agents_silent": "agents run and no reply is counted",
+        }[alert.labels["cause"]]
+    return {
+        rules.EXHAUSTED: f"{of.exhausted_replies} exhausted in {of.exhausted_window} of fewer than "
+        f"{of.min_replies} replies, where no ratio says anything",
+        rules.NOT_RECOVERABLE: f"{of.not_recoverable_replies} replies, and "
+        f"{of.not_recoverable_share * 100:.4g} % of all, refused for good in "
+        f"{of.not_recoverable_window}: a key, a quota",
+        rules.MANY: f"{of.many_providers_providers} providers at once; their own pages are held "
+        "back",
+        rules.STORM: f"more than {of.storm_amplification:g} requests per reply in "
+        f"{of.storm_window}",
+        rules.SLOW: f"the {of.silence_quantile * 100:g}th percentile of the silence before a reply "
+        f"above {of.silence_seconds:g} s in {of.silence_window}",
+        rules.SPANS_DROPPED: "spans were not delivered",
+    }[alert.alert]
+
+
+# --- series and panels ----------------------------------------------------------------------------
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    yield node
+    kind = type(node).__name__
+    if kind == "Call":
+        below = [arg for arg in node.args if not type(arg).__name__.endswith("Literal")]
+    elif kind == "MatrixSelector":
+        below = [node.vector_selector]
+    elif kind == "BinaryExpr":
+        below = [node.lhs, node.rhs]
+    else:
+        below = [node.expr] if hasattr(node, "expr") else []
+    for each in below:
+        yield from _nodes(each)
+
+
+def _reads(expressions: Iterable[str]) -> list[str]:
+    """The series that these select, by name or by the pattern of it; each once."""
+    found: dict[str, None] = {}
+    for expression in expressions:
+        text = expression
+        for name, value in VARIABLES.items():
+            text = text.replace(name, value)
+        for node in _nodes(promql_parser.parse(text)):
+            if type(node).__name__ == "VectorSelector":
+                patterns = (m.value for m in node.matchers.matchers if m.name == "__name__")
+                found[node.name or next(patterns)] = None
+    return list(found)
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def series() -> Iterator[list[str]]:
+    """Each recorded series, and what it is made of; those made alike together."""
+    yield ["series", "labels", "read from"]
+    recorded: dict[str, dict[str, Any]] = {}
+    for name in ("recording", "rollup", "alerts"):
+        document = yaml.safe_load((HERE / f"prometheus/{name}.yaml").read_text("utf-8"))
+        for rule in (rule for group in document["groups"] for rule in group["rules"]):
+            if "record" in rule:
+                recorded[rule["record"]] = rule
+    alike: dict[tuple[str, str], list[str]] = {}
+    for record, rule in recorded.items():
+        labels = [*_labels(rule["expr"], recorded), *rule.get("labels", ())]
+        read = _code(_reads([rule["expr"]])) or "a constant"
+        alike.setdefault((_code(labels), read), []).append(record)
+    for (kept, read), records in alike.items():
+        yield [_code(records), kept, read]
+
+
+def _labels(expression: str, recorded: dict[str, dict[str, Any]]) -> list[str]:
+    """What the first aggregation keeps; where there is none, what is read has."""
+    for node in _nodes(promql_parser.parse(expression)):
+        if type(node).__name__ == "AggregateExpr":
+            return list(node.modifier.labels) if node.modifier else []
+        if type(node).__name__ == "VectorSelector" and node.name in recorded:
+            return _labels(recorded[node.name]["expr"], recorded)
+    return []
+
+
+def panels(boards: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
+    """Each panel of the dashboards; one that is on several is told once."""
+    yield ["panel", "on", "unit", "reads", "shown where there is no data"]
+    told: dict[tuple[str, ...], list[str]] = {}
+    for name, board in boards.items():
+        for panel in _panels(board):
+            defaults = panel["fieldConfig"]["defaults"]
+            targets = panel["targets"]
+            reads = _reads(target["expr"] for target in targets if "expr" in target)
+            row = (
+                panel["title"].replace("$provider", "(each provider)"),
+                UNITS[defaults["unit"]],
+                _code(reads) or f"traces, from {panel['datasource']['type'].title()}",
+                defaults["noValue"],
+            )
+            told.setdefault(row, []).append(name)
+    for (title, *rest), names in told.items():
+        yield [title, ", ".join(names), *rest]
+
+
+def _panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for panel in board["panels"]:
+        yield from panel.get("panels", []) if panel["type"] == "row" else [panel]
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+def tables() -> dict[str, Rows]:
+    """Every table by its name, headings first."""
+    boards = {
+        name: json.loads((HERE / f"grafana/{name}.json").read_text("utf-8"))
+        for name in ("overview", "provider")
+    }
+    return {
+        **build_contract.tables(),
+        "alerts": list(alerts(thresholds.read(HERE / "config.yaml"))),
+        "series": list(series()),
+        "panels": list(panels(boards)),
+    }
+
+
+_MARKED: Final = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, made: dict[str, Rows]) -> str:
+    """The document with the tables that its markers name.
+
+    Raises:
+        KeyError: there is no such table.
+    """
+    return _MARKED.sub(lambda m: f"{m[1]}\n{markdown(made[m[2]])}\n\n{m[3]}", text)
+
+
+if __name__ == "__main__":
+    made = tables()
+    texts = {path: filled(path.read_text("utf-8"), made) for path in DOCUMENTS}
+    unused = set(made) - {name for text in texts.values() for _, name, _ in _MARKED.findall(text)}
+    if unused:
+        raise SystemExit(f"no document has a marker for {', '.join(sorted(unused))}")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
