@@ -17,7 +17,7 @@ from traced_retry.failure import Failure
 
 OnSilence = Literal["restart", "listen", "resend"]
 
-_ENV: Final = {
+ENV: Final = {
     "LIVEKIT_REALTIME_MAX_RETRIES": "max_retries",
     "LIVEKIT_REALTIME_RETRY_BASE_DELAY": "base_delay",
     "LIVEKIT_REALTIME_RETRY_MAX_DELAY": "max_delay",
@@ -27,6 +27,7 @@ _ENV: Final = {
     "TRACED_RETRY_ON_SILENCE": "on_silence",
     "TRACED_RETRY_BUDGET": "budget",
 }
+"""The variable of each field that has one."""
 
 
 class PolicyError(UsageError):
@@ -93,7 +94,7 @@ class RetryPolicy:
         """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
-        for variable, name in _ENV.items():
+        for variable, name in ENV.items():
             text = environ.get(variable, "").strip()
             if not text:
                 continue

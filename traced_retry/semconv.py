@@ -25,6 +25,8 @@ SPAN_SAY: Final = "say"
 """INTERNAL. One ``say`` call on a plugin that speaks a given text itself; told as a reply is."""
 SPAN_SAY_ATTEMPT: Final = "say.attempt"
 """CLIENT. The one effort to have it spoken; a child of the above."""
+SPAN_DOCTOR: Final = "traced_retry doctor"
+"""INTERNAL. What ``traced-retry doctor`` sends to see whether it arrives."""
 
 # --- attributes of others ---------------------------------------------------------------------
 

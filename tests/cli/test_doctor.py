@@ -20,7 +20,9 @@ from backends.servers import Jaeger, command, free_ports
 from support.fresh import fresh
 from support.receiver import receiver
 
-from traced_retry.doctor import _guess, _session_names
+from traced_retry import semconv
+from traced_retry.doctor.plugins import session_names
+from traced_retry.doctor.wire import guess
 from traced_retry.livekit.registry import ADAPTERS
 
 MARKER = "sk-hunter2-never-to-be-seen"
@@ -136,7 +138,7 @@ class TestWell:
         assert (0, {}) == (done.status, done.bad)
         assert f"and Jaeger at {jaeger.url} has it" in done["export"]["message"]
         (trace,) = jaeger.traces("examined").values()
-        assert ["traced_retry doctor"] == [span["name"] for span in trace]
+        assert [semconv.SPAN_DOCTOR] == [span["name"] for span in trace]
 
     def test_preset(self, doctor):
         """What the agent gives to enable(); whoever may listen on the port that it names."""
@@ -173,7 +175,7 @@ class TestWell:
             in (done["export"]["message"])
         )
         assert "ok" == done["metrics"]["status"]
-        assert ["traced_retry doctor"] == names
+        assert [semconv.SPAN_DOCTOR] == names
 
     def test_a_sampler_does_not_hide_a_dead_endpoint(self, doctor):
         """The test span goes past it."""
@@ -307,7 +309,7 @@ class TestEndpoint:
     )
     def test_where_a_jaeger_may_be(self, endpoint, query):
         """On the endpoint's host; not where it takes a password, for that is a vendor's."""
-        assert query == _guess(endpoint)
+        assert query == guess(endpoint)
 
     def test_no_jaeger(self, doctor, jaeger):
         """The URL given is the one that takes spans."""
@@ -449,8 +451,8 @@ class TestPlugins:
         here = session is not None and session.__module__ == home
         methods = {n for n, v in vars(session).items() if callable(v)} if here else set()
 
-        assert bool(methods) == bool(_session_names(home))
-        assert set() == {n for n in methods if not n.startswith("__")} - _session_names(home)
+        assert bool(methods) == bool(session_names(home))
+        assert set() == {n for n in methods if not n.startswith("__")} - session_names(home)
 
     def test_observe_only(self, doctor, tmp_path):
         """A plugin that has moved what the adapter needs, as a later version might."""

@@ -22,7 +22,7 @@ from traced_retry import semconv
 from traced_retry.export import files
 from traced_retry.export.declarative import ConfigurationFileError, load
 from traced_retry.livekit.instrumentor import RetryOptions
-from traced_retry.policy import _ENV
+from traced_retry.policy import ENV
 
 TESTS = Path(__file__).parents[1]
 INSTRUMENT = str(Path(sys.executable).with_name("opentelemetry-instrument"))
@@ -317,7 +317,7 @@ class TestContent:
         assert {"service.name"} == {a["name"] for a in text["resource"]["attributes"]}
         assert {"parent_based": {"root": {"always_on": None}}} == provider["sampler"]
         assert {"attribute_value_length_limit", "attribute_count_limit"} <= set(provider["limits"])
-        assert set(_ENV.values()) == set(options)
+        assert set(ENV.values()) == set(options)
         assert RetryOptions().policy() == load(files.presets()[preset]).options.policy()
 
     @pytest.mark.parametrize(("text", "capacity"), [("off", None), ("25", 25), ("", 10)])
@@ -330,4 +330,4 @@ class TestContent:
 
     def test_options_are_those_of_the_environment(self):
         """What a variable can set, a file can."""
-        assert set(_ENV.values()) == set(RetryOptions.__dataclass_fields__)
+        assert set(ENV.values()) == set(RetryOptions.__dataclass_fields__)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the doctor finds, and how it shows an address without what may be a secret in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding."""
+
+    check: str
+    """What was looked at, in a word or a variable's name."""
+    status: Status
+    message: str
+    fix: str = ""
+    """What to do; empty where all is well."""
+
+
+def is_url(text: str) -> bool:
+    """Whether it is one of HTTP, with a host."""
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # no port, no host
+        return False
+
+
+def place(text: str) -> str:
+    """A URL without user, password and query."""
+    url = urlsplit(text)
+    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+    port = f":{url.port}" if url.port else ""
+    return f"{url.scheme}://{host}{port}{url.path}"

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy and the variables that say where spans go."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
+
+from traced_retry.doctor.check import Check, is_url, place
+from traced_retry.policy import ENV, PolicyError, RetryPolicy
+
+
+def policy() -> Iterator[Check]:
+    """Each variable by itself, then all together."""
+    alone = [_problem({name: os.environ.get(name, "")}) for name in ENV]
+    # That base_delay is above max_delay can only be told with both.
+    problems = [problem for problem in alone if problem and "base_delay" not in problem]
+    if not problems and (problem := _problem(os.environ)):
+        problems.append(problem)
+    for problem in problems:
+        yield Check("policy", "fail", problem, "correct the variable, or unset it")
+    if not problems:
+        said = [name for name in ENV if os.environ.get(name, "").strip()]
+        yield Check("policy", "ok", f"from {', '.join(said)}" if said else "the defaults")
+
+
+def _problem(environ: Mapping[str, str]) -> str | None:
+    try:
+        RetryPolicy.from_env(environ)
+    except PolicyError as error:
+        return str(error)
+    return None
+
+
+_READ = re.compile(
+    r"OTEL_|TRACED_RETRY_|LIVEKIT_REALTIME_|LIVEKIT_TELEMETRY_|XDG_STATE_HOME$"
+    r"|REQUESTS_CA_BUNDLE$|(HTTPS?|ALL)_PROXY$",
+    re.IGNORECASE,
+)
+_PLAIN = re.compile(
+    r"OTEL_(SERVICE_NAME|SDK_DISABLED|CONFIG_FILE|PROPAGATORS|(TRACES|METRICS|LOGS)_EXPORTER"
+    r"|TRACES_SAMPLER(_ARG)?|(BSP|SPAN|ATTRIBUTE)_\w+|METRIC_EXPORT_\w+"
+    r"|EXPORTER_OTLP_(\w+_)?(PROTOCOL|TIMEOUT|COMPRESSION|INSECURE)"
+    r"|PYTHON_DISABLED_INSTRUMENTATIONS)|LIVEKIT_TELEMETRY_ALLOW_PII|XDG_STATE_HOME"
+)
+"""Variables that no secret belongs into; what is neither here nor shown in part stays hidden."""
+_FILES = re.compile(r"OTEL_EXPORTER_OTLP_\w*(CERTIFICATE|CLIENT_KEY)|REQUESTS_CA_BUNDLE")
+_NAME = re.compile(r"[\w.-]{1,40}")
+
+
+def variables() -> Iterator[Check]:
+    """Each that is set and read, shown without what may be a secret."""
+    found = sorted(name for name in os.environ if _READ.match(name) and os.environ[name])
+    for name in found:
+        if name.startswith("TRACED_RETRY_") and name not in ENV:
+            like = difflib.get_close_matches(name, ENV, 1, cutoff=0.85)
+            if like:
+                yield Check(name, "warn", "is not read", f"did you mean {like[0]}?")
+            continue
+        value = os.environ[name].strip()
+        if _FILES.fullmatch(name) and not os.path.exists(value):  # noqa: PTH110 - Path raises on a PEM
+            yield Check(name, "fail", "names no file that is there", "set it to the file's path")
+        else:
+            yield Check(name, "ok", _shown(name, value))
+    if not found:
+        yield Check("environment", "ok", "no OTEL_* or retry variable is set")
+
+
+def _shown(name: str, value: str) -> str:
+    """The value, without what may be a secret."""
+    if name in ENV or _PLAIN.fullmatch(name) or _FILES.fullmatch(name):
+        return value
+    if name.endswith("_ENDPOINT") or name.upper().endswith("_PROXY"):
+        return place(value) if is_url(value) else "(hidden: no http:// or https:// URL)"
+    if name.endswith(("_HEADERS", "_RESOURCE_ATTRIBUTES")):
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        names = [
+            f"{key.strip()}=(hidden)"
+            for key, _, what in pairs
+            if _NAME.fullmatch(key.strip()) and what.strip("= ")
+        ]
+        return ", ".join(names) or "(hidden: no NAME=VALUE in it)"
+    return "(hidden)"

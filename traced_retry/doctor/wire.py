@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks servers, and says what is wrong with one that does not answer as it should."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from traced_retry.doctor.check import is_url, place
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import Span
+
+JAEGER_PORT: Final = 16686
+"""Jaeger's own for queries, asked on the endpoint's host where ``jaeger`` is not given."""
+
+
+def deliver(exporter: Any, export: Callable[[], Any], until: float) -> tuple[bool, int | None]:
+    """Whether an export succeeded in time, and the last HTTP status, where there was one."""
+    statuses: list[int] = []
+    session = _session(exporter)
+    if session is not None:
+        session.hooks["response"].append(lambda r, **_: statuses.append(r.status_code))
+    # The half, so that a dead server leaves time for the next one.
+    result = _in_time(export, max(0.5, (until - time.monotonic()) / 2))
+    return getattr(result, "name", "") == "SUCCESS", statuses[-1] if statuses else None
+
+
+T = TypeVar("T")
+
+
+def _in_time(function: Callable[[], T], seconds: float) -> T | Exception | None:
+    """What it returned or raised in time; looking a host up knows no time-out of its own."""
+    results: list[T | Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(function())
+        except Exception as error:  # noqa: BLE001 - the asker's to tell
+            results.append(error)
+
+    thread = threading.Thread(target=work, name="traced_retry doctor", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
+
+
+def _session(exporter: Any) -> Any:
+    """The exporter's requests.Session: its own in older SDKs, its client's transport's later."""
+    transport = getattr(getattr(exporter, "_client", None), "_transport", None)
+    session = getattr(exporter, "_session", None) or getattr(transport, "_session", None)
+    return session if hasattr(session, "hooks") else None
+
+
+_GRPC = re.compile(r"[\w.:\[\]-]+:\d+")
+
+
+def server(endpoint: str) -> str:
+    """An endpoint, to be shown."""
+    if is_url(endpoint):
+        return place(endpoint)
+    return endpoint if _GRPC.fullmatch(endpoint) else "(hidden: no URL)"
+
+
+def why(exporter: Any, endpoint: str | None, status: int | None, path: str) -> tuple[str, str]:
+    """What is wrong, and the fix."""
+    if status is not None:
+        fix = _STATUS_FIX.get(status, "see the server's log, and that the endpoint is an OTLP one")
+        return f"it answers {status}", fix.format(path=path)
+    if getattr(exporter, "reason", "") == "certificate":
+        return "its certificate is not trusted", (
+            "set OTEL_EXPORTER_OTLP_CERTIFICATE to the file of the authority that signed it"
+        )
+    if not endpoint:
+        return "a test span was not accepted", "see the exporter's own log"
+    if not is_url(endpoint) and not _GRPC.fullmatch(endpoint):
+        return "the endpoint is no URL", "set it to one such as http://127.0.0.1:4318"
+    return _unreachable(endpoint) or (
+        "it can be reached, and does not answer as OTLP",
+        "check the port (4318 is OTLP/HTTP's, 4317 gRPC's), http or https, and the server's log",
+    )
+
+
+def _unreachable(endpoint: str) -> tuple[str, str] | None:
+    url = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
+    port = url.port or {"https": 443, "http": 80}.get(url.scheme, 4317)
+    found = _in_time(partial(socket.create_connection, (url.hostname, port), timeout=1.0), 1.0)
+    if isinstance(found, socket.socket):
+        found.close()
+        return None
+    if isinstance(found, socket.gaierror):
+        return f"no host is named {url.hostname}", "correct the endpoint"
+    if isinstance(found, ConnectionRefusedError):
+        return "nothing listens there", "start the server, or correct the endpoint"
+    return "it cannot be reached", "correct the endpoint, or open the way to it (firewall)"
+
+
+_STATUS_FIX: Final = {
+    401: "OTEL_EXPORTER_OTLP_HEADERS lacks the key, or a valid one",
+    403: "OTEL_EXPORTER_OTLP_HEADERS lacks the key, or a valid one",
+    404: "correct the path: it ends in {path}, which OTEL_EXPORTER_OTLP_ENDPOINT leaves out",
+    429: "it is asked too much, or a quota is used up: see the server's log",
+    503: "it is not ready, or overloaded: try again, then see the server's log",
+}
+
+
+def guess(endpoint: str | None) -> str | None:
+    """Where a Jaeger that takes spans at that endpoint would answer queries."""
+    if endpoint is None or server(endpoint) != endpoint:  # user and password are for that one
+        return None
+    host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+    return f"http://[{host}]:{JAEGER_PORT}" if ":" in host else f"http://{host}:{JAEGER_PORT}"
+
+
+_JAEGERS = re.compile(r'\s*{\s*"(result|error)"')
+"""How it answers: with a trace, or with 404 and an error, which 2.13 calls text/plain."""
+
+
+def in_jaeger(query: str, span: Span, until: float) -> bool | None:
+    """Whether Jaeger has the span in time; None where no Jaeger answers."""
+    import requests  # noqa: PLC0415
+
+    context = span.get_span_context()
+    url = f"{query.rstrip('/')}/api/v3/traces/{context.trace_id:032x}"
+    until = min(until, time.monotonic() + 3.0)
+    answered = None
+    while time.monotonic() < until:
+        response = _in_time(partial(requests.get, url, timeout=1.0), 1.5)
+        if not isinstance(response, requests.Response) or not _JAEGERS.match(response.text):
+            return answered
+        answered = False
+        if response.ok and f"{context.span_id:016x}" in response.text:
+            return True
+        time.sleep(0.1)
+    return answered
