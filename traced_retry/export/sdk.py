@@ -18,7 +18,7 @@ from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter
 
 from traced_retry.export import files
@@ -29,7 +29,7 @@ from traced_retry.export.exporting import (
     ExportError,
 )
 from traced_retry.export.local import StoreExporter, new_store
-from traced_retry.export.store import STORE_DELAY, STORE_WITHIN
+from traced_retry.export.store import store_processor
 from traced_retry.guard import logger
 from traced_retry.policy import RetryPolicy
 
@@ -263,11 +263,8 @@ def _local_store(service_name: str) -> SetUp:
             error.strerror,
         )
         return SetUp(f"nowhere: {path} cannot be written")
-    processor: SpanProcessor = BoundedSpanProcessor(
-        exporter, "local_store", within=STORE_WITHIN, delay=STORE_DELAY
-    )
     tracer_provider = TracerProvider(resource=resource)
-    tracer_provider.add_span_processor(processor)
+    tracer_provider.add_span_processor(store_processor(exporter))
     trace.set_tracer_provider(tracer_provider)
     return SetUp(str(path))
 

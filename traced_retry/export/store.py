@@ -26,6 +26,7 @@ __all__ = [
     "new_store",
     "providers",
     "store_directory",
+    "store_processor",
 ]
 
 _ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -33,9 +34,9 @@ _TRACES_ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 _METRICS_ENDPOINT = "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
 _PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
 
-STORE_WITHIN: Final = 1.0
+_WITHIN: Final = 1.0
 """Seconds that the local store has at exit."""
-STORE_DELAY: Final = 1.0
+_DELAY: Final = 1.0
 """Seconds that a span waits for its batch at most: a write costs little, and a killed process
 loses what it had not written."""
 
@@ -43,6 +44,15 @@ loses what it had not written."""
 def endpoint() -> str | None:
     """Where the standard variables send traces, if anywhere."""
     return os.environ.get(_TRACES_ENDPOINT) or os.environ.get(_ENDPOINT) or None
+
+
+def store_processor(
+    exporter: StoreExporter, meter_provider: MeterProvider | None = None
+) -> BoundedSpanProcessor:
+    """What hands spans to a local store. ``meter_provider``, else the global one, counts drops."""
+    return BoundedSpanProcessor(
+        exporter, "local_store", meter_provider=meter_provider, within=_WITHIN, delay=_DELAY
+    )
 
 
 def providers(store: Path, service_name: str) -> tuple[TracerProvider, MeterProvider]:
@@ -83,15 +93,7 @@ def providers(store: Path, service_name: str) -> tuple[TracerProvider, MeterProv
     # dropped then that the metrics are to tell of.
     meter_provider = MeterProvider(readers, resource=resource)
     tracer_provider = TracerProvider(resource=resource)
-    tracer_provider.add_span_processor(
-        BoundedSpanProcessor(
-            local,
-            "local_store",
-            meter_provider=meter_provider,
-            within=STORE_WITHIN,
-            delay=STORE_DELAY,
-        )
-    )
+    tracer_provider.add_span_processor(store_processor(local, meter_provider))
     if spans:
         from traced_retry.export.otlp import OtlpSpanExporter  # noqa: PLC0415
 
