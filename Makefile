@@ -34,9 +34,10 @@ core: .venv/.core-fork $(if $(shell tools/find-python 3.10),.venv/.core-3.10)  #
 	done
 
 # What the adapters rely on, in the oldest plugins supported. Not there yet in 1.7.0: VoiceLive and
-# inference's realtime model. Its AWS plugin cannot be pointed at a local server.
-oldest: .venv/.oldest  ## the adapters' tests on livekit-agents and plugins 1.7.0
-	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py held.py interruption.py stateful.py openai_kin.py google.py ultravox.py phonic.py nvidia.py)
+# inference's realtime model. Its AWS plugin cannot be pointed at a local server. With them the oldest
+# OpenTelemetry, whose Prometheus exporter is to give the names that dashboards and alerts ask for.
+oldest: .venv/.oldest  ## the adapters' tests on plugins 1.7.0; the dashboards' names on OpenTelemetry 1.39
+	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py held.py interruption.py stateful.py openai_kin.py google.py ultravox.py phonic.py nvidia.py) tests/dashboards/test_drift.py
 
 bench: .venv/.bench  ## what retrying and tracing cost, beside tenacity and stamina
 	$(BIN)/python benchmarks/overhead.py
@@ -65,12 +66,14 @@ endef
 $(foreach extra,demo test bench,$(eval $(call environment,$(extra))))
 
 OLDEST := $(patsubst %,livekit-%==1.7.0,agents plugins-openai plugins-xai plugins-google plugins-ultravox plugins-phonic plugins-nvidia[personaplex])
+OLDEST += opentelemetry-api==1.39.0 opentelemetry-sdk==1.39.0 opentelemetry-instrumentation==0.60b0 \
+	opentelemetry-exporter-prometheus==0.60b0 prometheus-client==0.22.0
+OLDEST += pytest pytest-asyncio hypothesis h2 trustme backoff promql-parser pyyaml
 
 .venv/.oldest: .venv/pyvenv.cfg $(SOURCES)
-	@echo "installing the oldest plugins supported into .venv/oldest"
-	@test -x .venv/oldest/bin/pytest || { $(BIN)/python -m venv .venv/oldest && \
-		.venv/oldest/bin/pip --disable-pip-version-check --quiet install $(OLDEST) pytest pytest-asyncio \
-		h2 trustme opentelemetry-instrumentation backoff hypothesis; }
+	@echo "installing the oldest plugins and OpenTelemetry supported into .venv/oldest"
+	@test -x .venv/oldest/bin/pip || $(BIN)/python -m venv .venv/oldest
+	@.venv/oldest/bin/pip --disable-pip-version-check --quiet install $(OLDEST)
 	@rm -rf build; .venv/oldest/bin/pip --disable-pip-version-check --quiet install --force-reinstall --no-deps . \
 		&& rm -rf build && touch $@
 

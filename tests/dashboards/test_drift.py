@@ -3,7 +3,7 @@
 
 What is emitted is not copied here: our own code records one reply of every kind through
 OpenTelemetry's Prometheus exporter, and the spanmetrics connector's labels are read from the
-configuration that we ship. `make oldest` runs this on the oldest exporter supported.
+configuration that we ship. `make oldest` runs this on the oldest OpenTelemetry supported, too.
 """
 
 from __future__ import annotations
