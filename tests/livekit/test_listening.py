@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Ultravox and Phonic have in common: after silence their adapters listen on, and that is all.
+
+With the real plugins and a real AgentSession: on the wire and at the ear. What each of them has of
+its own is in test_ultravox.py and test_phonic.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+
+import pytest
+from livekit.agents import Agent, function_tool, llm
+from support.conversation import actions, ended, late, now
+from support.without_ids import a_phonic, an_ultravox, talk_over
+
+from traced_retry.livekit.phonic import PhonicAdapter
+from traced_retry.livekit.ultravox import UltravoxAdapter
+
+LISTENS = ["send", "listen", "listen", "listen"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the two, and what becomes of a reply there."""
+
+    make: object
+    adapter: type
+    slot: str
+    """Where the plugin keeps the future of the reply that it waits for."""
+    gives_up: float
+    """Seconds after which the plugin does."""
+    second: float
+    """Seconds after which we listen on for the first time, and have not yet for the second."""
+    late: str
+    """A reply in that time."""
+    listens: list[str]
+    """What is done until the deadline."""
+    rows: dict
+    """{script: (heard, outcome, stop reason, actions, seconds, late replies), and without us:
+    (heard, whether the agent is told of failure, seconds)}"""
+    fatal: dict
+    """{script: error.type}. The connection is lost or refused: the session is dead, and LiveKit
+    closes the agent's before it reads our future, so the handle is silent, with us or without."""
+
+
+KINDS = {
+    "ultravox": Kind(
+        an_ultravox,
+        UltravoxAdapter,
+        "_pending_generation_fut",
+        gives_up=5.0,
+        second=8.0,
+        late="late:7",
+        listens=LISTENS,
+        rows={
+            "ok": (1, "succeeded", None, ["send"], 0.0, 0, 1, False, 0.0),
+            "late:4.8": (1, "succeeded", None, ["send"], 4.8, 0, 1, False, 4.8),
+            "late:4.95": (1, "recovered", None, LISTENS[:2], 4.95, 0, 1, False, 4.95),
+            "late:7": (1, "recovered", None, LISTENS[:2], 7.0, 0, 1, True, 5.0),
+            "late:12": (1, "recovered", None, LISTENS[:3], 12.0, 0, 1, True, 5.0),
+            "late:19.9": (1, "recovered", None, LISTENS, 19.9, 0, 1, True, 5.0),
+            "late:25": (1, "exhausted", "deadline", LISTENS, 20.0, 1, 1, True, 5.0),
+            "silence,ok": (0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
+            "silence": (0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
+            "malformed": (0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
+            "slow:8": (1, "succeeded", None, ["send"], 8.0, 0, 1, False, 8.0),
+        },
+        fatal={
+            "drop_before": "connection_lost",
+            "rate_limit": "rate_limit",
+            "quota": "quota",
+            "unauthorized": "authentication",
+        },
+    ),
+    "phonic": Kind(
+        a_phonic,
+        PhonicAdapter,
+        "_pending_generate_reply_fut",
+        gives_up=10.0,
+        second=12.0,
+        late="late:12",
+        listens=LISTENS[:2],
+        rows={
+            "ok": (1, "succeeded", None, ["send"], 0.0, 0, 1, False, 0.0),
+            "late:7": (1, "succeeded", None, ["send"], 7.0, 0, 1, False, 7.0),
+            "late:9.95": (1, "recovered", None, LISTENS[:2], 9.95, 0, 1, False, 9.95),
+            "late:12": (1, "recovered", None, LISTENS[:2], 12.0, 0, 1, True, 10.0),
+            "late:19.9": (1, "recovered", None, LISTENS[:2], 19.9, 0, 1, True, 10.0),
+            "late:25": (1, "exhausted", "deadline", LISTENS[:2], 20.0, 1, 1, True, 10.0),
+            "silence,ok": (0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
+            "silence": (0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
+            "malformed": (0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
+            "slow:12": (1, "succeeded", None, ["send"], 12.0, 0, 1, False, 12.0),
+        },
+        # The plugin has no reconnect, and drops the code of an error message.
+        fatal={
+            "drop_before": "connection_lost",
+            "error:internal_error": "_OTHER",
+            "rate_limit": "_OTHER",
+            "quota": "_OTHER",
+            "unauthorized": "authentication",
+        },
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """One of the two."""
+    return KINDS[request.param]
+
+
+def scripts(of):
+    """The test for each kind with each of its scripts: ``of`` a kind, a list of them."""
+    each = [(name, script) for name, kind in KINDS.items() for script in of(kind)]
+    return pytest.mark.parametrize(("kind", "script"), each, indirect=["kind"])
+
+
+LISTENING = pytest.mark.parametrize("listening", [False, True], ids=["in the attempt", "listening"])
+
+
+@pytest.fixture
+async def converse(kind, recorder):
+    """Of a script and a policy's settings makes a ``Talk``, closed after the test."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def converse(script, **kwargs):
+            server, model = await kind.make(stack, script)
+            return await talk_over(stack, recorder, server, model, **kwargs)
+
+        yield converse
+
+
+class TestEachFault:
+    @scripts(lambda kind: kind.rows)
+    async def test_with_us(self, kind, script, converse, recorder):
+        """Heard once where the server answers in time; else the failure is known in time."""
+        heard, outcome, stop, acts, seconds, lates, *_ = kind.rows[script]
+        talk = await converse(script)
+
+        error, took = await talk.timed_reply(instructions="SECRET")
+        await talk.settle()
+
+        assert heard == len(talk.heard)
+        assert [(outcome, stop)] == ended(recorder)
+        assert acts == actions(recorder)
+        assert seconds == took
+        assert (outcome == "exhausted") == isinstance(error, llm.RealtimeError)
+        assert lates == late(recorder)
+        assert 1 == len(talk.server.requests)
+        assert [] == getattr(talk.server, "cancels", [])  # Phonic has no way to
+        assert 0 == recorder.open_spans
+
+    @scripts(lambda kind: kind.rows)
+    async def test_the_plugin_alone(self, kind, script, converse):
+        """A reply after its time-out is reported as failed, and heard nevertheless."""
+        *_, heard, fails, seconds = kind.rows[script]
+        talk = await converse(script, bare=True)
+
+        error, took = await talk.timed_reply()
+        await talk.settle()
+
+        assert heard == len(talk.heard)
+        assert fails == isinstance(error, llm.RealtimeError)
+        assert seconds == took
+
+    @scripts(lambda kind: kind.fatal)
+    async def test_a_dead_session(self, kind, script, converse, recorder):
+        """The plugin has no way back to a connection that is lost, nor into one it was refused."""
+        talk = await converse(script)
+
+        _, took = await talk.timed_reply(instructions="SECRET")
+        await talk.settle()
+
+        assert [("not_recoverable", "not_recoverable")] == ended(recorder)
+        assert [kind.fatal[script]] == [a["error.type"] for a in recorder.attempts]
+        assert ["send"] == actions(recorder)
+        assert 0.0 == took
+        assert [] == talk.heard
+        assert 1 == len(talk.closed)
+        assert 0 == recorder.open_spans
+
+    @scripts(lambda kind: kind.fatal)
+    async def test_a_dead_session_tells_who_asked(self, script, converse):
+        """Our error is one that LiveKit catches, at once; so is that of who asks again."""
+        talk = await converse(script)
+
+        for _ in range(2):
+            began = now()
+            with pytest.raises(
+                llm.RealtimeError, match=r"session failed|connection was lost|refused"
+            ):
+                await talk.realtime.generate_reply()
+            assert began == now()
+            await talk.settle(1)
+
+    async def test_dropped_in_the_middle(self, converse, recorder):
+        """The agent learns it before its session is closed. More of it is in test_held.py."""
+        talk = await converse("drop_during")
+
+        error, _ = await talk.timed_reply()
+        await talk.settle()
+
+        assert isinstance(error, llm.RealtimeError)
+        assert [("not_recoverable", "output_started")] == ended(recorder)
+        assert 1 == len(talk.server.requests)
+        assert 1 == len(talk.closed)
+
+
+class TestPolicy:
+    async def test_no_retry_is_the_plugin_alone(self, kind, converse, recorder):
+        """Its own time-out, told after as many seconds; the late reply is counted."""
+        talk = await converse(kind.late, max_retries=0)
+
+        error, took = await talk.timed_reply()
+        await talk.settle()
+
+        assert "generate_reply timed out" in str(error)
+        assert kind.gives_up == took
+        assert [("exhausted", "max_attempts")] == ended(recorder)
+        assert 1 == late(recorder)
+
+    @pytest.mark.parametrize("on_silence", ["listen", "restart"])
+    async def test_there_is_no_restart(self, on_silence, kind, converse, recorder):
+        """It cannot be done here; listening is what is left."""
+        talk = await converse("silence", on_silence=on_silence)
+
+        await talk.timed_reply()
+
+        assert kind.listens == actions(recorder)
+
+
+class TestLateReplies:
+    async def test_is_counted_and_linked(self, request, converse, recorder, caplog):
+        """Counted once, with one WARN record and an exemplar that lead to the failed reply."""
+        talk = await converse("late:25")
+
+        await talk.timed_reply()
+        await talk.settle()
+
+        (span,) = recorder.spans("generate_reply")
+        assert [(span.context.trace_id, span.context.span_id)] == exemplars(recorder)
+        name = request.node.callspec.params["kind"]
+        assert {name: 1} == recorder.counted("traced_retry.late_replies", "gen_ai.provider.name")
+        (record,) = [r for r in caplog.records if "heard after" in r.getMessage()]
+        assert f"{span.context.trace_id:032x}" == record.trace_id
+
+
+def exemplars(recorder):
+    """Trace and span id of the late replies' exemplars."""
+    data = recorder._reader.get_metrics_data()
+    return [
+        (exemplar.trace_id, exemplar.span_id)
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if metric.name == "traced_retry.late_replies"
+        for point in metric.data.data_points
+        for exemplar in point.exemplars
+    ]
+
+
+@LISTENING
+class TestSomethingComesBetween:
+    async def test_a_newer_request(self, listening, kind, converse, recorder):
+        """It takes the slot: the older one's caller is cancelled, not left waiting."""
+        talk = await converse("silence,ok")
+        first = await talk.asked()
+        await asyncio.sleep(kind.second if listening else 0.0)
+        await (await talk.asked())
+        await talk.settle(1)
+
+        assert first.cancelled()
+        assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
+        assert [] == getattr(talk.server, "cancels", [])
+
+    async def test_the_end_of_the_session(self, listening, kind, converse, recorder):
+        """Closing the realtime session ends a pending reply."""
+        talk = await converse("silence")
+        reply = await talk.asked()
+        await asyncio.sleep(kind.second if listening else 1.0)
+        await talk.realtime.aclose()
+
+        with pytest.raises(llm.RealtimeError):
+            await reply
+        assert [("not_recoverable", "session_closed")] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+
+class TestWhatTheAgentSees:
+    async def test_it_closes_the_session(self, kind, converse, recorder):
+        """The agent's session closes with a reply in mid-air, and nothing stays open."""
+        talk = await converse("silence")
+        talk.session.generate_reply()
+        await talk.server.wait_for(lambda: talk.server.requests)
+        await asyncio.sleep(kind.second)
+        await talk.session.aclose()
+
+        assert 1 == len(ended(recorder))
+        assert 0 == recorder.open_spans
+
+    async def test_replies_in_turn(self, kind, converse, recorder):
+        """A failed reply leaves the slot free for the next."""
+        talk = await converse(f"silence,ok,{kind.late}")
+
+        for _ in range(3):
+            await talk.timed_reply()
+        await talk.settle()
+
+        assert ["reply 2", "reply 3"] == talk.heard
+        assert ["exhausted", "succeeded", "recovered"] == [end for end, _ in ended(recorder)]
+
+    async def test_tools(self, converse):
+        """The server answers a tool's result by itself; nobody asks it to."""
+        called = []
+
+        class Helper(Agent):
+            @function_tool
+            async def look_up(self) -> str:
+                """Look it up."""
+                called.append(True)
+                return "found"
+
+        talk = await converse("tool:look_up,ok", agent=Helper(instructions="SECRET"))
+        await talk.timed_reply()
+        await talk.settle()
+
+        assert [True] == called
+        assert ["reply 2"] == talk.heard
+
+    @scripts(lambda kind: ["ok", "late:25", *kind.fatal])
+    async def test_nothing_leaks(self, script, converse, recorder, caplog):
+        """Neither instructions nor key are in spans, metrics, our log or any error event.
+
+        Phonic's own logger writes the key; that we cannot help.
+        """
+        talk = await converse(script)
+        error, _ = await talk.timed_reply(instructions="SECRET instructions")
+        with contextlib.suppress(llm.RealtimeError):
+            await talk.realtime.generate_reply()
+        await talk.settle()
+
+        told = [
+            repr([s.to_json() for s in recorder.spans()]),
+            repr([recorder.points(m) for m in recorder.metric_names()]),
+            repr([vars(r) for r in caplog.records if r.name == "traced_retry"]),
+            repr(error),
+            *[f"{e.error.error} {e.error.error!r}" for e in talk.errors],
+            *[f"{e.error and e.error.error}" for e in talk.closed],
+        ]
+        assert not [t for t in told if "SECRET" in t]
+
+
+class TestContract:
+    """What both adapters rely on, in the installed plugins."""
+
+    async def test_private_attributes(self, kind, converse):
+        """A plugin version that moves one fails here, by its name."""
+        talk = await converse("ok", bare=True)
+
+        assert [] == kind.adapter(talk.realtime, None).missing()
+
+    async def test_the_time_out_leaves_another_slot_alone(self, kind, converse):
+        """The plugin's own future fails then, and ours in the slot waits on and is resolved."""
+        talk = await converse(kind.late, bare=True)
+        theirs = await talk.asked()
+        ours = asyncio.Future()
+        setattr(talk.realtime, kind.slot, ours)
+
+        with pytest.raises(llm.RealtimeError, match="timed out"):
+            await theirs
+        assert ours is getattr(talk.realtime, kind.slot)
+        assert (await ours).user_initiated
+
+    async def test_what_is_being_spoken(self, converse):
+        """It is in ``_current_generation``, with the stream that the future brings, until whole."""
+        talk = await converse("slow:1", bare=True)
+        await talk.server.wait_for("connected")
+        reply = await talk.realtime.generate_reply()
+
+        assert reply.message_stream is talk.realtime._current_generation.message_ch
+        await talk.settle(2)
+        assert None is talk.realtime._current_generation
