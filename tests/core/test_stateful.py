@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 from support.recorder import Recorder
 from support.scripted import ProviderError
-from support.stepped import Errors, SteppedLoop, effort, play
+from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, play, seen_alike
 
 from traced_retry import RetryPolicy, guard, semconv
 from traced_retry.budget import RetryBudget
@@ -34,8 +34,6 @@ from traced_retry.loop import Reply, RetryAfter
 from traced_retry.request import Delivery
 from traced_retry.telemetry import Target, Telemetry
 
-HEARD = ("succeeded", "recovered")
-FAILED = ("exhausted", "not_recoverable")
 ERRORS = st.sampled_from(
     [
         lambda: ProviderError("server_error"),
@@ -45,8 +43,6 @@ ERRORS = st.sampled_from(
         lambda: TypeError("a mistake in the code"),
     ]
 )
-INDEX = st.integers(0, 50)
-"""Which of several: taken modulo their number."""
 THEN = st.sampled_from([None, "turn", 0.1, 0.5, 1.5])
 """What passes before the next step: nothing, a turn of the event loop, or so many seconds."""
 
@@ -496,25 +492,14 @@ class Machine(RuleBasedStateMachine):
         assert [] == self.open
         assert 0 == self.recorder.open_spans
         assert set() == self.stepped.tasks()
-        replies, attempts = self.recorder.replies, self.recorder.attempts
-        assert len(self.asked) == len(replies)
-        for asked, told in zip(self.asked, replies, strict=True):
+        for asked, told in zip(self.asked, self.recorder.replies, strict=True):
             outcome = told[semconv.OUTCOME]
             stop = told.get(semconv.STOP_REASON)
             assert asked.attempts == told[semconv.ATTEMPTS]
             assert semconv.OUTCOME_OF.get(stop, outcome) == outcome
             self.check_outcome(asked, outcome)
             assert [stop] * (outcome in FAILED) == [f.stop_reason for f in asked.told]
-        outcomes = Counter(r[semconv.OUTCOME] for r in replies)
-        results = Counter(a[semconv.RESULT] for a in attempts)
-        counted = self.recorder.counted
-        assert outcomes == counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
-        assert results == counted(semconv.METRIC_ATTEMPTS, semconv.RESULT)
-        assert len(attempts) == sum(asked.attempts for asked in self.asked)
-        assert {} == counted(semconv.METRIC_IN_FLIGHT)
-        self.seen.update(outcomes)
-        self.seen.update(r.get(semconv.STOP_REASON) for r in replies)
-        self.seen.update(a[semconv.ACTION] for a in attempts)
+        self.seen.update(seen_alike(self.recorder))
 
     @staticmethod
     def check_outcome(asked, outcome):

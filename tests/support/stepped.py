@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections import Counter
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
 from support.clock import VirtualClockLoop
 
 from traced_retry import semconv
@@ -41,6 +43,25 @@ def play(machine, *steps):
             machine.books()
     finally:
         machine.teardown()
+
+
+HEARD = ("succeeded", "recovered")
+FAILED = ("exhausted", "not_recoverable")
+INDEX = st.integers(0, 50)
+"""Which of several: taken modulo their number."""
+
+
+def seen_alike(recorder):
+    """What spans and metrics say is the same; returns how often each end and action was met."""
+    replies, attempts = recorder.replies, recorder.attempts
+    outcomes = Counter(r[semconv.OUTCOME] for r in replies)
+    results = Counter(a[semconv.RESULT] for a in attempts)
+    assert outcomes == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
+    assert results == recorder.counted(semconv.METRIC_ATTEMPTS, semconv.RESULT)
+    assert len(attempts) == sum(r[semconv.ATTEMPTS] for r in replies)
+    assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT)
+    stops = Counter(r.get(semconv.STOP_REASON) for r in replies)
+    return outcomes + stops + Counter(a[semconv.ACTION] for a in attempts)
 
 
 class SteppedLoop:
