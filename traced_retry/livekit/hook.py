@@ -108,7 +108,7 @@ class SessionHook:
         return self._start(
             request,
             self._config.policy,
-            self._target(),
+            self._target,
             retry_after=self._retry_after,
             on_failed=self._tell if self._config.on_exhausted is not None else None,
         )
@@ -117,7 +117,7 @@ class SessionHook:
         """Have a text spoken, as the plugin's own ``say``, with a trace; it is sent once."""
         adapter = self._adapter_in_force()
         request = SayRequest(adapter, functools.partial(self._say, *args, **kwargs))
-        target = replace(self._target(), say=True)
+        target = replace(self._target, say=True)
         # on_exhausted is not told: what it does then may be to say something.
         return self._start(request, observed(self._config.policy), target)
 
@@ -190,24 +190,23 @@ class SessionHook:
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _target(self) -> Target:
-        """Whom a reply is asked of; its counters start at zero with the session, not later."""
-        target = Target("unknown")
-        with harmless("naming the provider"):
-            target = self._adapter.target()
-        self._config.telemetry.zero(target.provider, self._adapter.actions)
-        if self._says:
-            self._config.telemetry.zero(target.provider, say=True)
-        return target
-
     def _begin(self) -> None:
         """Have the session's metrics at their start, before its first reply."""
-        target = self._target()
+        self._name()
         if self._config.policy.budget is not None:
-            self._config.policy.budget.open(target.provider, time.monotonic)
+            self._config.policy.budget.open(self._target.provider, time.monotonic)
+
+    def _name(self) -> None:
+        """Find out whom replies are asked of; its counters start at zero."""
+        self._target = Target("unknown")
+        with harmless("naming the provider"):
+            self._target = self._adapter.target()
+        self._config.telemetry.zero(self._target.provider, self._adapter.actions)
+        if self._says:
+            self._config.telemetry.zero(self._target.provider, say=True)
 
     def _adapter_in_force(self) -> Adapter:
-        # Looked at with the first reply: when the hook is installed by instrument(), the
+        # Looked at with the first reply, once: when the hook is installed by instrument(), the
         # plugin's own __init__ has not run yet.
         if not self._checked:
             self._checked = True
@@ -217,6 +216,7 @@ class SessionHook:
                     "replies are traced and not retried; look for a newer traced-retry"
                 )
                 self._adapter = Adapter(self._session, self)
+            self._name()
         return self._adapter
 
     def _on_error(self, event: llm.RealtimeModelError) -> None:
