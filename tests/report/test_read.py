@@ -92,6 +92,7 @@ class TestRealReplies:
         reply = await store.run(SERVER_ERROR, HANG, model="gpt-realtime")
 
         assert {
+            "operation": "generate_reply",
             "provider": "openai",
             "model": "gpt-realtime",
             "outcome": "exhausted",

@@ -82,7 +82,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply, from the call to its outcome. Times are Unix seconds."""
+    """One reply, or one ``say``, from the call to its outcome. Times are Unix seconds."""
 
     trace_id: str
     span_id: str
@@ -100,6 +100,8 @@ class Reply:
     stop_reason: str | None = None
     error_type: str | None = None
     delay_total: float | None = None
+    say: bool = False
+    """Whether a given text was to be spoken, which is never sent again."""
 
     @property
     def complete(self) -> bool:

@@ -26,7 +26,11 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 """What is read of a folder."""
 
-_OURS: Final = (semconv.SPAN_REPLY, semconv.SPAN_ATTEMPT)
+_REPLIES: Final = (semconv.SPAN_REPLY, semconv.SPAN_SAY)
+_SAYS: Final = (semconv.SPAN_SAY, semconv.SPAN_SAY_ATTEMPT)
+_OURS: Final = (*_REPLIES, semconv.SPAN_ATTEMPT, semconv.SPAN_SAY_ATTEMPT)
+_SIGNS: Final = (semconv.SPAN_REPLY, f"{semconv.SCOPE}.")
+"""One of these is in each line that holds a span of ours."""
 _BATCH: Final = '{"resourceSpans"'
 _GZIP: Final = b"\x1f\x8b"
 _LONGEST: Final = 200
@@ -136,7 +140,7 @@ def _open(path: Path) -> TextIO:
 def _parse(line: str) -> tuple[dict[str, Any], bool]:
     """The batch in ``line``, empty where it holds no span of ours, and whether all was read."""
     begins = line.rfind(_BATCH)
-    if semconv.SPAN_REPLY not in line:  # logs, metrics, spans of others: not worth parsing
+    if not any(sign in line for sign in _SIGNS):  # logs, spans of others: not worth parsing
         return {}, begins < 0 or line.rstrip().endswith("}")
     try:
         return _json(line), True
@@ -216,7 +220,7 @@ def _replies(spans: Iterable[_Span]) -> Iterator[Reply]:
     parents: dict[tuple[str, str], _Span] = {}
     children: dict[tuple[str, str], list[_Span]] = {}
     for span in spans:
-        if span.name == semconv.SPAN_REPLY:
+        if span.name in _REPLIES:
             parents[span.trace_id, span.span_id] = span
         else:
             children.setdefault((span.trace_id, span.parent_id), []).append(span)
@@ -252,6 +256,7 @@ def _reply(ids: tuple[str, str], parent: _Span | None, children: list[_Span]) ->
         stop_reason=told.text(semconv.STOP_REASON),
         error_type=told.text(semconv.ERROR_TYPE),
         delay_total=told.number(semconv.DELAY_TOTAL),
+        say=about.name in _SAYS,
     )
 
 

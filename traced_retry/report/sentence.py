@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from typing import Final
@@ -43,11 +44,15 @@ def note(step: Attempt | Wait) -> str:
 
 
 def overview(replies: Sequence[Reply], *, torn: int = 0) -> str:
-    """How many replies, and when; ``torn``: lines that could not be read."""
+    """How many replies, when, and what was said; ``torn``: lines that could not be read."""
     if not replies:
         return "No replies."
     began, ended = min(r.start for r in replies), max(r.end for r in replies)
-    told = f"{_count(len(replies), 'reply', 'replies')}, {when(began)} to {when(ended)} UTC."
+    said = [reply for reply in replies if reply.say]
+    asked = _count(len(replies) - len(said), "reply", "replies")
+    told = f"{asked}, {when(began)} to {when(ended)} UTC."
+    if said:
+        told += f" {_said(said)}"
     if torn:
         told += f" {_count(torn, 'torn line', 'torn lines')} left out: a process was killed."
     return told
@@ -61,6 +66,15 @@ def when(at: float) -> str:
 def seconds(value: float) -> str:
     """``value`` seconds as a person would say it."""
     return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
+
+
+def _said(said: Sequence[Reply]) -> str:
+    """``say: 12 spoken, 1 failed.``"""
+    words = {"first_try": "spoken", "cut_short": "cut short"}
+    groups = Counter(words.get(reply.group, reply.group) for reply in said)
+    order = ("spoken", "failed", "cut short", "unknown")
+    counts = [f"{groups[word]} {word}" for word in order if groups[word] or word == "spoken"]
+    return f"say: {', '.join(counts)}."
 
 
 # --- by outcome -----------------------------------------------------------------------------

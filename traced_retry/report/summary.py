@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from traced_retry import semconv
 from traced_retry.report.model import Reply
 
 LEGEND: Final = (
@@ -40,10 +41,11 @@ class ProviderSummary:
 
 
 def summarize(replies: Iterable[Reply]) -> list[ProviderSummary]:
-    """One summary per provider, in order of name."""
+    """One summary per provider, in order of name; of replies alone, without what was to be said."""
     by_provider: dict[str, list[Reply]] = {}
     for reply in replies:
-        by_provider.setdefault(reply.provider, []).append(reply)
+        if not reply.say:
+            by_provider.setdefault(reply.provider, []).append(reply)
     return [_summary(name, by_provider[name]) for name in sorted(by_provider)]
 
 
@@ -75,6 +77,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 def as_dict(reply: Reply) -> dict[str, Any]:
     """``reply`` for machines: what ``json.dumps`` takes. ``outcome`` is None if unknown."""
     return {
+        "operation": semconv.SPAN_SAY if reply.say else semconv.SPAN_REPLY,
         "provider": reply.provider,
         "model": reply.model,
         "outcome": reply.outcome,

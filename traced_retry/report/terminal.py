@@ -95,6 +95,7 @@ class _Page:
         outcome = self._fit(reply.outcome or "incomplete", 15)
         trace_id = self._fit(reply.trace_id, 32)
         whom = f"{reply.provider}/{reply.model}" if reply.model else reply.provider
+        whom = f"say: {whom}" if reply.say else whom
         left = f"{number:>{_INDENT - 1}} "
         room = self._console.width - len(left) - cell_len(outcome) - cell_len(trace_id) - 4
         whom = self._fit(whom, max(12, room))
