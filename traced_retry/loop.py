@@ -429,7 +429,10 @@ class Reply(Generic[T]):
         """Hand the reply over, and see whether it is heard: the failure of one that was not."""
         assert self._attempt is not None
         result = self._attempt.result()
-        self._delivery = delivery = self._request.delivery(result)
+        delivery = None
+        with harmless("Request.delivery"):  # the reply is there, whatever we can see of its end
+            delivery = self._request.delivery(result)
+        self._delivery = delivery
         if self._result is None:
             self._result = result
         if not (self._future.done() or (delivery is not None and delivery.failed_unheard)):

@@ -10,7 +10,7 @@ import logging
 import pytest
 from livekit.agents import llm
 from livekit.plugins import openai
-from support.conversation import codes, ended
+from support.conversation import codes, ended, now
 from support.kin import gpt, grok
 from support.steered import SteeredServer
 
@@ -93,6 +93,22 @@ class TestActiveForEver:
         await self.rejected_then_answered(talk)
 
         assert ("recovered", None) == ended(recorder)[-1]
+
+    async def test_who_waits_for_the_one_left_is_told(self, converse, recorder):
+        """At once, as its plugin does, and not at the deadline."""
+        talk = await converse("-", model=grok, simulator=steered)
+        handle = talk.ask(allow_interruptions=False)
+        await until(lambda: talk.server.waiting)
+        here = talk.server.connection
+        await here.begin_to_answer(0, message=False)
+        await asyncio.sleep(0.5)
+        began = now()
+        await here.begin_its_own()
+        await here.complete()
+        await handle
+
+        assert now() - began < 1
+        assert [("interrupted", "interrupted")] == ended(recorder)
 
     async def test_a_request_lost_by_it_was_no_timeout(self, converse, recorder):
         """The plugin drops what waits when it renews its connection."""

@@ -161,8 +161,13 @@ class OpenAIAdapter(Adapter):
             self._on_server_error(event["error"])
 
     def _on_response_created(self, response: Mapping[str, Any]) -> None:
-        # One at a time; xAI's server leaves one in flight where it begins another, without an end.
+        # One at a time: the plugin knows only the latest. xAI's server leaves one in flight where
+        # it begins another, and tells no end of it.
         self.active = {response["id"]}
+        left, self._speaking = self._speaking, {}
+        for earlier in left.values():
+            if earlier.delivered is not None:
+                earlier.delivered.end(cancelled=True)
         asked_by = (response.get("metadata") or {}).get("client_event_id")
         asker = next((request for request in self.open if asked_by in request.ids), None)
         if asker is not None:
