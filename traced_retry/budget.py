@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -117,6 +118,16 @@ class _Bucket:
 
 
 _live: weakref.WeakSet[RetryBudget] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In the child: an exporter's thread, which did not come along, may have held a lock."""
+    for budget in list(_live):
+        budget._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def remaining() -> Iterator[tuple[str, float]]:

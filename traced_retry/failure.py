@@ -210,7 +210,7 @@ def _kind(error: BaseException, code: str | None, status: int | None) -> Kind:
 
 
 def _retry_after(error: BaseException) -> float | None:
-    seconds = getattr(error, "retry_after", None)
+    seconds = _attribute(error, "retry_after", object)
     if isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds >= 0:
         return float(seconds)
     return None

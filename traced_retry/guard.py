@@ -5,6 +5,7 @@ logged once and never changes the reply's result.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from types import TracebackType
 
@@ -19,7 +20,8 @@ def log_once(message: str) -> None:
     """Log ``message`` as an ERROR, the first time in this process."""
     if message not in _logged:
         _logged.add(message)
-        logger.error(message)
+        with contextlib.suppress(Exception):  # a user's filter may raise, and nobody guards us
+            logger.error(message)
 
 
 def log_swallowed(what: str, error: BaseException) -> None:

@@ -34,6 +34,8 @@ from traced_retry.telemetry import ReplyTrace
 
 T = TypeVar("T")
 
+_NOTE = "traced_retry: "
+
 
 class RetryAfter:
     """Until when a session's provider wants not to be asked: its last ``retry_after``."""
@@ -303,7 +305,7 @@ class Reply(Generic[T]):
         """Do not ask before the provider wants to be asked; False where that takes too long."""
         why = self._retry_after.why
         assert why is not None
-        why = replace(why, error=_copy(why.error))  # another reply's agent holds that one
+        why = with_own_error(why)
         stop: semconv.StopReason | None = "deadline"
         if self._retry_after.until < self._deadline:
             stop = yield from self._wait_until_ready("send", 0.0)
@@ -427,7 +429,10 @@ class Reply(Generic[T]):
         """Hand the reply over, and see whether it is heard: the failure of one that was not."""
         assert self._attempt is not None
         result = self._attempt.result()
-        self._delivery = delivery = self._request.delivery(result)
+        delivery = None
+        with harmless("Request.delivery"):  # the reply is there, whatever we can see of its end
+            delivery = self._request.delivery(result)
+        self._delivery = delivery
         if self._result is None:
             self._result = result
         if not (self._future.done() or (delivery is not None and delivery.failed_unheard)):
@@ -525,7 +530,7 @@ class Reply(Generic[T]):
         self._end(stop, self._last)
         error = self._last.error
         if note and self._last.kind != "bug":
-            said = f"traced_retry: {self._number} attempt(s), stopped by {stop}"
+            said = f"{_NOTE}{self._number} attempt(s), stopped by {stop}"
             _add_note(error, f"{said}, trace id {self._trace.trace_id or 'none'}")
         if not self._future.done():
             self._future.set_exception(error)
@@ -566,11 +571,15 @@ class Reply(Generic[T]):
         )
 
 
-def _copy(error: BaseException) -> BaseException:
+def with_own_error(why: Failure) -> Failure:
+    """``why`` with a copy of its error: another reply's agent may hold that one, and its note."""
     try:
-        return copy.copy(error)
+        copied = copy.copy(why.error)
     except Exception:  # noqa: BLE001 - a class of the provider's, with an __init__ of its own
-        return error
+        return why
+    if notes := getattr(why.error, "__notes__", None):  # the copy would share the list
+        copied.__notes__ = [note for note in notes if not note.startswith(_NOTE)]
+    return replace(why, error=copied)
 
 
 def _add_note(error: BaseException, note: str) -> None:

@@ -417,6 +417,8 @@ class ReplyTrace:
     @_harmless
     def late(self) -> None:
         """The reply was heard after the agent was told that it had failed."""
+        if not self._silent:
+            self._telemetry.late_replies.add(1, self.target.labels, self._reply_context)
         with _current(self._reply_context):
             logger.warning(
                 "%s %s heard after it was reported as failed, trace %s",
@@ -425,11 +427,10 @@ class ReplyTrace:
                 self.trace_id or "none",
                 extra={**self.target.labels, semconv.TRACE_ID: self.trace_id or ""},
             )
-        if not self._silent:
-            self._telemetry.late_replies.add(1, self.target.labels, self._reply_context)
 
     # --- log records ---------------------------------------------------------------------------
 
+    @_harmless
     def _log_retry(self, failure: Failure, then: semconv.Action, next_delay: float) -> None:
         with _current(self._attempt_context):
             logger.info(
@@ -447,6 +448,7 @@ class ReplyTrace:
                 },
             )
 
+    @_harmless
     def _log_failed(
         self,
         failure: Failure,

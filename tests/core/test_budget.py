@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 
 import pytest
 from hypothesis import given
@@ -227,3 +228,16 @@ class TestGauge:
         assert {"aws.bedrock": 5.0}.items() <= dict(budget.remaining()).items()
         key = frozenset({("gen_ai.provider.name", "aws.bedrock")})
         assert 5.0 == recorder.points(GAUGE)[key]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_it_is_read():
+    """The gauge is read in a thread; a child forked meanwhile must not wait for that for ever."""
+    budget = RetryBudget()
+    with budget._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if budget._lock.acquire(timeout=5) else 1)
+
+    assert 0 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -391,6 +391,17 @@ def test_exit_is_bounded(pipeline, caplog):
     assert pipe.dropped == {("otlp", "shutdown"): 12}
 
 
+def test_a_flush_after_the_exit_has_nothing_to_wait_for(pipeline):
+    """What was dropped at exit is never sent; a later flush does not take its 30 s for it."""
+    exporter = Blocked()
+    pipe = pipeline(exporter, within=0.1)
+    pipe.make(1)
+    pipe.close()
+    began = time.monotonic()
+    assert pipe.processor.force_flush()
+    assert time.monotonic() - began < 2
+
+
 def test_exit_does_not_wait_for_a_retry(pipeline):
     """A wait before a retry is interrupted when the time is up, and the thread ends."""
     with Backend(503) as backend:

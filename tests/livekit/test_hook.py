@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import weakref
@@ -494,6 +495,37 @@ class TestRetryingRealtimeSession:
         with pytest.raises(llm.RealtimeError):
             await session.generate_reply()
         assert (1, 1) == (session.calls, len(recorder.replies))
+
+    async def test_with_the_hook_it_still_retries(self, recorder):
+        """enable() in the agent does not take the plugin's retries away."""
+        model = FakeModel(self.Session, [llm.RealtimeError("x", code="server_error")])
+        session = traced_retry.wrap(model, **recorder.providers).session()
+        await session.generate_reply(instructions="hi")
+
+        assert (2, 1) == (session.calls, len(recorder.replies))
+
+    @pytest.mark.parametrize(("kind", "calls"), [("Session", 1), ("Correlated", 2)])
+    async def test_with_the_hook_silence_is_the_authors_to_judge(self, kind, calls):
+        """And what fails is LiveKit's own error, which alone it catches."""
+        model = FakeModel(getattr(self, kind), [None])
+        model = traced_retry.wrap(model, policy=RetryPolicy(attempt_timeout=3))
+        session = model.session()
+        with contextlib.suppress(llm.RealtimeError):
+            await session.generate_reply()
+
+        assert calls == session.calls
+
+    async def test_with_the_hook_it_may_be_async(self):
+        """As without."""
+
+        class Session(RetryingRealtimeSession, FakeSession):
+            async def _do_generate_reply(self, **kwargs):
+                return await self._ask()
+
+        session = traced_retry.wrap(FakeModel(Session, [])).session()
+        await session.generate_reply()
+
+        assert 1 == session.calls
 
     def test_must_be_written(self):
         """Without _do_generate_reply the class cannot be made."""

@@ -156,6 +156,8 @@ class BoundedSpanProcessor(SpanProcessor):
             left = self._pending
             self._given_up = True
             self._queue.clear()
+            self._pending = 0  # nobody deals with them any more: a flush has nothing to wait for
+            self._changed.notify_all()
             if left:
                 self._drops.add(left, "shutdown")
         try:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 from livekit.agents import APIConnectionError, llm
 
 from traced_retry import semconv
+from traced_retry.decorator import CallRequest
 from traced_retry.failure import CODES, Failure, Kind, explain, failure, plain_code
 from traced_retry.policy import RetryPolicy
 from traced_retry.request import Delivery, Request
@@ -96,6 +97,8 @@ class ObservedRequest:
         """To be called when the reply is heard after the agent was told that it had failed."""
         self.speech: Any = None
         """The ``SpeechHandle`` on whose behalf it is asked, if there is one."""
+        self.unwatch: Callable[[], None] = lambda: None
+        """To be called when that one's interruption means nothing to the reply any more."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send it, as the plugin does."""
@@ -140,6 +143,32 @@ class ObservedRequest:
         """The reply is over, whatever its outcome."""
 
 
+class SeedAdapter(Adapter):
+    """A session on our own ``RetryingRealtimeSession``, whose author said what is safe."""
+
+    def request(self, call: Call) -> SeedRequest:
+        """One reply's request."""
+        return SeedRequest(call, self.session.resend_after_timeout)  # type: ignore[attr-defined]
+
+
+class SeedRequest(ObservedRequest):
+    """The author's ``_do_generate_reply``, repeated as without the hook."""
+
+    def __init__(self, call: Call, resend_after_timeout: bool) -> None:
+        super().__init__(call)
+        self._seed: CallRequest[Generation] = CallRequest(
+            call, resend_after_timeout=resend_after_timeout
+        )
+
+    def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
+        """Call it; it may be ``async``."""
+        return self._seed.attempt(action)
+
+    def next_action(self, why: Failure) -> semconv.Action | None:
+        """As the author says."""
+        return self._seed.next_action(why)
+
+
 def unanswered(seconds: float, kind: Kind = "timeout") -> Failure:
     """The failure of an attempt that we ended ourselves."""
     error = llm.RealtimeError(f"generate_reply got no answer within {seconds:.1f} s")
@@ -168,6 +197,6 @@ def of_event(event: llm.RealtimeModelError) -> Failure:
 
 
 def plain_provider(provider: str) -> str:
-    """A provider's name as ``gen_ai.provider.name``: plain, lower-case, no URL and no port."""
-    host = provider.lower().rsplit("/", 1)[-1].split(":", 1)[0]
+    """A provider's name as ``gen_ai.provider.name``: plain, lower-case, no URL, user or port."""
+    host = provider.lower().rsplit("/", 1)[-1].rpartition("@")[2].split(":", 1)[0]
     return "_".join(host.split()) or "unknown"

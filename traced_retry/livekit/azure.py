@@ -67,6 +67,10 @@ class VoiceLiveAdapter(OpenAIAdapter):
     def discard(self, ids: set[str]) -> None:
         """Nothing: the plugin discards the id of a future that ended, over a reconnect as well."""
 
+    def _on_reconnected(self, _: object) -> None:
+        # An error event came before, and what was sent again may have begun to be answered.
+        self._on_connected()
+
     def _on_server_event(self, kind: str, event: Mapping[str, Any]) -> None:
         super()._on_server_event(_NAMES.get(kind, kind), event)
 

@@ -31,7 +31,7 @@ from traced_retry.livekit.adapter import Adapter, Generation, ObservedRequest, t
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.livekit.say import SayRequest, observed
 from traced_retry.livekit.speech import current_speech, tell, when_interrupted
-from traced_retry.loop import FailedReply, Reply, RetryAfter
+from traced_retry.loop import FailedReply, Reply, RetryAfter, with_own_error
 from traced_retry.policy import RetryPolicy
 from traced_retry.request import Request
 from traced_retry.telemetry import Target, Telemetry
@@ -141,12 +141,13 @@ class SessionHook:
             on_ended=self._ended,
         )
         if self._dead is not None:
-            reply.interject(*self._dead)
+            why, stop = self._dead
+            reply.interject(with_own_error(why), stop)
         self._open[reply] = request
         future = reply.start()
-        if request.speech is not None:
+        if request.speech is not None and reply in self._open:
             # An agent that has no reply yet cancels its future; one that has, cannot.
-            when_interrupted(
+            request.unwatch = when_interrupted(
                 request.speech, lambda: future.add_done_callback(lambda _: reply.interrupt())
             )
         return future
@@ -186,7 +187,7 @@ class SessionHook:
         """Tell the open replies that their request is lost."""
         for reply, request in list(self._open.items()):
             if only is None or request is only:
-                reply.interject(why, stop)
+                reply.interject(with_own_error(why), stop)
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -233,6 +234,7 @@ class SessionHook:
         request = self._open.pop(reply, None)
         if request is None:
             return
+        request.unwatch()
         with harmless("telling the speech"):
             if untold is not None and request.speech is not None:
                 tell(request.speech, untold)

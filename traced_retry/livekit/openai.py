@@ -56,6 +56,8 @@ _OUTPUT = frozenset(
     }
 )
 """Events that let the agent hear something, or call a tool."""
+_LIMIT = "max_output_tokens"
+"""Why a response is ``incomplete`` that reached the session's ``max_response_output_tokens``."""
 _REMEMBERED = 256
 """Abandoned ids kept per session, at most; the server answers a request or forgets it."""
 
@@ -84,13 +86,14 @@ class OpenAIAdapter(Adapter):
         self._emit = session.emit
         session.emit = self._emit_once  # type: ignore[method-assign]
         session.on(self.raw_event, self._on_raw_event)
-        session.on("session_reconnected", self._on_connected)
+        session.on("session_reconnected", self._on_reconnected)
         session.on("error", self._on_error)
 
     def target(self) -> Target:
         """The server is in the plugin's ``provider``, which is a host and port, not a name."""
         model = self.session.realtime_model
-        host, _, port = model.provider.partition(":")
+        # Without the user's name and password, should the URL hold them.
+        host, _, port = model.provider.rpartition("@")[2].partition(":")
         named = "." in host or host == "localhost"
         return Target(
             _provider(model),
@@ -158,7 +161,13 @@ class OpenAIAdapter(Adapter):
             self._on_server_error(event["error"])
 
     def _on_response_created(self, response: Mapping[str, Any]) -> None:
-        self.active.add(response["id"])
+        # One at a time: the plugin knows only the latest. xAI's server leaves one in flight where
+        # it begins another, and tells no end of it.
+        self.active = {response["id"]}
+        left, self._speaking = self._speaking, {}
+        for earlier in left.values():
+            if earlier.delivered is not None:
+                earlier.delivered.end(cancelled=True)
         asked_by = (response.get("metadata") or {}).get("client_event_id")
         asker = next((request for request in self.open if asked_by in request.ids), None)
         if asker is not None:
@@ -175,6 +184,8 @@ class OpenAIAdapter(Adapter):
         if asker is not None and asker.delivered is not None:
             status = response.get("status")
             failed = _why_unfinished(response) if status in ("failed", "incomplete") else None
+            if failed is not None and failed.code == _LIMIT and asker.delivered.first_output:
+                failed = None  # it was heard, as long as the user's own limit lets it be
             asker.delivered.end(failed, cancelled=status == "cancelled")
         self.replies.wake()
 
@@ -201,14 +212,24 @@ class OpenAIAdapter(Adapter):
         if not (event.recoverable and isinstance(event.error, APIConnectionError)):
             return
         with harmless("reading an error event"):
-            self.losses += 1
             self.connected = False
-            self.active.clear()
-            lost, self._speaking = self._speaking, {}
-            for asker in lost.values():
-                if asker.delivered is not None:
-                    what = "the connection was lost during the reply"
-                    asker.delivered.end(told("connection_lost", what))
+            self._lose()
+
+    def _on_reconnected(self, _: object) -> None:
+        # Without an error before it where the plugin renews a connection that has become old.
+        with harmless("reading a reconnect"):
+            self._lose()
+            self._on_connected()
+
+    def _lose(self) -> None:
+        """What was asked or begun on the connection before is not answered any more."""
+        self.losses += 1
+        self.active.clear()
+        lost, self._speaking = self._speaking, {}
+        for asker in lost.values():
+            if asker.delivered is not None:
+                what = "the connection was lost during the reply"
+                asker.delivered.end(told("connection_lost", what))
 
 
 class OpenAIRequest(ObservedRequest):
@@ -265,8 +286,8 @@ class OpenAIRequest(ObservedRequest):
         return unanswered(seconds, "timeout" if self._adapter.connected else "connection_lost")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """The id makes sending again safe."""
-        return "send"
+        """The id makes sending again safe; a subclass that sends later than asked hides it."""
+        return "send" if self.ids else None
 
     def ready(self) -> bool:
         """See :meth:`OpenAIAdapter.ready`."""
@@ -292,12 +313,14 @@ class OpenAIRequest(ObservedRequest):
 
     def delivery(self, result: Generation) -> Delivery | None:
         """Watch the response to its end; before its first word another may go on with it."""
+        if self.delivered is None:
+            return None  # its id is not known to us: its streams are none of our business
         if self._streams is None:
             self._streams = Streams(result)
         else:
             self._streams.go_on(result)
         self._flowing = True
-        if self.delivered is not None and self.delivered.first_output:
+        if self.delivered.first_output:
             self.heard()
         return self.delivered
 

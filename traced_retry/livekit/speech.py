@@ -38,13 +38,26 @@ def current_speech() -> Any:
     return None
 
 
-def when_interrupted(speech: Any, callback: Callable[[], None]) -> None:
-    """Call back as soon as ``speech`` is interrupted; never, where that is the case already."""
+def when_interrupted(speech: Any, callback: Callable[[], None]) -> Callable[[], None]:
+    """Call back as soon as ``speech`` is interrupted; never, where that is the case already.
+
+    Returns what takes that back: an ``AgentSession`` keeps each speech until it is closed.
+    """
     interrupted: asyncio.Future[None] | None = getattr(speech, "_interrupt_fut", None)
     if interrupted is None:
         log_once("SpeechHandle has no _interrupt_fut any more: its interruption may be seen late")
-    elif not interrupted.done():
-        interrupted.add_done_callback(lambda _: callback())
+        return lambda: None
+
+    def call(_: asyncio.Future[None]) -> None:
+        callback()
+
+    if not interrupted.done():
+        interrupted.add_done_callback(call)
+
+    def forget() -> None:
+        interrupted.remove_done_callback(call)
+
+    return forget
 
 
 def tell(speech: Any, error: BaseException) -> None:
