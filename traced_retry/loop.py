@@ -35,6 +35,8 @@ from traced_retry.telemetry import ReplyTrace
 T = TypeVar("T")
 
 _NOTE = "traced_retry: "
+_STALLED = 60.0
+"""Seconds without a sign of a reply that has begun to be heard, after which no end is expected."""
 
 
 class RetryAfter:
@@ -456,7 +458,13 @@ class Reply(Generic[T]):
                 meant = delivery.first_output and self._stop == "session_closed"
                 delivery.end(None if meant else self._news)
             elif delivery.first_output:
-                yield None
+                since = delivery.last_sign
+                if since is None:
+                    yield None
+                elif (now := self._loop.time()) >= since + _STALLED:
+                    delivery.end(self._request.timed_out(now - since))
+                else:
+                    yield since + _STALLED
             elif (now := self._loop.time()) >= limit:
                 delivery.end(self._request.timed_out(now - self._attempt_began))
             else:

@@ -9,7 +9,7 @@ import contextlib
 import aiohttp
 import pytest
 from livekit.agents import Agent, AgentSession, function_tool, llm
-from support.conversation import Conversation, codes, ended
+from support.conversation import Conversation, codes, ended, now
 from support.kin import ALL, VOICELIVE, connected
 from support.without_ids import a_nova_sonic, a_phonic, an_ultravox
 
@@ -221,6 +221,25 @@ class TestTheNextReply:
 
 
 class TestCutShort:
+    @pytest.mark.parametrize("seconds", [59, 61, 7200])
+    async def test_by_a_server_that_falls_silent(self, seconds, kin, converse, recorder):
+        """After a minute without a sign it is told; its response is cancelled by its id."""
+        talk = await converse(f"slow:{seconds},ok")
+        began = now()
+        handle = talk.ask(instructions="SECRET")
+        await handle
+
+        assert min(seconds, 60) == round(now() - began)
+        if seconds < 60:
+            assert [("succeeded", None)] == ended(recorder)
+            assert None is handle.exception()
+        else:
+            assert [("not_recoverable", "output_started")] == ended(recorder)
+            assert isinstance(handle.exception(), llm.RealtimeError)
+            assert 1 == len(talk.server.cancels)
+        assert 0 == recorder.open_spans
+        assert None is await talk.reply()
+
     @pytest.mark.parametrize("kin", ["openai", "xai", "inference"], indirect=True)
     async def test_by_an_error_that_ends_the_session(self, converse, recorder):
         """What was heard in part was not heard: it is told, as after a lost connection."""

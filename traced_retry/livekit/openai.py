@@ -150,9 +150,12 @@ class OpenAIAdapter(Adapter):
     def _on_server_event(self, kind: str, event: Mapping[str, Any]) -> None:
         if not self.connected:
             self._on_connected()
+        asker = self._speaking.get(event.get("response_id", ""))
+        if asker is not None and asker.delivered is not None:
+            asker.delivered.sign()
         if kind == "response.created":
             self._on_response_created(event["response"])
-        elif kind in _OUTPUT and (asker := self._speaking.get(event["response_id"])):
+        elif kind in _OUTPUT and asker is not None:
             if kind != "response.output_item.done" or _is_call(event["item"]):
                 asker.heard()
         elif kind == "response.done":
