@@ -10,6 +10,7 @@ dashboards and alerts need not know which it is. ``docs/exactness.md`` has the a
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import indent
 from typing import Final
 
 from traced_retry import semconv
@@ -30,6 +31,7 @@ HEAD: Final = """\
 # makes too much at its end (of n samples by 1/(2(n-1)), half as much again where n is 2), and
 # nothing if its first sample is above 0; so it is the last value less the one before the window.
 # Which it is is settled per provider: one that is counted from spans is counted from spans alone.
+# All is of generate_reply; what a plugin is told to `say` is another operation.
 groups:
   - name: traced_retry_recording
     rules:
@@ -41,45 +43,61 @@ def label(name: str) -> str:
     return name.replace(".", "_")
 
 
-def metric(name: str, suffix: str) -> str:
-    """An instrument's name as Prometheus has it."""
-    return f"{label(name)}_{suffix}"
+def own(name: str, suffix: str) -> str:
+    """What agents count of ``generate_reply`` with an instrument, as Prometheus has it."""
+    return f"{label(name)}_{suffix}{{{GENERATE_REPLY}}}"
 
 
-def rule(record: str, spans: str, own: str, *names: str) -> str:
-    """One rule: per second over the last five minutes.
+GENERATE_REPLY: Final = f'{label(semconv.OPERATION)}=""'
+"""Selects what agents count of ``generate_reply``: their ``say`` is not in these figures, as its
+spans, of another name, are not."""
+
+
+def per_second(series: str) -> str:
+    """Per second over five minutes of what agents count themselves, series by series."""
+    return f"""\
+(rate({series}[{WINDOW}]) and on (job, instance) up)
+or
+(
+  (
+    last_over_time({series}[{WINDOW}])
+    - (
+      last_over_time({series}[{WINDOW}] offset {WINDOW})
+      or
+      0 * last_over_time({series}[{WINDOW}])
+    )
+  ) / {SECONDS}
+  unless on (job, instance) up
+)"""
+
+
+def either(spans: str, own: str, *names: str) -> str:
+    """Per second over five minutes, summed: counted from spans, else by the agents.
 
     Args:
-        record: the metric's part of the recorded name.
         spans: the series counted from spans.
         own: the series counted by the agents.
         names: the attributes kept.
     """
     by = ", ".join(label(name) for name in names)
     return f"""\
+sum by ({by}) (
+  rate({spans}[{WINDOW}])
+)
+or
+sum by ({by}) (
+{indent(per_second(own), "  ")}
+)
+unless on ({label(semconv.PROVIDER)})
+{spans}"""
+
+
+def rule(record: str, spans: str, own: str, *names: str) -> str:
+    """One recording rule of :func:`either`; ``record`` is the metric's part of its name."""
+    return f"""\
       - record: provider:{record}:rate{WINDOW}
         expr: |-
-          sum by ({by}) (
-            rate({spans}[{WINDOW}])
-          )
-          or
-          sum by ({by}) (
-            (rate({own}[{WINDOW}]) and on (job, instance) up)
-            or
-            (
-              (
-                last_over_time({own}[{WINDOW}])
-                - (
-                  last_over_time({own}[{WINDOW}] offset {WINDOW})
-                  or
-                  0 * last_over_time({own}[{WINDOW}])
-                )
-              ) / {SECONDS}
-              unless on (job, instance) up
-            )
-          )
-          unless on ({label(semconv.PROVIDER)})
-          {spans}
+{indent(either(spans, own, *names), " " * 10)}
 """
 
 
@@ -92,7 +110,7 @@ def rules() -> str:
             rule(
                 "traced_retry_replies",
                 f"traces_span_metrics_calls_total{{{reply}}}",
-                metric(semconv.METRIC_REPLIES, "total"),
+                own(semconv.METRIC_REPLIES, "total"),
                 semconv.PROVIDER,
                 semconv.OUTCOME,
                 semconv.STOP_REASON,
@@ -100,7 +118,7 @@ def rules() -> str:
             rule(
                 "traced_retry_attempts",
                 f"traces_span_metrics_calls_total{{{attempt}}}",
-                metric(semconv.METRIC_ATTEMPTS, "total"),
+                own(semconv.METRIC_ATTEMPTS, "total"),
                 semconv.PROVIDER,
                 semconv.ACTION,
                 semconv.RESULT,
@@ -110,7 +128,7 @@ def rules() -> str:
             rule(
                 "traced_retry_reply_duration_seconds_bucket",
                 f"traces_span_metrics_duration_seconds_bucket{{{reply}}}",
-                metric(semconv.METRIC_REPLY_DURATION, "seconds_bucket"),
+                own(semconv.METRIC_REPLY_DURATION, "seconds_bucket"),
                 semconv.PROVIDER,
                 semconv.OUTCOME,
                 "le",
@@ -118,7 +136,7 @@ def rules() -> str:
             rule(
                 "traced_retry_attempt_duration_seconds_bucket",
                 f"traces_span_metrics_duration_seconds_bucket{{{attempt}}}",
-                metric(semconv.METRIC_ATTEMPT_DURATION, "seconds_bucket"),
+                own(semconv.METRIC_ATTEMPT_DURATION, "seconds_bucket"),
                 semconv.PROVIDER,
                 semconv.ACTION,
                 semconv.RESULT,

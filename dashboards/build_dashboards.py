@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from build import GENERATE_REPLY
 from build_panels import (
     Board,
     Markdown,
@@ -314,7 +315,7 @@ def exemplars() -> Panel:
     """The way from a number to a trace."""
     unclean = f'{CHOSEN}, {OUTCOME}=~"recovered|{LOST}", {STOP}!="session_closed"'
     spans = f'traces_span_metrics_calls_total{{span_name="{semconv.SPAN_REPLY}", {unclean}}}'
-    own = f"{label(semconv.METRIC_REPLIES)}_total{{{unclean}}}"
+    own = f"{label(semconv.METRIC_REPLIES)}_total{{{unclean}, {GENERATE_REPLY}}}"
     return Panel(
         "Replies that were not a clean success, each dot a trace",
         "Replies a minute that recovered or were lost. A dot is one of them: click it for its "

@@ -27,6 +27,7 @@ class Job:
     Attributes:
         provider: a name of ``traced_retry.simulator.PROVIDERS``.
         replies: how many it asks for, one after the other.
+        texts: how many it has spoken as they are, before that, by a plugin that can.
         pause: seconds between two of them.
         patience: seconds that an attempt may take. No less than a busy machine needs, for an answer
             that comes later is another outcome.
@@ -36,6 +37,7 @@ class Job:
 
     provider: str
     replies: int = 1
+    texts: int = 0
     pause: float = 0.0
     patience: float = 8.0
     url: str = ""
@@ -60,6 +62,8 @@ async def _call(job):
         async with aiohttp.ClientSession() as http:
             session = AgentSession(llm=_model(job, http, stack))
             await session.start(Agent(instructions="Be brief."))
+            for _ in range(job.texts):
+                await session.say("Good morning.")
             for _ in range(job.replies):
                 with contextlib.suppress(Exception):  # what fails is counted, not raised
                     await session.generate_reply(instructions="Say hello.")

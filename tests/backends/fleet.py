@@ -40,6 +40,8 @@ class Played:
     """What its simulator heard: :class:`traced_retry.simulator.Request`."""
     killed_at: float | None = None
     """``time.monotonic()`` of the SIGKILL."""
+    texts: int = 0
+    """How many texts its simulator was told to speak as they are."""
 
     def truth(self, until=float("inf")):
         """{outcome: replies} that its simulator saw end, of those asked for before ``until``."""
@@ -138,9 +140,13 @@ def play(jobs, *, at_once=8, kill=()):
                 del running[place]
             time.sleep(0.02)
         return [
-            Played(job, list(server.requests), killed.get(place))
+            Played(job, list(server.requests), killed.get(place), _told(server))
             for place, ((job, _), server) in enumerate(zip(jobs, servers, strict=True))
         ]
+
+
+def _told(server):
+    return len(server.say.heard) if hasattr(server, "say") else 0
 
 
 EXPORT = 1.0

@@ -40,7 +40,6 @@ NOT_CHARTED = {
     semconv.ERROR_CODE: "on the trace only: it is not bounded",
     semconv.DECISION: "on the trace; the outcomes tell what came of it",
     semconv.NEXT_DELAY: "on the trace; what was really waited is charted",
-    semconv.OPERATION: "say and generate_reply are counted together",
     semconv.TRACE_ID: "on log records",
 }
 """Attributes that no chart shows, and why."""
@@ -114,8 +113,23 @@ VALUES = {
     semconv.RESULT: set(semconv.RESULTS),
     semconv.RECOVERABLE: {"true", "false"},
     semconv.DROP_REASON: set(semconv.DROP_REASONS),
+    semconv.OPERATION: {"say"},
     "span_name": {semconv.SPAN_REPLY, semconv.SPAN_ATTEMPT},
 }
+
+
+@pytest.mark.parametrize(("where", "expression"), QUERIES)
+def test_every_query_is_about_replies(known, where, expression):
+    """What a plugin is told to say has metrics of the same names, and is in no figure."""
+    operation = semconv.OPERATION.replace(".", "_")
+    mixed = [
+        selector
+        for selector in promql.selectors(promql.parse(expression))
+        if operation in known.get(selector.metric, ())
+        and promql.Matcher(operation, "=", "") not in selector.matchers
+    ]
+
+    assert [] == mixed or where == "traced_retry:processes:count"
 
 
 @pytest.mark.parametrize(("where", "expression"), QUERIES)
@@ -140,6 +154,7 @@ def test_emitted_values_are_those_of_the_vocabulary(emitted):
     assert set(semconv.STOP_REASONS) <= replies["traced_retry_stop_reason"]
     assert set(semconv.ACTIONS) == attempts["traced_retry_action"]
     assert set(semconv.RESULTS) == attempts["traced_retry_result"]
+    assert {"say"} == replies["traced_retry_operation"] - {""}
     assert {"true", "false"} >= {v.lower() for v in attempts["traced_retry_recoverable"] - {""}}
 
 

@@ -37,8 +37,15 @@ CODED = ("openai", "azure-openai", "xai")
 """Providers that tell a code; of the others nothing is heard."""
 
 
+SAYS = ("xai", "phonic")
+"""Providers that speak a given text themselves, and are told to. (So does Ultravox; its plugin cannot
+close a connection on which it did, without a warning.)"""
+
+
 def plan():
-    """Twice over, of each provider six replies heard at once, one late, one lost; one refused.
+    """Twice over, of each provider six replies heard at once, one late, and one lost (two of those
+    that tell no code: so many that the 95th percentile is theirs); one refused. Some speak given
+    texts as well, of which no panel tells.
 
     Twice, for a connector's histograms do not begin at 0: what is in the first flush of a new one
     is an increase to nobody. (Its counts do.)
@@ -51,8 +58,8 @@ def plan():
         )
         patience = 8.0 if coded else 2.0
         planned += [(Job(provider, 2, pause=0.1, patience=patience), f"{late},ok")]
-        planned += [(Job(provider, 2, patience=patience), f"ok,{lost}")]
-        planned += [(Job(provider, 4, pause=0.2), "ok")]
+        planned += [(Job(provider, 2 if coded else 3, patience=patience), f"ok,{lost}")]
+        planned += [(Job(provider, 4, texts=3 * (provider in SAYS), pause=0.2), "ok")]
     planned += [(Job("openai"), "error:invalid_request_error")]
     return [*planned, *planned], {}
 
@@ -328,6 +335,17 @@ def test_counted_both_ways_is_counted_once(measured):
     for title in ("Replies", "Silence, p95"):
         value, true = found[title]
         assert abs(value - true) <= 0.2 * true, title
+
+
+def test_what_is_said_is_no_reply(measured):
+    """What a plugin was told to say is counted on both paths, and is in no panel."""
+    told = sum(played.texts for played in measured.fleet.played)
+    own = 'sum(last_over_time(traced_retry_replies_total{traced_retry_operation="say"}[5m]))'
+    spans = 'sum(traces_span_metrics_calls_total{span_name="say"})'
+
+    assert 2 * 3 * len(SAYS) == told
+    assert [told] == list(measured.ask(own).values())
+    assert [told] == list(measured.ask(spans).values())
 
 
 def test_dots_lead_to_traces(measured):
