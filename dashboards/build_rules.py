@@ -29,8 +29,6 @@ def _either(span: str, name: str) -> str:
         build.either(
             f'traces_span_metrics_duration_seconds_sum{{span_name="{span}"}}',
             build.own(name, "seconds_sum"),
-            semconv.PROVIDER,
-            rules.ENVIRONMENT,
         )
     )
 
@@ -49,7 +47,8 @@ def _minute(rate: str) -> str:
 def rollup() -> dict[str, Any]:
     """The series that alerts and dashboards read over hours and days: one sample a minute."""
     provider, outcome, result = map(label, (semconv.PROVIDER, semconv.OUTCOME, semconv.RESULT))
-    exporter = f"{label(semconv.EXPORTER)}, {label(semconv.DROP_REASON)}"
+    environment = label(rules.ENVIRONMENT)
+    exporter = f"{label(semconv.EXPORTER)}, {label(semconv.DROP_REASON)}, {environment}"
     named: dict[str, str] = {
         rules.REPLIES: _minute(rules.REPLIES_RATE),
         rules.ATTEMPTS: _minute("provider:traced_retry_attempts:rate5m"),
@@ -82,7 +81,7 @@ def rollup() -> dict[str, Any]:
             f"min by ({_BY}) ({label(semconv.METRIC_BUDGET_REMAINING)})"
         ),
         "traced_retry:processes:count": (
-            "count(count by (job, instance) "
+            f"count by ({environment}) (count by (job, instance, {environment}) "
             f'({label(semconv.METRIC_REPLIES)}_total{{{provider}!="", {outcome}!=""}}))'
         ),
     }
