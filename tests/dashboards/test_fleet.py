@@ -377,15 +377,25 @@ def test_preview(measured, tmp_path):
 
     Into the folder TRACED_RETRY_PREVIEW where that is set, with a picture of each dashboard.
     """
-    boards = {n: b for n, b in dashboards().items() if preview.shown(b)}
-    answers = {name: {p["id"]: [] for p in preview.shown(b)} for name, b in boards.items()}
-    for board, panel, target in QUERIES:
-        provider = "openai" if board == "provider.json" else ".*"
-        expression = PATHS["spans"](filled(target["expr"], measured, provider))
-        found = measured.draw(expression)
-        if target["instant"]:
-            found = [(dict(of), [(0.0, v)]) for of, v in measured.ask(expression).items()]
-        answers[board][panel["id"]].append((target, found))
+    boards = {
+        name: preview.repeated(board, sorted(PROVIDER.values()))
+        for name, board in dashboards().items()
+        if preview.shown(board)
+    }
+    answers = {}
+    for name, board in boards.items():
+        answers[name] = {}
+        provider = "openai" if name == "provider.json" else ".*"
+        for panel in preview.shown(board):
+            found = answers[name][panel["id"]] = []
+            for target in panel["targets"]:
+                expression = PATHS["spans"](filled(target["expr"], measured, provider))
+                lines = (
+                    [(dict(of), [(0.0, v)]) for of, v in measured.ask(expression).items()]
+                    if target["instant"]
+                    else measured.draw(expression)
+                )
+                found.append((target, lines))
     folder = Path(os.environ.get("TRACED_RETRY_PREVIEW") or tmp_path).resolve()
 
     whole = preview.page(boards, answers)
@@ -400,5 +410,6 @@ def test_preview(measured, tmp_path):
     for name, board in boards.items():
         one = folder / f"{Path(name).stem}.html"
         one.write_text(preview.page({name: board}, answers))
-        preview.screenshot(one, folder / f"{Path(name).stem}.png")
+        picture = folder / f"{Path(name).stem}.png"
+        preview.screenshot(one, picture, 1290, preview.height(board))
         one.unlink()
