@@ -132,6 +132,36 @@ def test_every_query_is_about_replies(known, where, expression):
     assert [] == mixed or where == "traced_retry:processes:count"
 
 
+def test_every_count_keeps_the_environment():
+    """Each rule that sums per provider, process or exporter does so per environment, too."""
+    mixed = [
+        (rule["record"], node.modifier.labels)
+        for rule in rules()
+        if "record" in rule
+        for node in promql.nodes(promql.parse(rule["expr"]))
+        if type(node).__name__ == "AggregateExpr"
+        if promql.ENVIRONMENT not in node.modifier.labels
+        # Counted from spans in any environment: what agents count in none gives way to it.
+        and node.modifier.labels != ["gen_ai_provider_name"]
+    ]
+
+    assert [] == mixed
+
+
+@pytest.mark.parametrize(("where", "expression"), [q for q in QUERIES if ".json" in q[0]])
+def test_every_panel_is_of_the_environment_chosen(where, expression):
+    """So is each annotation, and each variable but that one itself."""
+    constant = re.compile(r"up|traced_retry:(objective|.*_(threshold|objective|limit)):.*")
+    mixed = [
+        selector.metric
+        for selector in promql.selectors(promql.parse(expression))
+        if not constant.fullmatch(selector.metric)
+        and promql.ENVIRONMENT not in {matcher.label for matcher in selector.matchers}
+    ]
+
+    assert [] == mixed or where.endswith("$environment")
+
+
 @pytest.mark.parametrize(("where", "expression"), QUERIES)
 def test_every_value_is_emitted(where, expression):
     """No query compares a label with a value that it never has."""
