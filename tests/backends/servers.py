@@ -240,7 +240,7 @@ class Prometheus:
     Args:
         folder: for its files.
         counts: the port of what counts spans.
-        itself: the port on which a Collector tells of itself; without one, it is ``counts``.
+        itself: the port on which a Collector tells of itself, where there is one.
         port: its own.
     """
 
@@ -251,7 +251,7 @@ class Prometheus:
         text = (EXPORTERS / "prometheus/prometheus.yaml").read_text()
         for shipped, ours in (
             ("127.0.0.1:8889", f"127.0.0.1:{counts}"),
-            ("127.0.0.1:8887", f"127.0.0.1:{itself or counts}"),
+            ("127.0.0.1:8887", f"127.0.0.1:{itself or 8887}"),
             ("scrape_interval: 15s", f"scrape_interval: {SCRAPE:.0f}s"),
             ("evaluation_interval: 15s", f"evaluation_interval: {SCRAPE:.0f}s"),
         ):
