@@ -10,9 +10,11 @@ dashboards and alerts need not know which it is. ``docs/exactness.md`` has the a
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import indent
 from typing import Final
 
-from traced_retry import semconv
+from traced_retry import rules, semconv
+from traced_retry.rules import label
 
 TARGET: Final = Path(__file__).parent / "prometheus" / "recording.yaml"
 WINDOW: Final = "5m"
@@ -29,61 +31,94 @@ HEAD: Final = """\
 # itself, and pushed. A process's own series begins at 0 and lives for minutes. Of such a one `rate`
 # makes too much at its end (of n samples by 1/(2(n-1)), half as much again where n is 2), and
 # nothing if its first sample is above 0; so it is the last value less the one before the window.
-# Which it is is settled per provider: one that is counted from spans is counted from spans alone.
+# Which it is is settled per provider and environment: what is counted from spans is counted from
+# spans alone. So is, of that provider, what its agents count without naming an environment.
+# All is of generate_reply; what a plugin is told to `say` is another operation.
 groups:
   - name: traced_retry_recording
     rules:
 """
 
 
-def label(name: str) -> str:
-    """An attribute's name as Prometheus has it."""
-    return name.replace(".", "_")
+def own(name: str, suffix: str) -> str:
+    """What agents count of ``generate_reply`` with an instrument, as Prometheus has it."""
+    return f"{label(name)}_{suffix}{{{GENERATE_REPLY}}}"
 
 
-def metric(name: str, suffix: str) -> str:
-    """An instrument's name as Prometheus has it."""
-    return f"{label(name)}_{suffix}"
+GENERATE_REPLY: Final = f'{label(semconv.OPERATION)}=""'
+"""Selects what agents count of ``generate_reply``: their ``say`` is not in these figures, as its
+spans, of another name, are not."""
+
+
+def per_second(series: str) -> str:
+    """Per second over five minutes of what agents count themselves, series by series."""
+    return f"""\
+(rate({series}[{WINDOW}]) and on (job, instance) up)
+or
+(
+  (
+    last_over_time({series}[{WINDOW}])
+    - (
+      last_over_time({series}[{WINDOW}] offset {WINDOW})
+      or
+      0 * last_over_time({series}[{WINDOW}])
+    )
+  ) / {SECONDS}
+  unless on (job, instance) up
+)"""
+
+
+def _from_spans(series: str) -> str:
+    """Per second over five minutes of what a connector counts from spans, series by series.
+
+    Its counts begin with a 0 for Prometheus to see, its histograms do not: what is in the first
+    flush is an increase to nobody. So one that is new, at a target that was there before it, counts
+    from 0. (At a target that was not, it may be as old as the connector.)
+    """
+    if "_calls_total" in series:
+        return f"rate({series}[{WINDOW}])"
+    return f"""\
+(
+  last_over_time({series}[{WINDOW}]) / {SECONDS}
+  unless last_over_time({series}[{WINDOW}] offset {WINDOW})
+  and on (job, instance) (last_over_time(up[{WINDOW}] offset {WINDOW}) == 1)
+)
+or
+rate({series}[{WINDOW}])"""
+
+
+def either(spans: str, own: str, *names: str) -> str:
+    """Per second over five minutes, summed: counted from spans, else by the agents.
+
+    Args:
+        spans: the series counted from spans.
+        own: the series counted by the agents.
+        names: the attributes kept besides provider and environment.
+    """
+    by = ", ".join(label(name) for name in (semconv.PROVIDER, rules.ENVIRONMENT, *names))
+    provider, environment = label(semconv.PROVIDER), label(rules.ENVIRONMENT)
+    return f"""\
+sum by ({by}) (
+{indent(_from_spans(spans), "  ")}
+)
+or
+sum by ({by}) (
+{indent(per_second(own), "  ")}
+)
+unless on ({provider}, {environment})
+({spans} or sum by ({provider}) ({spans}))"""
 
 
 def rule(record: str, spans: str, own: str, *names: str) -> str:
-    """One rule: per second over the last five minutes.
-
-    Args:
-        record: the metric's part of the recorded name.
-        spans: the series counted from spans.
-        own: the series counted by the agents.
-        names: the attributes kept.
-    """
-    by = ", ".join(label(name) for name in names)
+    """One recording rule of :func:`either`; ``record`` is the metric's part of its name."""
     return f"""\
       - record: provider:{record}:rate{WINDOW}
         expr: |-
-          sum by ({by}) (
-            rate({spans}[{WINDOW}])
-          )
-          or
-          sum by ({by}) (
-            (rate({own}[{WINDOW}]) and on (job, instance) up)
-            or
-            (
-              (
-                last_over_time({own}[{WINDOW}])
-                - (
-                  last_over_time({own}[{WINDOW}] offset {WINDOW})
-                  or
-                  0 * last_over_time({own}[{WINDOW}])
-                )
-              ) / {SECONDS}
-              unless on (job, instance) up
-            )
-          )
-          unless on ({label(semconv.PROVIDER)})
-          {spans}
+{indent(either(spans, own, *names), " " * 10)}
 """
 
 
-def rules() -> str:
+def recording() -> str:
     """The whole file."""
     reply = f'span_name="{semconv.SPAN_REPLY}"'
     attempt = f'span_name="{semconv.SPAN_ATTEMPT}"'
@@ -92,16 +127,14 @@ def rules() -> str:
             rule(
                 "traced_retry_replies",
                 f"traces_span_metrics_calls_total{{{reply}}}",
-                metric(semconv.METRIC_REPLIES, "total"),
-                semconv.PROVIDER,
+                own(semconv.METRIC_REPLIES, "total"),
                 semconv.OUTCOME,
                 semconv.STOP_REASON,
             ),
             rule(
                 "traced_retry_attempts",
                 f"traces_span_metrics_calls_total{{{attempt}}}",
-                metric(semconv.METRIC_ATTEMPTS, "total"),
-                semconv.PROVIDER,
+                own(semconv.METRIC_ATTEMPTS, "total"),
                 semconv.ACTION,
                 semconv.RESULT,
                 semconv.ERROR_TYPE,
@@ -110,16 +143,14 @@ def rules() -> str:
             rule(
                 "traced_retry_reply_duration_seconds_bucket",
                 f"traces_span_metrics_duration_seconds_bucket{{{reply}}}",
-                metric(semconv.METRIC_REPLY_DURATION, "seconds_bucket"),
-                semconv.PROVIDER,
+                own(semconv.METRIC_REPLY_DURATION, "seconds_bucket"),
                 semconv.OUTCOME,
                 "le",
             ),
             rule(
                 "traced_retry_attempt_duration_seconds_bucket",
                 f"traces_span_metrics_duration_seconds_bucket{{{attempt}}}",
-                metric(semconv.METRIC_ATTEMPT_DURATION, "seconds_bucket"),
-                semconv.PROVIDER,
+                own(semconv.METRIC_ATTEMPT_DURATION, "seconds_bucket"),
                 semconv.ACTION,
                 semconv.RESULT,
                 semconv.ERROR_TYPE,
@@ -131,4 +162,4 @@ def rules() -> str:
 
 if __name__ == "__main__":
     TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(rules(), encoding="utf-8")
+    TARGET.write_text(recording(), encoding="utf-8")

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Final
 
+from build import GENERATE_REPLY
 from build_panels import (
     Board,
     Markdown,
@@ -48,7 +49,8 @@ ATTEMPT_SECONDS: Final = "provider:traced_retry_attempt_duration_seconds_bucket:
 DELAY: Final = "provider:traced_retry_delay_seconds_bucket:increase1m"
 
 FAILED: Final = f'{RESULT}="failed"'
-CHOSEN: Final = f'{PROVIDER}=~"$provider", {ENVIRONMENT}=~"$environment"'
+THERE: Final = f'{ENVIRONMENT}=~"$environment"'
+CHOSEN: Final = f'{PROVIDER}=~"$provider", {THERE}'
 NO_REPLY: Final = "no replies"
 NO_FAILURE: Final = "no failures"
 AGENTS_ONLY: Final = "Known only where agents send their own metrics."
@@ -104,12 +106,12 @@ def glance() -> tuple[Panel, ...]:
 
     firing = (
         f'count(max by (alertname, {PROVIDER}) (ALERTS{{alertname=~"TracedRetry.*", '
-        'alertstate="firing"})) or vector(0)'
+        f'alertstate="firing", {ENVIRONMENT}=~"$environment|"}})) or vector(0)'
     )
     return (
         number(
             "Alerts",
-            "Alerts that fire now, of whichever provider.",
+            "Alerts that fire now, of whichever provider, and those of no environment.",
             firing,
             "short",
             decimals=0,
@@ -314,7 +316,7 @@ def exemplars() -> Panel:
     """The way from a number to a trace."""
     unclean = f'{CHOSEN}, {OUTCOME}=~"recovered|{LOST}", {STOP}!="session_closed"'
     spans = f'traces_span_metrics_calls_total{{span_name="{semconv.SPAN_REPLY}", {unclean}}}'
-    own = f"{label(semconv.METRIC_REPLIES)}_total{{{unclean}}}"
+    own = f"{label(semconv.METRIC_REPLIES)}_total{{{unclean}, {GENERATE_REPLY}}}"
     return Panel(
         "Replies that were not a clean success, each dot a trace",
         "Replies a minute that recovered or were lost. A dot is one of them: click it for its "
@@ -342,7 +344,7 @@ def health() -> tuple[Panel, ...]:
             "Processes reporting",
             f"Processes whose own metrics arrived in the last five minutes. {AGENTS_ONLY} A worker "
             "that is scraped is one process, however many calls it serves.",
-            (Query("max(traced_retry:processes:count)", "processes"),),
+            (Query(f"sum(traced_retry:processes:count{{{THERE}}})", "processes"),),
             "short",
             "agents send no metrics of their own",
             width=6,
@@ -353,7 +355,8 @@ def health() -> tuple[Panel, ...]:
             f"counts from spans are too low. {AGENTS_ONLY}",
             (
                 Query(
-                    f"sum by ({exporter}, {reason}) (sum_over_time({rules.DROPPED}[{EITHER}])) "
+                    f"sum by ({exporter}, {reason}) "
+                    f"(sum_over_time({rules.DROPPED}{{{THERE}}}[{EITHER}])) "
                     "* 60000 / $__rate_interval_ms",
                     f"{{{{{exporter}}}}}: {{{{{reason}}}}}",
                 ),
@@ -443,7 +446,7 @@ def matrix() -> Panel:
     )
 
 
-_PROVIDERS: Final = f"label_values({REPLIES}, {PROVIDER})"
+_PROVIDERS: Final = f"label_values({REPLIES}{{{THERE}}}, {PROVIDER})"
 _ENVIRONMENTS: Final = choice(
     "environment", "Environment", f"label_values({REPLIES}, {ENVIRONMENT})"
 )
@@ -561,7 +564,7 @@ def jaeger(title: str, outcome: str, about: str) -> Traces:
 
 def provider() -> Board:
     """One provider."""
-    spans = f'span_name="{semconv.SPAN_REPLY}", {PROVIDER}="$provider"'
+    spans = f'span_name="{semconv.SPAN_REPLY}", {PROVIDER}="$provider", {THERE}'
     window = (
         f'label_replace({{__name__=~"{rules.ratio(".+")}", {CHOSEN}}}, "window", "$1", "__name__", '
         '".*ratio_rate(.+)")'
@@ -584,7 +587,7 @@ def provider() -> Board:
             choice(
                 "code",
                 "Code",
-                f'label_values({ATTEMPTS}{{{PROVIDER}="$provider", {RESULT}="failed"}}, {CODE})',
+                f'label_values({ATTEMPTS}{{{PROVIDER}="$provider", {THERE}, {FAILED}}}, {CODE})',
             ),
             choice(
                 "service",

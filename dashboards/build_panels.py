@@ -437,7 +437,8 @@ def _alerts() -> Any:
         .icon_color("red")
         .expr(
             "max by (alertname, gen_ai_provider_name, severity) "
-            '(ALERTS{alertname=~"TracedRetry.*", alertstate="firing"})'
+            '(ALERTS{alertname=~"TracedRetry.*", alertstate="firing", '
+            'deployment_environment_name=~"$environment|"})'
         )
         .title_format("{{alertname}}")
         .text_format("{{gen_ai_provider_name}}")

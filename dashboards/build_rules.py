@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Final
+
+import build
 
 from traced_retry import rules, semconv, thresholds
 
@@ -16,34 +19,18 @@ label = rules.label
 _BY: Final = f"{label(semconv.PROVIDER)}, {label(rules.ENVIRONMENT)}"
 
 
-def _per_second(series: str) -> str:
-    """Per second over five minutes of what agents count themselves, as in recording.yaml."""
-    return f"""\
-(rate({series}[5m]) and on (job, instance) up)
-or
-(
-  (
-    last_over_time({series}[5m])
-    - (
-      last_over_time({series}[5m] offset 5m)
-      or
-      0 * last_over_time({series}[5m])
-    )
-  ) / 300
-  unless on (job, instance) up
-)"""
+def _own(series: str, by: str) -> str:
+    return _minute(f"sum by ({by}) (\n{indent(build.per_second(series), '  ')}\n)")
 
 
-def _own(name: str, suffix: str, by: str) -> str:
-    series = f"{label(name)}_{suffix}"
-    return _minute(f"sum by ({by}) (\n{_indent(_per_second(series))}\n)")
-
-
-def _either(span: str, name: str, by: str) -> str:
+def _either(span: str, name: str) -> str:
     """Seconds, summed: counted from spans, else by the agents."""
-    spans = f'traces_span_metrics_duration_seconds_sum{{span_name="{span}"}}'
-    own = _per_second(f"{label(name)}_seconds_sum")
-    return _minute(f"sum by ({by}) (rate({spans}[5m]))\nor\nsum by ({by}) (\n{_indent(own)}\n)")
+    return _minute(
+        build.either(
+            f'traces_span_metrics_duration_seconds_sum{{span_name="{span}"}}',
+            build.own(name, "seconds_sum"),
+        )
+    )
 
 
 def _minute(rate: str) -> str:
@@ -53,18 +40,15 @@ def _minute(rate: str) -> str:
     of 300 seconds (the scrape interval is missing): once a minute by four samples or five. Not
     1m, for Prometheus before 3.0 takes both ends of a range, which may be a fifth look.
     """
-    lines = f"(\n{_indent(rate)}\n)" if "\n" in rate else rate
+    lines = f"(\n{indent(rate, '  ')}\n)" if "\n" in rate else rate
     return f"15 * sum_over_time({lines}[59s999ms:15s])"
-
-
-def _indent(text: str, by: int = 2) -> str:
-    return "\n".join(" " * by + line for line in text.split("\n"))
 
 
 def rollup() -> dict[str, Any]:
     """The series that alerts and dashboards read over hours and days: one sample a minute."""
     provider, outcome, result = map(label, (semconv.PROVIDER, semconv.OUTCOME, semconv.RESULT))
-    exporter = f"{label(semconv.EXPORTER)}, {label(semconv.DROP_REASON)}"
+    environment = label(rules.ENVIRONMENT)
+    exporter = f"{label(semconv.EXPORTER)}, {label(semconv.DROP_REASON)}, {environment}"
     named: dict[str, str] = {
         rules.REPLIES: _minute(rules.REPLIES_RATE),
         rules.ATTEMPTS: _minute("provider:traced_retry_attempts:rate5m"),
@@ -78,26 +62,26 @@ def rollup() -> dict[str, Any]:
             "  provider:traced_retry_attempt_duration_seconds_bucket:rate5m\n)"
         ),
         "provider:traced_retry_reply_duration_seconds_sum:increase1m": (
-            _either(semconv.SPAN_REPLY, semconv.METRIC_REPLY_DURATION, _BY)
+            _either(semconv.SPAN_REPLY, semconv.METRIC_REPLY_DURATION)
         ),
         "provider:traced_retry_attempt_duration_seconds_sum:increase1m": (
-            _either(semconv.SPAN_ATTEMPT, semconv.METRIC_ATTEMPT_DURATION, _BY)
+            _either(semconv.SPAN_ATTEMPT, semconv.METRIC_ATTEMPT_DURATION)
         ),
         "provider:traced_retry_delay_seconds_bucket:increase1m": (
-            _own(semconv.METRIC_DELAY, "seconds_bucket", f"le, {_BY}")
+            _own(build.own(semconv.METRIC_DELAY, "seconds_bucket"), f"le, {_BY}")
         ),
         "provider:traced_retry_late_replies:increase1m": (
-            _own(semconv.METRIC_LATE_REPLIES, "total", _BY)
+            _own(build.own(semconv.METRIC_LATE_REPLIES, "total"), _BY)
         ),
-        rules.DROPPED: _own(semconv.METRIC_EXPORT_DROPPED, "total", exporter),
+        rules.DROPPED: _own(f"{label(semconv.METRIC_EXPORT_DROPPED)}_total", exporter),
         "provider:traced_retry_in_flight:sum": (
-            f"sum by ({_BY}) ({label(semconv.METRIC_IN_FLIGHT)})"
+            f"sum by ({_BY}) ({label(semconv.METRIC_IN_FLIGHT)}{{{build.GENERATE_REPLY}}})"
         ),
         "provider:traced_retry_budget_remaining:min": (
             f"min by ({_BY}) ({label(semconv.METRIC_BUDGET_REMAINING)})"
         ),
         "traced_retry:processes:count": (
-            "count(count by (job, instance) "
+            f"count by ({environment}) (count by (job, instance, {environment}) "
             f'({label(semconv.METRIC_REPLIES)}_total{{{provider}!="", {outcome}!=""}}))'
         ),
     }

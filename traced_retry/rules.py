@@ -19,7 +19,7 @@ from traced_retry import semconv
 from traced_retry.thresholds import STEP, BurnRate, Thresholds, seconds
 
 ENVIRONMENT: Final = "deployment.environment.name"
-"""Kept wherever the recorded series have it; they have it where a deployment sets it."""
+"""Kept throughout; where a deployment names none, all is of one environment without a name."""
 
 OVERVIEW: Final = "traced-retry-overview"
 PROVIDER: Final = "traced-retry-provider"
@@ -35,7 +35,8 @@ def label(name: str) -> str:
 _PROVIDER: Final = label(semconv.PROVIDER)
 _OUTCOME: Final = label(semconv.OUTCOME)
 _STOP: Final = label(semconv.STOP_REASON)
-_BY: Final = f"{_PROVIDER}, {label(ENVIRONMENT)}"
+_ENVIRONMENT: Final = label(ENVIRONMENT)
+_BY: Final = f"{_PROVIDER}, {_ENVIRONMENT}"
 
 REPLIES_RATE: Final = "provider:traced_retry_replies:rate5m"
 REPLIES: Final = "provider:traced_retry_replies:increase1m"
@@ -99,12 +100,12 @@ class Alert:
         return f"{thresholds.grafana_url.rstrip('/')}/d/{RUNBOOK}?viewPanel={panel}"
 
     def _dashboard(self, grafana: str) -> str:
-        variables = f"var-environment={{{{ $labels.{label(ENVIRONMENT)} | urlquery }}}}"
+        named = f"{{{{ $labels.{_ENVIRONMENT} | urlquery }}}}"
+        environment = f"{{{{ if $labels.{_ENVIRONMENT} }}}}%svar-environment={named}{{{{ end }}}}"
         if not self.of_provider:
-            return f"{grafana}/d/{OVERVIEW}"
+            return f"{grafana}/d/{OVERVIEW}{environment % '?'}"
         provider = f"var-provider={{{{ $labels.{_PROVIDER} | urlquery }}}}"
-        condition = f"{{{{ if $labels.{label(ENVIRONMENT)} }}}}&{variables}{{{{ end }}}}"
-        return f"{grafana}/d/{PROVIDER}?{provider}{condition}"
+        return f"{grafana}/d/{PROVIDER}?{provider}{environment % '&'}"
 
 
 def ratio(window: str) -> str:
@@ -240,10 +241,12 @@ def _codes(window: str) -> str:
     """The codes of one provider's failures that no retry mends, as a template of Prometheus."""
     query = (
         f"sort_desc(sum by ({label(semconv.ERROR_TYPE)}) (sum_over_time({ATTEMPTS}{{"
-        f'{_PROVIDER}=\\"%s\\", {label(semconv.RECOVERABLE)}=\\"false\\"}}[{window}])) > 0)'
+        f'{_PROVIDER}=\\"%s\\", {_ENVIRONMENT}=\\"%s\\", '
+        f'{label(semconv.RECOVERABLE)}=\\"false\\"}}[{window}])) > 0)'
     )
+    which = f"$labels.{_PROVIDER} $labels.{_ENVIRONMENT}"
     return (
-        f'{{{{ range query (printf "{query}" $labels.{_PROVIDER}) }}}}'
+        f'{{{{ range query (printf "{query}" {which}) }}}}'
         f" {{{{ .Labels.{label(semconv.ERROR_TYPE)} }}}}{{{{ end }}}}"
     )
 
@@ -269,7 +272,7 @@ def _many(of: Thresholds) -> Alert:
     failing = f'ALERTS{{alertname=~"{BURN}|{NOT_RECOVERABLE}", severity="critical"}}'
     return Alert(
         MANY,
-        f"count by ({label(ENVIRONMENT)}) (count by ({_BY}) ({failing}))"
+        f"count by ({_ENVIRONMENT}) (count by ({_BY}) ({failing}))"
         f" >= {of.many_providers_providers}",
         "critical",
         "Several providers fail at once.",
@@ -345,7 +348,7 @@ def _dropped() -> Alert:
     exporter, reason = label(semconv.EXPORTER), label(semconv.DROP_REASON)
     return Alert(
         SPANS_DROPPED,
-        f"sum by ({exporter}, {reason}) (sum_over_time({DROPPED}[10m])) > 0.5",
+        f"sum by ({exporter}, {reason}, {_ENVIRONMENT}) (sum_over_time({DROPPED}[10m])) > 0.5",
         "warning",
         "Spans were dropped: traces have gaps, and counts from spans are too low.",
         '{{ $value | printf "%.0f" }} spans were dropped in the last 10m by the exporter '
@@ -362,12 +365,12 @@ def inhibit_rules() -> list[dict[str, Any]]:
             "target_matchers": [
                 f'alertname=~"{BURN}|{EXHAUSTED}|{NOT_RECOVERABLE}|{STORM}|{SLOW}"'
             ],
-            "equal": [label(ENVIRONMENT)],
+            "equal": [_ENVIRONMENT],
         },
         {
             "source_matchers": ['alertname=~"TracedRetry.*"', 'severity="critical"'],
             "target_matchers": ['alertname=~"TracedRetry.*"', 'severity="warning"'],
-            "equal": [_PROVIDER, label(ENVIRONMENT)],
+            "equal": [_PROVIDER, _ENVIRONMENT],
         },
     ]
 

@@ -8,8 +8,9 @@ import contextlib
 import os
 import ssl
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
-POLICY = {"max_retries": 2, "base_delay": 0.05, "max_delay": 0.1, "deadline": 25.0, "budget": None}
+POLICY = {"max_retries": 2, "base_delay": 0.05, "max_delay": 0.1, "deadline": 25.0}
 """Quick to try again, so that a failure takes no time; the rest is as it would be."""
 
 PRELOAD = [
@@ -17,6 +18,13 @@ PRELOAD = [
     "opentelemetry.exporter.otlp.proto.http.trace_exporter",
     "opentelemetry.exporter.otlp.proto.http.metric_exporter",
     *(f"livekit.plugins.{name}" for name in ("openai", "xai", "google", "ultravox", "phonic")),
+    "livekit.plugins.azure.realtime",
+    "livekit.plugins.aws.experimental.realtime",
+    # What plugins and we import only when a session begins: else many processes do so at once, and
+    # a first reply takes seconds.
+    *(f"traced_retry.livekit.{name}" for name in ("openai", "google", "ultravox", "phonic")),
+    *("traced_retry.livekit.azure", "traced_retry.livekit.aws", "traced_retry.simulator.aws"),
+    *("phonic.conversations.client", "httpcore", "httpcore2", "h11", "anyio._backends._asyncio"),
 ]
 
 
@@ -27,18 +35,24 @@ class Job:
     Attributes:
         provider: a name of ``traced_retry.simulator.PROVIDERS``.
         replies: how many it asks for, one after the other.
+        texts: how many it has spoken as they are, before that, by a plugin that can.
         pause: seconds between two of them.
         patience: seconds that an attempt may take. No less than a busy machine needs, for an answer
             that comes later is another outcome.
+        budget: how many retries it may send at once; None: any number.
         url: of its simulator.
+        ca: the certificate that vouches for it; AWS's client trusts that alone.
         environment: the variables it reads, ``OTEL_*`` among them.
     """
 
     provider: str
     replies: int = 1
+    texts: int = 0
     pause: float = 0.0
     patience: float = 8.0
+    budget: float | None = None
     url: str = ""
+    ca: bytes = b""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,13 +67,17 @@ async def _call(job):
     from livekit.agents import Agent, AgentSession
 
     import traced_retry
+    from traced_retry.budget import RetryBudget
 
-    policy = traced_retry.RetryPolicy(attempt_timeout=job.patience, **POLICY)
+    budget = RetryBudget(job.budget) if job.budget else None
+    policy = traced_retry.RetryPolicy(attempt_timeout=job.patience, budget=budget, **POLICY)
     traced_retry.enable(policy=policy)
     with contextlib.ExitStack() as stack:
         async with aiohttp.ClientSession() as http:
             session = AgentSession(llm=_model(job, http, stack))
             await session.start(Agent(instructions="Be brief."))
+            for _ in range(job.texts):
+                await session.say("Good morning.")
             for _ in range(job.replies):
                 with contextlib.suppress(Exception):  # what fails is counted, not raised
                     await session.generate_reply(instructions="Say hello.")
@@ -67,7 +85,7 @@ async def _call(job):
             await session.aclose()
 
 
-def _model(job, http, stack):
+def _model(job, http, stack):  # noqa: PLR0911 - a provider each
     from livekit.agents import APIConnectOptions
 
     fast = APIConnectOptions(max_retry=3, retry_interval=0.2, timeout=5.0)
@@ -88,6 +106,20 @@ def _model(job, http, stack):
         return xai.realtime.RealtimeModel(
             api_key="x", base_url=job.url, http_session=http, conn_options=fast
         )
+    if job.provider == "azure-voicelive":
+        from livekit.plugins.azure import realtime
+
+        return realtime.RealtimeModel(
+            api_key="x", endpoint=job.url, modalities=["text"], conn_options=fast
+        )
+    if job.provider == "aws":
+        from livekit.plugins.aws.experimental.realtime import RealtimeModel
+
+        from traced_retry.simulator.aws import AWSSimulator
+
+        there = SimpleNamespace(url=job.url, ca=job.ca)  # it runs in another process
+        stack.enter_context(AWSSimulator.redirected(there))
+        return RealtimeModel()
     if job.provider == "google":
         from google.genai import types
         from livekit.plugins import google

@@ -10,7 +10,7 @@ from backends.fleet import measure
 
 @pytest.fixture(scope="session")
 def fleet(tmp_path_factory):
-    """Fifty jobs of six providers; what was asked and heard, and the servers that know of it."""
+    """Jobs of eight providers; what was asked and heard, and the servers that know of it."""
     for name in ("jaeger", "otelcol", "prometheus"):
         servers.command(name)
     with measure(tmp_path_factory.mktemp("fleet")) as fleet:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,14 +22,22 @@ from traced_retry.simulator import simulator
 PROVIDER = {
     "openai": "openai",
     "azure-openai": "azure.ai.openai",
+    "azure-voicelive": "azure_voicelive",
     "xai": "x_ai",
     "google": "gcp.gemini",
     "ultravox": "ultravox",
     "phonic": "phonic",
+    "aws": "aws.bedrock",
 }
-"""``gen_ai.provider.name`` of each simulator."""
+"""``gen_ai.provider.name`` of each simulator. LiveKit inference speaks OpenAI's protocol, by the
+same adapter; NVIDIA's plugin has no ``generate_reply``."""
+if sys.version_info < (3, 12):
+    del PROVIDER["aws"]  # its client needs 3.12
 
-_NOT_RECOVERABLE = "invalid_request_error"
+CODED = ("openai", "azure-openai", "azure-voicelive", "xai")
+"""Those that tell a code; of the others nothing is heard."""
+
+NOT_RECOVERABLE = "invalid_request_error"
 
 
 @dataclass
@@ -40,6 +49,8 @@ class Played:
     """What its simulator heard: :class:`traced_retry.simulator.Request`."""
     killed_at: float | None = None
     """``time.monotonic()`` of the SIGKILL."""
+    texts: int = 0
+    """How many texts its simulator was told to speak as they are."""
 
     def truth(self, until=float("inf")):
         """{outcome: replies} that its simulator saw end, of those asked for before ``until``."""
@@ -62,7 +73,7 @@ def _outcomes(requests):
             failed.append(request.at)
             codes.append(fault.argument)
     if failed:
-        yield failed[0], "not_recoverable" if codes[-1] == _NOT_RECOVERABLE else "exhausted"
+        yield failed[0], "not_recoverable" if codes[-1] == NOT_RECOVERABLE else "exhausted"
 
 
 class Simulators(threading.Thread):
@@ -115,7 +126,7 @@ def play(jobs, *, at_once=8, kill=()):
     with Simulators() as simulators:
         servers = [simulators.serve(job.provider, script) for job, script in jobs]
         waiting = [
-            (place, replace(job, url=server.url), server)
+            (place, replace(job, url=server.url, ca=getattr(server, "ca", b"")), server)
             for place, ((job, _), server) in enumerate(zip(jobs, servers, strict=True))
         ]
         running, killed = {}, {}
@@ -138,9 +149,13 @@ def play(jobs, *, at_once=8, kill=()):
                 del running[place]
             time.sleep(0.02)
         return [
-            Played(job, list(server.requests), killed.get(place))
+            Played(job, list(server.requests), killed.get(place), _told(server))
             for place, ((job, _), server) in enumerate(zip(jobs, servers, strict=True))
         ]
+
+
+def _told(server):
+    return len(server.say.heard) if hasattr(server, "say") else 0
 
 
 EXPORT = 1.0
@@ -150,23 +165,23 @@ ENDED, KILLED = "fleet", "fleet-killed"
 
 
 def plan():
-    """Fifty jobs with their scripts, and {place: requests} of those to be killed once they have
+    """Sixty-six jobs with their scripts, and {place: requests} of those to be killed once they have
     sent so many.
 
     Most have one reply. Of each provider there are five that ask once and hear it, one that asks
     three times and hears the second late, and one whose second reply is lost. Two are rejected for
-    good. The last six are killed in the middle of a long call.
+    good. The last eight are killed in the middle of a long call.
     """
     slow, quick = [], []
     for provider in PROVIDER:
-        if provider in ("openai", "azure-openai", "xai"):
+        if provider in CODED:
             late, lost, patience = "error:server_error,ok", "error:server_error", 8.0
         else:
-            late, lost, patience = "late:3", "silence", 2.0
+            late, lost, patience = "late:4", "silence", 3.0
         slow.append((Job(provider, 2, patience=patience), f"ok,{lost}"))
         slow.append((Job(provider, 3, pause=0.1, patience=patience), f"ok,{late},ok"))
         quick += [(Job(provider), "ok")] * 5
-    quick += [(Job("openai"), f"error:{_NOT_RECOVERABLE}")] * 2
+    quick += [(Job("openai"), f"error:{NOT_RECOVERABLE}")] * 2
     killed = [(Job(provider, 1000, pause=0.15), "ok") for provider in PROVIDER]
     first = len(slow) + len(quick)
     kill = {first + n: 10 + n for n in range(len(killed))}
@@ -193,24 +208,31 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def measure(folder):
-    """Play the plan before real servers: processes -> Collector -> Jaeger and Prometheus."""
+def measure(folder, plan=plan, idle=0.0):
+    """Play the plan before real servers: processes -> Collector -> Jaeger and Prometheus.
+
+    Before that Prometheus scrapes for ``idle`` seconds.
+    """
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:
         jaeger = stack.enter_context(Jaeger(folder))
         collector = stack.enter_context(Collector(folder, traces=jaeger.grpc, prometheus=url))
-        prometheus = stack.enter_context(Prometheus(folder, counts=collector.counts, port=port))
+        prometheus = stack.enter_context(
+            Prometheus(folder, counts=collector.counts, itself=collector.itself, port=port)
+        )
         environment = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
             "OTEL_BSP_SCHEDULE_DELAY": f"{EXPORT * 1000:.0f}",
             "OTEL_METRIC_EXPORT_INTERVAL": f"{EXPORT * 1000:.0f}",
         }
+        time.sleep(idle)
         planned, kill = plan()
         jobs = []
         for place, (job, script) in enumerate(planned):
             service = {"OTEL_SERVICE_NAME": KILLED if place in kill else ENDED}
-            jobs.append((replace(job, environment={**environment, **service}), script))
+            all_of_it = {**environment, **service, **job.environment}
+            jobs.append((replace(job, environment=all_of_it), script))
         played = play(jobs, kill=kill)
         settle(prometheus, ENDED)
         yield Fleet(jaeger, prometheus, played)

@@ -235,15 +235,23 @@ def _plain(value):
 
 
 class Prometheus:
-    """Prometheus with the shipped configuration and recording rules."""
+    """Prometheus with the shipped configuration and recording rules.
 
-    def __init__(self, folder, *, counts, port=None):
+    Args:
+        folder: for its files.
+        counts: the port of what counts spans.
+        itself: the port on which a Collector tells of itself, where there is one.
+        port: its own.
+    """
+
+    def __init__(self, folder, *, counts, itself=None, port=None):
         port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         self._folder = folder
         text = (EXPORTERS / "prometheus/prometheus.yaml").read_text()
         for shipped, ours in (
             ("127.0.0.1:8889", f"127.0.0.1:{counts}"),
+            ("127.0.0.1:8887", f"127.0.0.1:{itself or 8887}"),
             ("scrape_interval: 15s", f"scrape_interval: {SCRAPE:.0f}s"),
             ("evaluation_interval: 15s", f"evaluation_interval: {SCRAPE:.0f}s"),
         ):
@@ -302,6 +310,7 @@ class Collector:
         *ports, self.counts = free_ports(len(names) + 1)
         ports = dict(zip(names, ports, strict=True))
         self.endpoint = f"http://127.0.0.1:{ports['OTLP_HTTP']}"
+        self.itself = ports["INTERNAL"]
         self._process = Process(
             "otelcol",
             ["--config", str(EXPORTERS / "collector/collector.yaml")],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fifty short-lived processes, some killed: Prometheus has every reply, on either path."""
+"""Many short-lived processes, some killed: Prometheus has every reply, on either path."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_the_recording_rules_are_those_of_the_names():
     build = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(build)
 
-    assert build.rules() == build.TARGET.read_text()
+    assert build.recording() == build.TARGET.read_text()
 
 
 def test_the_rules_arithmetic(tmp_path):

@@ -50,6 +50,13 @@ def _play(telemetry):
     target = Target("openai", "gpt-realtime")
     telemetry.zero("openai", semconv.ACTIONS)
     failed = failure(RuntimeError(), "timeout")
+    said = telemetry.reply(Target("openai", say=True))
+    said.begin()
+    said.attempt_began(1, "send", 0.0)
+    said.attempt_ended("failed", 0.1, failed)
+    said.waited(0.1)
+    said.end("deadline", 1, 0.1, 0.2, failed)
+    said.late()
     for stop in (None, *semconv.STOP_REASONS):
         for action in semconv.ACTIONS:
             for result in semconv.RESULTS:

@@ -7,6 +7,7 @@ headless Chromium takes the pictures.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -38,7 +39,8 @@ h1 { font-size: 20px; } p { color: #9fa3a8; max-width: 60rem; }
 .title { font-weight: 500; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .stat { font-size: 30px; white-space: nowrap; text-align: center; padding-top: 28px; }
 .none { color: #9fa3a8; text-align: center; padding-top: 30px; }
-.legend { color: #9fa3a8; font-size: 11px; max-height: 30px; overflow: hidden; }
+.legend { color: #9fa3a8; font: 11px/15px system-ui; max-height: 30px; overflow: hidden; }
+.legend span { white-space: nowrap; display: inline-block; }
 .legend i { display: inline-block; width: 10px; height: 3px; margin: 0 4px 3px 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 12px; }
 td, th { text-align: left; padding: 3px 8px; border-bottom: 1px solid #2c3235; }
@@ -58,10 +60,36 @@ def page(boards, answers):
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Dashboards, drawn</title>'
         f"<style>{STYLE}</style><h1>Dashboards, drawn from real query results</h1>"
         "<p>Each panel's own queries, answered by a real Prometheus that a fleet of simulated "
-        "calls fed; the rules ran ten times faster than shipped, so the time shown is a minute and "
-        "a half. This is a drawing of the answers: no Grafana took part, so colours, axes and "
+        "calls fed; the rules ran ten times faster than shipped, so the time shown is some "
+        "two minutes. This is a drawing of the answers: no Grafana took part, so colours, axes and "
         f"layout are near to Grafana's and not the same.</p>{drawn}</html>"
     )
+
+
+def repeated(board, names):
+    """The dashboard as Grafana shows it: a panel that is repeated is there once per name, and what
+    is below it is further down.
+    """
+    made, down = [], 0
+    for panel in board["panels"]:
+        at = panel["gridPos"]
+        if not panel.get("repeat"):
+            made.append({**panel, "gridPos": {**at, "y": at["y"] + down}})
+            continue
+        for number, name in enumerate(names):
+            row, column = divmod(number, panel["maxPerRow"])
+            one = json.loads(json.dumps(panel).replace(f"${panel['repeat']}", name))
+            y = at["y"] + down + row * at["h"]
+            where = {**at, "x": column * at["w"], "y": y}
+            made.append({**one, "id": 1000 * panel["id"] + number, "gridPos": where})
+        down += row * at["h"]
+    return {**board, "panels": made}
+
+
+def height(board):
+    """Pixels that the dashboard needs, its titles included."""
+    bottom = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
+    return bottom * LINE + 230
 
 
 def _board(board, answers):
@@ -76,7 +104,7 @@ def _board(board, answers):
             continue
         size = (at["w"] * CELL - GAP - 18, at["h"] * LINE - GAP - 12)
         body = draw(panel, answers.get(panel["id"], []), *size)
-        title = panel["title"].replace("$provider", "all providers")
+        title = panel["title"]
         made.append(
             f'<div class="panel" style="{place};height:{at["h"] * LINE - GAP}px" '
             f'title="{escape(panel["description"])}"><div class="title">{escape(title)}</div>'
@@ -104,7 +132,7 @@ def draw(panel, answers, width, height):
 def _name(target, labels):
     legend = target.get("legendFormat", "")
     if legend in ("", "__auto"):
-        return ", ".join(labels.values())
+        return ", ".join(value for _, value in sorted(labels.items(), reverse=True))
     return re.sub(r"\{\{(\w+)\}\}", lambda m: labels.get(m[1], ""), legend) or "(none)"
 
 
@@ -151,7 +179,7 @@ def _looks(panel, name):
 def _timeseries(panel, series, width, height):
     settings = panel["fieldConfig"]["defaults"]
     stacked = settings["custom"].get("stacking", {}).get("mode") == "normal"
-    left, foot = 52, 46
+    left, foot = 52, 62
     plot = (width - left, height - foot)
     times = sorted({at for _, points, _ in series for at, _ in points})
     span = max(times[-1] - times[0], 1)
@@ -182,9 +210,11 @@ def _timeseries(panel, series, width, height):
             svg.append(f'<polygon points="{path} {under}" fill="{colour}" opacity=".7"/>')
         dash = ' stroke-dasharray="6 5"' if dashed else ""
         svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}"{dash}/>')
-    legend = "".join(f'<i style="background:{c}"></i>{escape(n)}' for n, c, *_ in lines)
+    legend = " ".join(
+        f'<span><i style="background:{c}"></i>{escape(n)}</span>' for n, c, *_ in lines
+    )
     return (
-        f'<svg width="{width}" height="{height - foot + 4}">{"".join(svg)}</svg>'
+        f'<svg width="{width}" height="{height - foot + 6}">{"".join(svg)}</svg>'
         f'<div class="legend">{legend}</div>'
     )
 
@@ -216,7 +246,7 @@ def _heatmap(_panel, series, width, height):
 _KINDS = {"stat": _stat, "table": _table, "timeseries": _timeseries, "heatmap": _heatmap}
 
 
-def screenshot(html, picture, width=1290, height=2900):
+def screenshot(html, picture, width, height):
     """A picture of the page by a headless Chromium; False where there is none."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:

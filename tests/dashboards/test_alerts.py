@@ -269,42 +269,21 @@ class TestBurn:
         promtool(series, alerts=[("30m", self.NAME, [FAST, SLOW])])
 
     def test_per_environment(self, promtool):
-        """Where the recorded series tell environments apart, so do alert and link."""
+        """Of a provider's environments it names the one that fails, and so does its link."""
         of = {"deployment_environment_name": "eu prod"}
-        names = {"gen_ai_provider_name": P, **of}
-        rate = "provider:traced_retry_replies:rate5m"
-        environment = {**FAST["exp_labels"], **of}
-        annotations = {
-            **FAST["exp_annotations"],
-            "dashboard_url": links(1)["dashboard_url"] + "&var-environment=eu+prod",
+        link = links(1)["dashboard_url"] + "&var-environment=eu+prod"
+        alert = {
+            "exp_labels": {**FAST["exp_labels"], **of},
+            "exp_annotations": {**FAST["exp_annotations"], "dashboard_url": link},
         }
         promtool(
             [
-                _series(rate, "0.1x10", **names, traced_retry_outcome="succeeded"),
-                _series(rate, "0.1x10", **names, traced_retry_outcome="exhausted"),
-                _series(
-                    rate,
-                    "0.1x10",
-                    gen_ai_provider_name=P,
-                    deployment_environment_name="test",
-                    traced_retry_outcome="succeeded",
-                ),
+                calls("succeeded", "0+6x60", **of),
+                calls("exhausted", "0+4x60", "deadline", **of),
+                calls("succeeded", "0+90x60", deployment_environment_name="test"),
+                calls("succeeded", "0+90x60"),
             ],
-            alerts=[
-                (
-                    "10m",
-                    self.NAME,
-                    [
-                        {
-                            "exp_labels": environment,
-                            "exp_annotations": {
-                                **annotations,
-                                "description": lost("50%", "1h", "5m", "2 days"),
-                            },
-                        }
-                    ],
-                )
-            ],
+            alerts=[("8m", self.NAME, [alert])],
         )
 
 
@@ -374,16 +353,17 @@ class TestNotRecoverable:
             },
         }
 
-    def _refuse(self, values, code="invalid_api_key"):
+    def _refuse(self, values, code="invalid_api_key", **labels):
         outcome, stop = self.REFUSED
         return [
-            calls(outcome, values, stop),
+            calls(outcome, values, stop, **labels),
             attempts(
                 "send",
                 values,
                 traced_retry_result="failed",
                 error_type=code,
                 traced_retry_recoverable="false",
+                **labels,
             ),
         ]
 
@@ -412,6 +392,24 @@ class TestNotRecoverable:
             alerts=[("20m", self.NAME, [self._alert(20, "invalid_api_key insufficient_quota")])],
         )
 
+    def test_names_the_codes_of_its_environment(self, promtool):
+        """And not those of another one."""
+        alert = self._alert(20, "invalid_api_key")
+        alert["exp_labels"]["deployment_environment_name"] = "eu"
+        alert["exp_annotations"]["dashboard_url"] += "&var-environment=eu"
+        elsewhere = attempts(
+            "send",
+            "0+4x60",
+            traced_retry_result="failed",
+            error_type="insufficient_quota",
+            traced_retry_recoverable="false",
+            deployment_environment_name="us",
+        )
+        promtool(
+            [*self._refuse("0+4x60", deployment_environment_name="eu"), elsewhere],
+            alerts=[("20m", self.NAME, [alert])],
+        )
+
     def test_a_small_share(self, promtool):
         """One bad request among twenty pages nobody."""
         promtool(
@@ -438,13 +436,13 @@ class TestNotRecoverable:
 class TestManyProviders:
     NAME = "TracedRetryManyProviders"
 
-    def _outage(self, providers):
+    def _outage(self, providers, **labels):
         return [
             series
             for provider in providers
             for series in (
-                calls("succeeded", "0+6x30 180+6x60", provider=provider),
-                calls("exhausted", "0+4x30 120+0x60", provider=provider),
+                calls("succeeded", "0+6x30 180+6x60", provider=provider, **labels),
+                calls("exhausted", "0+4x30 120+0x60", provider=provider, **labels),
             )
         ]
 
@@ -475,6 +473,26 @@ class TestManyProviders:
                 ),
             ],
         )
+
+    def test_per_environment(self, promtool):
+        """Three in one environment are many; one in each of two others are not."""
+        where = {"abc": "eu", "d": "us", "e": "asia"}
+        outage = [
+            series
+            for providers, environment in where.items()
+            for series in self._outage(providers, deployment_environment_name=environment)
+        ]
+        alert = {
+            "exp_labels": {"severity": "critical", "deployment_environment_name": "eu"},
+            "exp_annotations": {
+                "summary": "Several providers fail at once.",
+                "description": "3 providers lose replies at the same time: look for what they "
+                "share (network, DNS, a proxy, a deployment of the agents) before any one of them.",
+                **links(4, None),
+            },
+        }
+        alert["exp_annotations"]["dashboard_url"] += "?var-environment=eu"
+        promtool(outage, alerts=[("20m", self.NAME, [alert])])
 
     def test_two_are_not_many(self, promtool):
         """Each of them pages for itself."""

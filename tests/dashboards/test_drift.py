@@ -40,7 +40,6 @@ NOT_CHARTED = {
     semconv.ERROR_CODE: "on the trace only: it is not bounded",
     semconv.DECISION: "on the trace; the outcomes tell what came of it",
     semconv.NEXT_DELAY: "on the trace; what was really waited is charted",
-    semconv.OPERATION: "say and generate_reply are counted together",
     semconv.TRACE_ID: "on log records",
 }
 """Attributes that no chart shows, and why."""
@@ -114,8 +113,53 @@ VALUES = {
     semconv.RESULT: set(semconv.RESULTS),
     semconv.RECOVERABLE: {"true", "false"},
     semconv.DROP_REASON: set(semconv.DROP_REASONS),
+    semconv.OPERATION: {"say"},
     "span_name": {semconv.SPAN_REPLY, semconv.SPAN_ATTEMPT},
 }
+
+
+@pytest.mark.parametrize(("where", "expression"), QUERIES)
+def test_every_query_is_about_replies(known, where, expression):
+    """What a plugin is told to say has metrics of the same names, and is in no figure."""
+    operation = semconv.OPERATION.replace(".", "_")
+    mixed = [
+        selector
+        for selector in promql.selectors(promql.parse(expression))
+        if operation in known.get(selector.metric, ())
+        and promql.Matcher(operation, "=", "") not in selector.matchers
+    ]
+
+    assert [] == mixed or where == "traced_retry:processes:count"
+
+
+def test_every_count_keeps_the_environment():
+    """Each rule that sums per provider, process or exporter does so per environment, too."""
+    mixed = [
+        (rule["record"], node.modifier.labels)
+        for rule in rules()
+        if "record" in rule
+        for node in promql.nodes(promql.parse(rule["expr"]))
+        if type(node).__name__ == "AggregateExpr"
+        if promql.ENVIRONMENT not in node.modifier.labels
+        # Counted from spans in any environment: what agents count in none gives way to it.
+        and node.modifier.labels != ["gen_ai_provider_name"]
+    ]
+
+    assert [] == mixed
+
+
+@pytest.mark.parametrize(("where", "expression"), [q for q in QUERIES if ".json" in q[0]])
+def test_every_panel_is_of_the_environment_chosen(where, expression):
+    """So is each annotation, and each variable but that one itself."""
+    constant = re.compile(r"up|traced_retry:(objective|.*_(threshold|objective|limit)):.*")
+    mixed = [
+        selector.metric
+        for selector in promql.selectors(promql.parse(expression))
+        if not constant.fullmatch(selector.metric)
+        and promql.ENVIRONMENT not in {matcher.label for matcher in selector.matchers}
+    ]
+
+    assert [] == mixed or where.endswith("$environment")
 
 
 @pytest.mark.parametrize(("where", "expression"), QUERIES)
@@ -140,6 +184,7 @@ def test_emitted_values_are_those_of_the_vocabulary(emitted):
     assert set(semconv.STOP_REASONS) <= replies["traced_retry_stop_reason"]
     assert set(semconv.ACTIONS) == attempts["traced_retry_action"]
     assert set(semconv.RESULTS) == attempts["traced_retry_result"]
+    assert {"say"} == replies["traced_retry_operation"] - {""}
     assert {"true", "false"} >= {v.lower() for v in attempts["traced_retry_recoverable"] - {""}}
 
 

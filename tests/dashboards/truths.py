@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every panel beside what the simulators know: the value it shows, the truth, and how near it is.
+
+The truth is made of what each simulator was asked, when, and what its script had it do. How long an
+answer took that came at once nobody knows beforehand; it is taken for 0, and the machine may need
+:data:`BUSY` for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from backends.fleet import NOT_RECOVERABLE, PROVIDER
+
+from traced_retry.semconv import ACTIONS, DURATION_BUCKETS
+
+BUSY = 0.6
+"""Seconds that a busy machine may add to what takes no time."""
+OVERVIEW, ONE = "overview.json", "provider.json"
+
+UNTOLD = {
+    (OVERVIEW, "Alerts"): "which alerts fire is test_alerts.py's and test_end_to_end.py's",
+    (ONE, "Alerts"): "which alerts fire is test_alerts.py's and test_end_to_end.py's",
+    (ONE, "Exhausted"): "a list of traces: test_lost_replies_are_found_in_jaeger compares it",
+    (ONE, "Refused"): "a list of traces: test_lost_replies_are_found_in_jaeger compares it",
+    (ONE, "Lost replies"): "a list of traces from Tempo, which is not here: never run",
+}
+"""Panels without a row, and why."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt as its simulator must have caused it; ``code`` is "" where it succeeded."""
+
+    action: str
+    code: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply, likewise."""
+
+    provider: str
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def outcome(self):
+        """As in ``semconv.Outcome``."""
+        last = self.attempts[-1].code
+        if not last:
+            return "succeeded" if len(self.attempts) == 1 else "recovered"
+        return "not_recoverable" if last == NOT_RECOVERABLE else "exhausted"
+
+    @property
+    def seconds(self):
+        """The silence."""
+        return sum(attempt.seconds for attempt in self.attempts)
+
+    @property
+    def requests(self):
+        """How many were sent."""
+        return sum(attempt.action != "listen" for attempt in self.attempts)
+
+
+def replies(played):
+    """The replies of one job, of which at most the last one is lost."""
+    provider, patience = PROVIDER[played.job.provider], played.job.patience
+    again = "restart" if played.job.provider == "google" else "listen"
+    failed, silent = [], False
+    for request in played.requests:
+        match request.fault.name:
+            case "ok":
+                yield Reply(provider, (*failed, Attempt("send", "", 0.0)))
+                failed = []
+            case "late":
+                rest = request.fault.seconds - patience
+                yield Reply(
+                    provider,
+                    (Attempt("send", "timeout", patience), Attempt("listen", "", rest)),
+                )
+            case "error":
+                failed.append(Attempt("send", request.fault.argument, 0.0))
+            case "silence":
+                silent = True
+    if silent:
+        actions = ("send", "listen", again)
+        yield Reply(provider, tuple(Attempt(action, "timeout", patience) for action in actions))
+    elif failed:
+        yield Reply(provider, tuple(failed))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value that a panel shows, and what it should be."""
+
+    board: str
+    panel: str
+    series: str
+    value: float
+    true: str
+    tolerance: str
+    low: float
+    high: float
+
+    @property
+    def fits(self):
+        """Whether the value is where it should be."""
+        return self.low <= self.value <= self.high
+
+
+def count(number):
+    """(truth, tolerance, low, high): a count is put together from rates, which extrapolate."""
+    if not number:
+        return "0", "0.05", -0.05, 0.05
+    off = max(0.15 * number, 0.5)
+    return f"{number:g}", "15 %, or half a one", number - off, number + off
+
+
+def share(part, whole=1.0):
+    """The same of a ratio."""
+    ratio = part / whole
+    off = max(0.1 * ratio, 0.03)
+    return f"{ratio:.3f}", "10 %, or 0.03", ratio - off, ratio + off
+
+
+def difference(part, whole):
+    """The same of what one count has more than another, for each of these."""
+    ratio = part / whole
+    return f"{ratio:.3f}", "0.15", ratio - 0.15, ratio + 0.15
+
+
+def exactly(number):
+    """The same of what is no estimate."""
+    return f"{number:g}", "exact", number - 1e-9, number + 1e-9
+
+
+def between(low, high, true):
+    """The same where only bounds are known."""
+    return true, f"{low:.3g} to {high:.3g}", low, high
+
+
+def quantile(q, seconds):
+    """The same of a quantile: the bounds of its bucket, or of the next to it where it is near."""
+    ordered = sorted(seconds)
+
+    def at(rank):
+        return ordered[min(max(int(rank * len(ordered)), 0), len(ordered) - 1)]
+
+    bounds = (0.0, *DURATION_BUCKETS)
+    low = max(bound for bound in bounds if bound <= max(at(q - 0.02) - 0.05, 0.0))
+    high = min(bound for bound in bounds if bound >= at(q + 0.02) + BUSY)
+    return between(low, high, f"{at(q):g} s")
+
+
+class Fleet:
+    """What the simulators know of all replies, or of those of one provider."""
+
+    def __init__(self, jobs, provider=None):
+        self.replies = [
+            reply for job in jobs for reply in replies(job) if provider in (None, reply.provider)
+        ]
+        self.attempts = [attempt for reply in self.replies for attempt in reply.attempts]
+        self.failed = [attempt for attempt in self.attempts if attempt.code]
+        self.waits = len(self.attempts) - len(self.replies)
+
+    def of(self, *outcomes):
+        """How many ended so."""
+        return sum(reply.outcome in outcomes for reply in self.replies)
+
+    def requests(self):
+        """How many were sent."""
+        return sum(reply.requests for reply in self.replies)
+
+
+class Panels:
+    """Gives a :class:`Row` for each value of each panel whose truth is known.
+
+    Args:
+        ask: ``ask.now``, ``ask.one`` and ``ask.total`` ask as the panel does; see test_fleet.py.
+        jobs: what was played.
+        shipped: the thresholds.
+        path: how replies were counted, ``spans`` or ``agents``.
+    """
+
+    def __init__(self, ask, jobs, shipped, path):
+        self.ask, self.shipped, self.path = ask, shipped, path
+        self.jobs = len(jobs)
+        self.every = Fleet(jobs)
+        names = sorted({reply.provider for reply in self.every.replies})
+        self.each = {name: Fleet(jobs, name) for name in names}
+
+    def rows(self):
+        """All of them."""
+        yield from self._glance(OVERVIEW, self.every)
+        for name, of in self.each.items():
+            yield from self._outcomes(OVERVIEW, "$provider", of, provider=name)
+        yield from self._exhausted(OVERVIEW)
+        yield from self._ratios()
+        yield from self._why(OVERVIEW, self.every)
+        yield from self._codes()
+        yield from self._times(OVERVIEW, self.every)
+        yield from self._dots(OVERVIEW, self.every)
+        yield from self._health()
+        for name, of in self.each.items():
+            yield from self._glance(ONE, of, provider=name)
+            yield from self._outcomes(ONE, "Replies by outcome", of, provider=name)
+        yield from self._exhausted(ONE)
+        # One that tells codes, and one that tells none, and can restart.
+        for name in ("openai", "gcp.gemini"):
+            of, where = self.each[name], {"provider": name}
+            yield from self._windows(of, **where)
+            if self.path == "spans":
+                yield from self._models(of, **where)
+            yield from self._why(ONE, of, **where)
+            yield from self._kinds(of, **where)
+            yield from self._times(ONE, of, **where)
+            yield from self._dots(ONE, of, **where)
+
+    def _glance(self, board, of, **where):
+        who = where.get("provider", "all")
+        settled = len(of.replies)
+        whole = {
+            "Replies": count(settled),
+            "Heard at first try": share(of.of("succeeded"), settled),
+            "Recovered by retry": share(of.of("recovered"), settled),
+            "Lost": share(of.of("exhausted", "not_recoverable"), settled),
+            "Requests per reply": share(of.requests(), settled),
+            "Silence, p95": quantile(0.95, [reply.seconds for reply in of.replies]),
+        }
+        for panel, known in whole.items():
+            yield _row(board, panel, who, self.ask.one(board, panel, **where), known)
+        worst = max(
+            fleet.of("exhausted") / len(fleet.replies)
+            for name, fleet in self.each.items()
+            if who in ("all", name)
+        )
+        burn = share(worst, self.shipped.budget)
+        yield _row(board, "Burn rate", who, self.ask.one(board, "Burn rate", **where), burn)
+
+    def _outcomes(self, board, panel, of, **where):
+        found = self.ask.total(board, panel, "traced_retry_outcome", **where)
+        for outcome in ("succeeded", "recovered", "exhausted", "not_recoverable"):
+            series = f"{where['provider']} {outcome}"
+            yield _row(board, panel, series, found.get(outcome, 0), count(of.of(outcome)))
+
+    def _exhausted(self, board):
+        panel = "Exhausted in the last hour"
+        for name in self.each:
+            of = self.each[name]
+            known = share(of.of("exhausted"), len(of.replies))
+            yield _row(board, panel, name, self.ask.one(board, panel, provider=name), known)
+        critical = max(r.factor for r in self.shipped.burn_rates if r.severity == "critical")
+        warning = min(r.factor for r in self.shipped.burn_rates if r.severity == "warning")
+        for number, factor, series in ((1, critical, "pages"), (2, warning, "ticket")):
+            value = self.ask.one(board, panel, number)
+            yield _row(
+                board, panel, series, value, exactly(round(factor * self.shipped.budget, 10))
+            )
+
+    def _why(self, board, of, **where):
+        who = f"{where['provider']} " if where else ""
+        found = self.ask.total(board, "Failed attempts by code", "error_type", **where)
+        for code, number in sorted(Counter(a.code for a in of.failed).items()):
+            yield _row(board, "Failed attempts by code", who + code, found[code], count(number))
+        panel = "Why no further attempt was made"
+        found = self.ask.total(board, panel, "traced_retry_stop_reason", **where)
+        for reason, outcome in (
+            ("max_attempts", "exhausted"),
+            ("not_recoverable", "not_recoverable"),
+        ):
+            yield _row(board, panel, who + reason, found.get(reason, 0), count(of.of(outcome)))
+
+    def _times(self, board, of, **where):
+        who = f"{where['provider']} " if where else ""
+        silences = [reply.seconds for reply in of.replies]
+        attempts = [attempt.seconds for attempt in of.attempts]
+        waits = [0.0] * of.waits
+        for panel, heat, seconds in (
+            ("Silence before a reply", "Silence, all replies", silences),
+            ("One attempt", "One attempt, all of them", attempts),
+            ("Wait before a retry", "Waits, all of them", waits),
+        ):
+            for number, q in enumerate((0.5, 0.95, 0.99)):
+                value = self.ask.one(board, panel, number, whole=True, **where)
+                yield _row(board, panel, f"{who}p{q * 100:.0f}", value, quantile(q, seconds))
+            found = self.ask.now(board, heat, "le", whole=True, **where)
+            below = {float(le.replace("+Inf", "inf")): value for le, value in found.items()}
+            for bound in (2.0, 5.0, float("inf")):
+                known = count(sum(second < bound for second in seconds))
+                yield _row(board, heat, f"{who}up to {bound:g} s", below[bound], known)
+        panel = "Silence before a reply"
+        value = self.ask.one(board, panel, 3)
+        yield _row(board, panel, "objective, p95", value, exactly(self.shipped.silence_seconds))
+        panel = "Where the silence comes from"
+        mean = sum(silences) / len(silences)
+        value = self.ask.one(board, panel, 0, whole=True, **where)
+        known = between(0.9 * mean, 1.1 * mean + BUSY / 2, f"{mean:.2f} s")
+        yield _row(board, panel, f"{who}attempts", value, known)
+        value = self.ask.one(board, panel, 1, whole=True, **where)
+        # Full jitter up to 0.05 s, then up to 0.1 s, and none before a listen.
+        known = between(0, 0.1 * of.waits / len(silences) + 0.05, "below 0.1 s a retry")
+        yield _row(board, panel, f"{who}waiting", value, known)
+
+    def _dots(self, board, of, **where):
+        who = f"{where['provider']} " if where else ""
+        panel = "Replies that were not a clean success, each dot a trace"
+        found = self.ask.total(board, panel, "traced_retry_outcome", **where)
+        for outcome in ("recovered", "exhausted", "not_recoverable"):
+            number = of.of(outcome)
+            # A plain rate of each process's own counter goes on past its end; see exactness.md.
+            off = max(number * (0.3 if self.path == "spans" else 0.75), 0.75)
+            told = between(number - off, number + off, f"{number}")
+            if number:
+                yield _row(board, panel, who + outcome, found.get(outcome, 0), told)
+
+    def _health(self):
+        board = OVERVIEW
+        panel = "Processes reporting"
+        yield _row(board, panel, "processes", self.ask.one(board, panel), exactly(self.jobs))
+        panel = "Spans dropped"
+        dropped = sum(self.ask.total(board, panel, "traced_retry_exporter").values())
+        yield _row(board, panel, "all", dropped, count(0))
+        panel = "Retry budget left"
+        left = self.ask.now(board, panel, "gen_ai_provider_name")
+        known = between(3, 3.5, "5, less 2 retries")
+        yield _row(board, panel, "openai", left["openai"], known)
+        panel = "Replies under way"
+        for name, value in sorted(self.ask.now(board, panel, "gen_ai_provider_name").items()):
+            yield _row(board, panel, name, value, exactly(0))
+        panel = "Heard after their failure was told"
+        for name, value in sorted(self.ask.total(board, panel, "gen_ai_provider_name").items()):
+            yield _row(board, panel, name, value, count(0))
+        panel = "Counts can be read"
+        for job, value in sorted(self.ask.now(board, panel, "job").items()):
+            yield _row(board, panel, job, value, exactly(1))
+
+    def _ratios(self):
+        ratios = {
+            "Retries per reply": lambda of: difference(of.waits, len(of.replies)),
+            "Is retrying helping?": lambda of: share(
+                of.of("recovered"), of.of("recovered", "exhausted")
+            ),
+            "Requests per reply, by provider": lambda of: share(of.requests(), len(of.replies)),
+        }
+        for panel, known in ratios.items():
+            found = self.ask.now(OVERVIEW, panel, "gen_ai_provider_name", whole=True)
+            for name, of in self.each.items():
+                yield _row(OVERVIEW, panel, name, found[name], known(of))
+        limit = exactly(self.shipped.storm_amplification)
+        yield _row(OVERVIEW, panel, "ticket", self.ask.one(OVERVIEW, panel, 1), limit)
+
+    def _codes(self):
+        panel = "Could a retry mend it?"
+        found = self.ask.total(OVERVIEW, panel, "traced_retry_recoverable")
+        failed = self.every.failed
+        never = sum(attempt.code == NOT_RECOVERABLE for attempt in failed)
+        for value, number in (("true", len(failed) - never), ("false", never)):
+            yield _row(OVERVIEW, panel, value, found[value], count(number))
+        panel = "Failed attempts: providers and codes"
+        found = self.ask.now(OVERVIEW, panel, "gen_ai_provider_name", "error_type")
+        known = {
+            f"{name} {code}": sum(attempt.code == code for attempt in of.failed)
+            for name, of in self.each.items()
+            for code in {attempt.code for attempt in of.failed}
+        }
+        for series in sorted({*known, *found}):
+            number = count(known.get(series, 0))
+            yield _row(OVERVIEW, panel, series, found.get(series, 0), number)
+
+    def _windows(self, of, provider):
+        panel = "Burn rate by window"
+        found = self.ask.now(ONE, panel, "window", provider=provider)
+        for window in ("1h", "6h", "1d", "3d"):  # six minutes and more, here: all of it
+            known = share(of.of("exhausted") / len(of.replies), self.shipped.budget)
+            yield _row(ONE, panel, f"{provider} {window}", found[window], known)
+
+    def _models(self, of, provider):
+        numbers = {
+            "Replies, by model": len(of.replies),
+            "Lost, by model": of.of("exhausted", "not_recoverable"),
+        }
+        for panel, number in numbers.items():
+            found = self.ask.total(ONE, panel, "gen_ai_request_model", provider=provider)
+            ((model, value),) = found.items()
+            yield _row(ONE, panel, f"{provider} {model}", value, count(number))
+
+    def _kinds(self, of, provider):
+        panel = "Failed attempts by action"
+        found = self.ask.total(ONE, panel, "traced_retry_action", provider=provider)
+        for action in ACTIONS:
+            number = count(sum(attempt.action == action for attempt in of.failed))
+            yield _row(ONE, panel, f"{provider} {action}", found[action], number)
+        labels = ("error_type", "traced_retry_recoverable")
+        found = self.ask.now(ONE, "Codes", *labels, provider=provider)
+        for code, number in sorted(Counter(attempt.code for attempt in of.failed).items()):
+            series = f"{code} {'false' if code == NOT_RECOVERABLE else 'true'}"
+            yield _row(ONE, "Codes", f"{provider} {series}", found[series], count(number))
+
+
+def _row(board, panel, series, value, known):
+    true, tolerance, low, high = known
+    return Row(board, panel, series, value, true, tolerance, low, high)
+
+
+HEAD = """\
+# Every panel beside its truth
+
+Generated by `make preview` (`tests/dashboards/test_fleet.py`); do not edit.
+
+Job processes with the real plugins of eight providers talked to simulators, an outage in their
+scripts; spans and metrics went through a real Collector into a real Jaeger and Prometheus. What
+each panel's own queries gave is below, on either way of counting, beside what the simulators
+know. The test fails where a value is outside its tolerance. The rules ran ten times faster than
+shipped. An answer that came at once is told as 0 s; on a busy machine it takes some tenths.
+
+LiveKit inference speaks OpenAI's protocol, by the same adapter; NVIDIA's plugin has no
+`generate_reply`.
+"""
+
+
+def as_markdown(spans, agents):
+    """The whole list; the values of a run, all else as it must be."""
+    by_agents = {(row.board, row.panel, row.series): row for row in agents}
+    lines = [HEAD]
+    for board, title in ((OVERVIEW, "Overview"), (ONE, "One provider")):
+        lines += [
+            f"## {title}\n",
+            "| panel | series | truth | tolerance | from spans | by the agents |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in spans:
+            if row.board == board:
+                other = by_agents.get((row.board, row.panel, row.series))
+                value = "not known" if other is None else f"{other.value:.3f}"
+                told = row.tolerance
+                if other is not None and other.tolerance != told:
+                    told += f"; by the agents {other.tolerance}"
+                cells = (row.panel, row.series, row.true, told, f"{row.value:.3f}", value)
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["## Panels without a truth\n", "| dashboard | panel | why |", "|---|---|---|"]
+    for (board, panel), why in UNTOLD.items():
+        lines.append(f"| {board.removesuffix('.json')} | {panel} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def without_values(markdown):
+    """The list but for what a run measured."""
+    return [line.rsplit(" | ", 2)[0] for line in markdown.splitlines()]
