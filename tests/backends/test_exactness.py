@@ -72,4 +72,5 @@ def test_the_table_in_the_docs(fleet, capsys):
     with capsys.disabled():
         sys.stdout.write("\n".join(["", table, *lines, ""]))
 
-    assert table in (ROOT / "docs" / "exactness.md").read_text()
+    # Line by line: below Python 3.12 there is no AWS.
+    assert set(table.splitlines()) <= set((ROOT / "docs/exactness.md").read_text().splitlines())
