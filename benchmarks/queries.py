@@ -7,14 +7,15 @@ themselves are there for the last hours only: of each provider 200 processes at 
 call of ten minutes that sends its metrics once a minute. When it ends another process, and so
 other series, takes its place. Thirty days of that would be 17 million processes.
 
-Each panel's queries are sent as Grafana would send them (1,000 points wide; all providers, on the
-provider dashboard one), one after the other, three times. Then over the agents' hours, with and
-without recorded series: for "raw" each recorded name is replaced by what its rule counts, taken
-over the panel's window at once. That is less work than the rules' own steps would be.
+Each panel's queries are sent as Grafana would send them (1,000 points wide where the panel does not
+say; all providers, on the provider dashboard one), one after the other, three times. Then over the
+agents' hours, with and without recorded series: for "raw" each recorded name is replaced by what
+its rule counts, taken over the panel's window at once. That is less work than the rules' own steps
+would be.
 
-Building takes some ten minutes; what was built is kept in ~/.cache/traced-retry/queries, 2 GB.
-Needed: prometheus and promtool. Exit status 1 where a panel over all the days takes more than a
-second, or finds nothing.
+Building took 25 minutes on two busy CPUs; what was built is kept in ~/.cache/traced-retry/queries,
+1 GB. Needed: prometheus and promtool. Exit status 1 where a panel over all the days takes more than
+a second (the median of the three), or finds nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ from dataclasses import dataclass
 from queries_fleet import DASHBOARDS, DAY, HOUR, LAST, NAME, PROVIDERS, RULES, build, seconds
 
 LIMIT = 1.0
-TIMEOUT = 20
-"""Seconds; what takes longer is told as just that."""
 POINTS = 1_000
 STEPS = {7.5: 5, 12.5: 10, 17.5: 15, 25: 20, 45: 30, 90: 60, 210: 120, 450: 300, 750: 600}
 STEPS |= {1_050: 900, 1_500: 1_200, 2_700: 1_800, 5_400: 3_600, 9_000: 7_200, 16_200: 10_800}
@@ -169,7 +168,8 @@ def raw(expression):
 class Prometheus:
     """A real one, on a free port of 127.0.0.1."""
 
-    def __init__(self, folder, days):
+    def __init__(self, folder, days, timeout):
+        self.timeout = timeout
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -180,7 +180,7 @@ class Prometheus:
             f"--config.file={folder / 'prometheus.yaml'}",
             f"--storage.tsdb.path={folder / 'data'}",
             f"--storage.tsdb.retention.time={days + 5}d",
-            f"--query.timeout={TIMEOUT}s",
+            f"--query.timeout={timeout}s",
             f"--web.listen-address={address}",
         ]
         self.log = (folder / "prometheus.log").open("w")
@@ -203,7 +203,7 @@ class Prometheus:
         url = f"{self.url}/{path}?{urllib.parse.urlencode(parameters)}"
         began = time.perf_counter()
         try:
-            with urllib.request.urlopen(url, timeout=2 * TIMEOUT) as response:  # noqa: S310
+            with urllib.request.urlopen(url, timeout=10 * self.timeout) as response:  # noqa: S310
                 body = response.read()
         except urllib.error.HTTPError as error:
             # Until it is ready it answers in plain words.
@@ -238,9 +238,31 @@ def measured(server, panel, rollup, start, end, *, times=3, without=False):
     return statistics.median(runs), max(runs), wrong or ("" if found else "nothing found")
 
 
-def told(median, wrong):
+def without_rules(server, panel, rollup, end):
+    """How long the raw series take, as told."""
+    found = ""
+    expressions = " ".join(query.get("expr", "") for query in panel.queries)
+    if re.search(r":(increase\S+?\{|sum|min|count\b)", expressions):
+        took, _, wrong = measured(server, panel, rollup, LAST, end, times=1, without=True)
+        found = told(took, wrong, server.timeout)
+    elif "traces_span" in expressions:
+        found = "the same"
+    print(f"{panel.board}: {panel.name}: raw: {found}", file=sys.stderr)
+    return found
+
+
+def price_of_rules(server, end):
+    """What one evaluation costs of each rule that reads the raw series."""
+    for name, (rule, *_) in RULES.items():
+        if re.search(rf"{OWN}\b", rule["expr"]):
+            took, _, wrong = server.ask("query", {"query": rule["expr"], "time": end})
+            price = f"{told(took, wrong, server.timeout)}, every {rule['apart']} s"
+            yield f"{f'rule {name}'[:76]:<78}{price:>20}"
+
+
+def told(median, wrong, timeout):
     late = "timed out" in wrong or "deadline" in wrong
-    return f"over {TIMEOUT} s" if late else wrong or f"{median * 1000:,.0f}"
+    return f"over {timeout} s" if late else wrong or f"{median * 1000:,.0f}"
 
 
 def main():
@@ -248,53 +270,45 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--days", type=int, default=30, help="of recorded series (default: 30)")
-    need = "promtool needs 6 GB of memory for each and the disk 9 GB, for a while (default: 1)"
+    need = "promtool needs 10 GB of memory for each and the disk 8 GB, for a while (default: 1)"
     parser.add_argument("--raw-hours", type=int, default=1, help=f"of the agents' series; {need}")
+    late = "seconds after which a query is given up, and told as that (default: 20)"
+    parser.add_argument("--timeout", type=int, default=20, help=late)
     options = parser.parse_args()
     days, hours = options.days, options.raw_hours
     for name in ("prometheus", "promtool"):
         if not shutil.which(name):
             parser.error(f"there is no {name} here; get it with: apt-get install prometheus")
     folder, end = build(days, hours), LAST + hours * HOUR
+    asked, rollup = panels()
+    began = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} when this began."
+    with Prometheus(folder, days, options.timeout) as server:
+        long = [measured(server, each, rollup, end - days * DAY, end) for each in asked]
+        short = [measured(server, each, rollup, LAST, end) for each in asked]
+        # Afterwards, for what these leave in memory slows the others down.
+        beside = [without_rules(server, each, rollup, end) for each in asked]
+        rules = list(price_of_rules(server, end))
     print(
-        f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f} when this began. In milliseconds:\n"
-        f"recorded series over {days} days (at most {LIMIT * 1000:,.0f}) and over the agents' hours"
-        f" ({hours}), median and worst of three;\nraw series over the agents' hours, once.\n"
+        f"{began} In milliseconds: recorded series over\n{days} days (at most {LIMIT * 1000:,.0f})"
+        f" and over the agents' hours ({hours}), median and worst of three; raw series once.\n"
         f"{'':<56}{f'{days} d':>8}{'worst':>7}{f'{hours} h':>8}{'worst':>7}{f'raw {hours} h':>12}"
     )
-    over, sums = [], {}
-    asked, rollup = panels()
-    with Prometheus(folder, days) as server:
-        for panel in asked:
-            name = f"{panel.board}: {panel.name}"
-            long, worst, wrong = measured(server, panel, rollup, end - days * DAY, end)
-            short, short_worst, short_wrong = measured(server, panel, rollup, LAST, end)
-            beside = ""
-            if re.search(r":(increase\S+?\{|sum|min|count\b)", json.dumps(panel.queries)):
-                once = measured(server, panel, rollup, LAST, end, times=1, without=True)
-                beside = told(once[0], once[2])
-            elif "traces_span" in json.dumps(panel.queries):
-                beside = "the same"
-            if wrong or worst > LIMIT:
-                over.append(name)
-            sums[panel.board] = sums.get(panel.board, 0) + long
-            print(
-                f"{name[:55]:<56}{told(long, wrong):>8}{worst * 1000:>7,.0f}"
-                f"{told(short, short_wrong):>8}{short_worst * 1000:>7,.0f}{beside:>12}"
-                f"{'  OVER' if name in over else ''}",
-                flush=True,
-            )
-        for name, of in RULES.items():
-            if re.search(rf"{OWN}\b", of[0]["expr"]):
-                runs = [
-                    server.ask("query", {"query": of[0]["expr"], "time": end}) for _ in range(3)
-                ]
-                took = statistics.median(run[0] for run in runs)
-                price = f"{told(took, runs[0][2])}, each {of[0]['apart']} s"
-                print(f"{f'rule {name}'[:77]:<78}{price:>20}", flush=True)
-    for board, took in sums.items():
-        print(f"{board}: all of the above, one after the other: {took:.1f} s")
-    print(f"each in under {LIMIT:g} s over {days} days: {'BROKEN' if over else 'kept'}")
+    over = 0
+    for panel, (took, worst, wrong), (soon, soon_worst, _), raw_ in zip(
+        asked, long, short, beside, strict=True
+    ):
+        bad = wrong or took > LIMIT
+        over += bool(bad)
+        name = f"{panel.board}: {panel.name}"
+        print(
+            f"{name[:55]:<56}{told(took, wrong, options.timeout):>8}{worst * 1000:>7,.0f}"
+            f"{soon * 1000:>8,.0f}{soon_worst * 1000:>7,.0f}{raw_:>12}{'  OVER' if bad else ''}"
+        )
+    for board in ("overview", "provider"):
+        took = sum(one[0] for panel, one in zip(asked, long, strict=True) if panel.board == board)
+        print(f"{f'{board}: all of these, one after the other':<56}{took * 1000:>8,.0f}")
+    print("\n".join(rules))
+    print(f"each in under {LIMIT:g} s over {days} days: {f'{over} BROKEN' if over else 'kept'}")
     sys.exit(bool(over))
 
 
