@@ -43,6 +43,7 @@ bench: .venv/.bench  ## what retrying and tracing cost, beside tenacity and stam
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/backends.py
+	$(BIN)/python benchmarks/queries.py
 
 .PHONY: backends
 backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once: ~/.cache, 8 minutes
