@@ -39,6 +39,7 @@ VARIABLES: Final = {
     "$__rate_interval_ms": "300000",
     "$__rate_interval": "5m",
     "$__range": "1h",
+    "$rollup": "1m",
 }
 """What Grafana fills in before PromQL can be read; the longer name first."""
 

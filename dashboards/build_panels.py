@@ -34,8 +34,13 @@ PROMETHEUS: Final = common.DataSourceRef("prometheus", "${prometheus_datasource}
 JAEGER: Final = common.DataSourceRef("jaeger", "${jaeger_datasource}")
 TEMPO: Final = common.DataSourceRef("tempo", "${tempo_datasource}")
 
-STEP: Final = "1m"
-"""The rolled-up series have one sample a minute; a shorter step would find none in between."""
+STEP: Final = "$rollup"
+"""The rolled-up series have one sample in that time; a shorter step would find none in between."""
+COARSE_FROM: Final = 3 * 86_400
+"""Seconds. Over a longer time, what is read has one sample in ten minutes instead of one in one."""
+
+POINTS: Final = 500
+"""At most so many steps, however wide the screen: a query costs series times steps."""
 
 COLORS: Final = {
     "succeeded": "green",
@@ -215,6 +220,7 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> Any:
         .unit(panel.unit)
         .no_value(panel.none)
         .targets([_target(place, query) for place, query in enumerate(panel.queries)])
+        .max_data_points(POINTS)
         .grid_pos(dashboard.GridPos(panel.height, panel.width, x, y))
     )
     if panel.decimals is not None:
@@ -350,6 +356,26 @@ def choice(name: str, title: str, query: str, *, several: bool = True) -> Any:
             dashboard.VariableOption(selected=True, text=["All"], value=["$__all"])
         )
     return made
+
+
+def rollup() -> Any:
+    """The hidden variable for which of the rolled-up series is read: 1m or 10m."""
+    coarse = f'label_replace(vector($__range_s) > {COARSE_FROM}, "rollup", "10m", "", "")'
+    fine = 'label_replace(vector(1), "rollup", "1m", "", "")'
+    query = f"query_result({coarse} or on () {fine})"
+    return (
+        builders.QueryVariable("rollup")
+        .label("Rolled up")
+        .hide(dashboard.VariableHide.HIDE_VARIABLE)
+        .query({"query": query, "refId": "rollup"})
+        .definition(query)
+        .regex('/rollup="([^"]+)"/')
+        .datasource(PROMETHEUS)
+        .refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .multi(multi=False)
+        .include_all(include_all=False)
+        .current(dashboard.VariableOption(selected=True, text="1m", value="1m"))
+    )
 
 
 # --- dashboards -----------------------------------------------------------------------------------

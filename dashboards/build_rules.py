@@ -46,7 +46,7 @@ def _minute(rate: str) -> str:
 
 def rollup() -> dict[str, Any]:
     """The series that alerts and dashboards read over hours and days: one sample a minute."""
-    provider, outcome, result = map(label, (semconv.PROVIDER, semconv.OUTCOME, semconv.RESULT))
+    provider, outcome = map(label, (semconv.PROVIDER, semconv.OUTCOME))
     environment = label(rules.ENVIRONMENT)
     exporter = f"{label(semconv.EXPORTER)}, {label(semconv.DROP_REASON)}, {environment}"
     named: dict[str, str] = {
@@ -58,7 +58,7 @@ def rollup() -> dict[str, Any]:
             f"{{{rules.NOT_CALLED_OFF}}}\n)"
         ),
         "provider:traced_retry_attempt_duration_seconds_bucket:increase1m": _minute(
-            f"sum by (le, {result}, {_BY}) (\n"
+            f"sum by (le, {_BY}) (\n"
             "  provider:traced_retry_attempt_duration_seconds_bucket:rate5m\n)"
         ),
         "provider:traced_retry_reply_duration_seconds_sum:increase1m": (
@@ -91,7 +91,19 @@ def rollup() -> dict[str, Any]:
         "interval": f"{thresholds.STEP}s",
         "rules": documents,
     }
-    return {"groups": [group]}
+    coarse = [
+        rules.Record(
+            name.replace("increase1m", "increase10m"), f"sum_over_time({name}[9m59s999ms])"
+        ).document()
+        for name in named
+        if name.endswith(":increase1m")
+    ]
+    return {
+        "groups": [
+            group,
+            {"name": "traced_retry_rollup_10m", "interval": "10m", "rules": coarse},
+        ]
+    }
 
 
 def rollup_text() -> str:

@@ -37,7 +37,9 @@ _OPERATORS = {"Equal": "=", "NotEqual": "!=", "Re": "=~", "NotRe": "!~"}
 GRAFANA = {
     "$__rate_interval_ms": "300000",
     "$__rate_interval": "5m",
+    "$__range_s": "3600",
     "$__range": "1h",
+    "$rollup": "1m",
     "$provider": ".*",
     "$environment": ".*",
     "$model": ".*",

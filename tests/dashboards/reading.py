@@ -27,6 +27,7 @@ def faster(text, times):
         return f"{match[1]}{int(match[2]) * _UNITS[match[3]] * 1000 // times}ms"
 
     text = text.replace("[59s999ms:15s]", f"[{59999 // times}ms:{15000 // times}ms]")
+    text = text.replace("[9m59s999ms]", f"[{599999 // times}ms]")
     text = re.sub(r"(\[|offset |for: |interval: )(\d+)([smhd])\b", shorter, text)
     for number in (15, 300):
         text = re.sub(rf"(?<![\w.]){number} \* (?=sum)", f"{number / times:g} * ", text)

@@ -19,6 +19,7 @@ P = "openai"
 GROUPS = [
     "traced_retry_recording",
     "traced_retry_rollup",
+    "traced_retry_rollup_10m",
     "traced_retry_ratios",
     "traced_retry_alerts",
 ]
@@ -719,6 +720,22 @@ class TestSpansDropped:
             [_series("traced_retry_export_dropped_total", "0x60", job="agent", instance="a")],
             alerts=[("30m", self.NAME, [])],
         )
+
+
+def test_a_long_time_is_summed_the_same_from_either_rollup(promtool):
+    """An hour of six replies a minute, of each minute and of each ten: 360 either way."""
+    hour = {  # Prometheus 2.42 takes both ends of a range; promtool has each rule each minute
+        "provider:traced_retry_replies:increase1m": "59m",
+        "provider:traced_retry_replies:increase10m": "59m:10m",
+    }
+    labels = f'{{gen_ai_provider_name="{P}", traced_retry_outcome="succeeded"}}'
+    promtool(
+        [calls("succeeded", "0+6x180")],
+        expressions=[
+            ("150m", f"sum_over_time({name}[{of}])", [{"labels": labels, "value": 360}])
+            for name, of in hour.items()
+        ],
+    )
 
 
 def test_rules_are_well_formed():

@@ -73,6 +73,10 @@ def known(emitted):
     return found
 
 
+ROLLUPS = ("1m", "10m")
+"""What the hidden variable of the dashboards may be: see dashboards/build_panels.py."""
+
+
 def every_query():
     """(where, expression) of every rule, panel, variable and annotation."""
     for rule in rules():
@@ -81,11 +85,16 @@ def every_query():
         for panel in panels(board):
             for target in panel.get("targets", []):
                 if "expr" in target:
-                    yield f"{name}: {panel['title']}", target["expr"]
+                    where = f"{name}: {panel['title']}"
+                    yield from {
+                        (where, target["expr"].replace("$rollup", rolled)) for rolled in ROLLUPS
+                    }
         for annotation in board["annotations"]["list"]:
             yield f"{name}: annotation", annotation["expr"]
         for variable in board.get("templating", {}).get("list", []):
-            if variable["type"] == "query":
+            if variable["name"] == "rollup":  # of numbers alone; what comes of it is above
+                promql.parse(re.fullmatch(r"query_result\((.+)\)", variable["definition"])[1])
+            elif variable["type"] == "query":
                 inner = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
                 yield f"{name}: ${variable['name']}", f"count by ({inner[2]}) ({inner[1]})"
 

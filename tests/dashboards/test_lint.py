@@ -56,7 +56,8 @@ class TestDashboard:
         for variable in board.get("templating", {}).get("list", []):
             if variable["type"] == "query":
                 assert 2 == variable["refresh"]
-                assert re.fullmatch(r"label_values\(.+, \w+\)", variable["definition"])
+                query = "query_result" if variable["name"] == "rollup" else "label_values"
+                assert variable["definition"].startswith(f"{query}(")
                 assert variable["definition"] == variable["query"]["query"]
 
     def test_ids_are_unique(self, board):
@@ -170,9 +171,9 @@ class TestQuery:
             assert "le" not in {m.label for m in selector.matchers}
 
     def test_is_not_drawn_finer_than_the_data(self, panel, target):
-        """The rolled-up series have a sample a minute: below that there are gaps."""
-        if "increase1m" in target["expr"] and not target["instant"]:
-            assert "1m" == target["interval"]
+        """The rolled-up series have a sample a minute, or in ten: below that there are gaps."""
+        if "increase$rollup" in target["expr"] and not target["instant"]:
+            assert "$rollup" == target["interval"]
 
     def test_heeds_the_choices(self, panel, target):
         """Provider and environment are filtered wherever a reply, an attempt or a wait is meant."""
