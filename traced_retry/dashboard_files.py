@@ -9,15 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import traced_retry
-from traced_retry import rules, thresholds
-from traced_retry.errors import UsageError
+from traced_retry import rules, shipping, thresholds
 
 _TOP: Final = ("objective", "min_replies", "grafana_url", "runbook_url")
-
-
-class DashboardFilesError(UsageError):
-    """The files cannot be written there; the message names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +32,8 @@ class DashboardFile:
 
 
 def root() -> Path:
-    """The folder: inside the installed package, or beside it in an editable install."""
-    package = Path(traced_retry.__file__).parent
-    installed = package / "dashboards"
-    return installed if installed.is_dir() else package.parent / "dashboards"
+    """The folder itself."""
+    return shipping.folder("dashboards")
 
 
 def files(config: Path | None = None, **changes: Any) -> list[DashboardFile]:
@@ -76,25 +68,10 @@ def write(directory: Path, found: list[DashboardFile], *, force: bool = False) -
     """Write the files below ``directory``, which is made; returns where each now is.
 
     Raises:
-        DashboardFilesError: a file is there already, with other content, and ``force`` is not set;
-            then nothing is written. Or the directory cannot be written.
+        FilesError: see :func:`traced_retry.shipping.write`.
     """
-    texts = {directory / file.name: file.text for file in found}
-    changed = [p for p, text in texts.items() if p.is_file() and p.read_bytes() != text.encode()]
-    if changed and not force:
-        raise DashboardFilesError(
-            f"{changed[0]} is there already and differs: --force overwrites it, or name another "
-            "directory"
-        )
-    try:
-        for path, text in texts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text.encode())
-    except OSError as error:
-        raise DashboardFilesError(
-            f"{error.filename} cannot be written ({error.strerror}): name another directory"
-        ) from None
-    return list(texts)
+    contents = {file.name: file.text.encode() for file in found}
+    return shipping.write(directory, contents, force=force)
 
 
 def _read(path: Path) -> str:

@@ -30,11 +30,12 @@ def show_dashboard(
     name: Annotated[str, typer.Argument(help="As listed, such as prometheus/alerts.yaml.")],
 ) -> None:
     """Print one file."""
-    from traced_retry.dashboard_files import DashboardFilesError, files  # noqa: PLC0415
+    from traced_retry.dashboard_files import files  # noqa: PLC0415
+    from traced_retry.shipping import FilesError  # noqa: PLC0415
 
     found = {file.name: file.text for file in files()}
     if name not in found:
-        raise DashboardFilesError(f"there is no {name!r}; there are {', '.join(found)}")
+        raise FilesError(f"there is no {name!r}; there are {', '.join(found)}")
     typer.echo(found[name], nl=False)
 
 

@@ -6,14 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import traced_retry
-from traced_retry.errors import UsageError
+from traced_retry import shipping
+from traced_retry.shipping import FilesError
 
 _COMMENT = "#"
-
-
-class FilesError(UsageError):
-    """There is no such file, or it cannot be written there; the message names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +36,8 @@ class ShippedFile:
 
 
 def root() -> Path:
-    """The folder: inside the installed package, or beside it in an editable install."""
-    package = Path(traced_retry.__file__).parent
-    installed = package / "exporters"
-    return installed if installed.is_dir() else package.parent / "exporters"
+    """The folder itself."""
+    return shipping.folder("exporters")
 
 
 def shipped() -> list[ShippedFile]:
@@ -77,24 +71,5 @@ def write(directory: Path, *, force: bool = False) -> list[Path]:
         FilesError: a file is there already, with other content, and ``force`` is not set; then
             nothing is written. Or the directory cannot be written.
     """
-    files = {directory / file.name: file for file in shipped()}
-    if not force:
-        changed = [p for p, file in files.items() if p.is_file() and p.read_bytes() != _bytes(file)]
-        if changed:
-            raise FilesError(
-                f"{changed[0]} is there already and differs: --force overwrites it, or name "
-                "another directory"
-            )
-    try:
-        for path, file in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_bytes(file))
-    except OSError as error:
-        raise FilesError(
-            f"{error.filename} cannot be written ({error.strerror}): name another directory"
-        ) from None
-    return list(files)
-
-
-def _bytes(file: ShippedFile) -> bytes:
-    return file.path.read_bytes()
+    contents = {file.name: file.path.read_bytes() for file in shipped()}
+    return shipping.write(directory, contents, force=force)
