@@ -50,7 +50,7 @@ from traced_retry.livekit.adapter import (
     Replies,
     told,
 )
-from traced_retry.livekit.listening import Speaking, before
+from traced_retry.livekit.single_slot import Speaking, before
 
 _REMEMBERED = 64
 """Requests given up whose replies are still watched for, at most."""

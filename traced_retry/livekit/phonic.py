@@ -26,7 +26,7 @@ from traced_retry import semconv
 from traced_retry.core.failure import Failure
 from traced_retry.core.guard import harmless
 from traced_retry.livekit.adapter import Call, Generation, Replies, told
-from traced_retry.livekit.listening import (
+from traced_retry.livekit.single_slot import (
     ListeningAdapter,
     ListeningRequest,
     Speaking,

@@ -31,7 +31,7 @@ from livekit.agents import llm
 from traced_retry.core.failure import kind_of_status
 from traced_retry.core.guard import harmless
 from traced_retry.livekit.adapter import Generation, Replies, told
-from traced_retry.livekit.listening import ListeningAdapter, Speaking
+from traced_retry.livekit.single_slot import ListeningAdapter, Speaking
 
 _STATUS = re.compile(r"HTTP (\d{3})\b")
 """The plugin tells why a call was refused only in words: ``HTTP 401: Unauthorized``."""
