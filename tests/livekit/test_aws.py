@@ -635,7 +635,7 @@ class TestContract:
     """What the adapter relies on; each fails where a new version of the plugin moved it."""
 
     async def test_attributes(self, converse):
-        """Each of ``needs`` is there, and the model's time-out."""
+        """Each of ``required_attributes`` is there, and the model's time-out."""
         talk = await converse("ok", bare=True)
 
         assert [] == AWSAdapter(talk.realtime, None).missing_attributes()

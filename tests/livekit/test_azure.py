@@ -183,7 +183,7 @@ class TestEachFault:
         await talk.server.wait_for("connection_lost")
 
         assert None is await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1", "reply 2"] == talk.heard
         assert [("succeeded", None)] * 2 == ended(recorder)
@@ -195,7 +195,7 @@ class TestExactlyOnce:
         talk = await converse("late:12,ok")
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 2"] == talk.heard
         (cancelled,) = talk.server.cancels
@@ -219,7 +219,7 @@ class TestExactlyOnce:
         talk = await converse("late:4,ok", attempt_timeout=2.0)
 
         assert None is await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 2"] == talk.heard
         assert ["timeout", None] == codes(recorder)
@@ -245,7 +245,7 @@ class TestExactlyOnce:
         first, second = talk.realtime.generate_reply(), talk.realtime.generate_reply()
 
         await asyncio.gather(first, second)
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1", "reply 3"] == talk.server.completed
         assert [("succeeded", None), ("recovered", None)] == sorted(ended(recorder))[::-1]
@@ -283,7 +283,7 @@ class TestInterruption:
         handle.interrupt()
         await handle
         assert [] == talk.server.cancels
-        await talk.commit()
+        await talk.settle()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert [] == talk.heard
@@ -300,7 +300,7 @@ class TestInterruption:
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert [("succeeded", None), ("interrupted", "interrupted")] == ended(recorder)
         assert 1 == len(talk.server.requests)
@@ -313,7 +313,7 @@ class TestInterruption:
 
         with pytest.raises(asyncio.CancelledError):
             await reply
-        await talk.commit()
+        await talk.settle()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 1 == len(talk.server.cancels)
@@ -327,7 +327,7 @@ class TestInterruption:
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
@@ -366,7 +366,7 @@ class TestSessionEnds:
         talk.ask()
         await talk.server.wait_for(lambda: talk.server.requests)
         await talk.session.aclose()
-        await talk.commit()
+        await talk.settle()
 
         assert 1 == len(ended(recorder))
         assert [] == talk.heard
@@ -445,7 +445,7 @@ class TestContract:
             reply.exception()
         await asyncio.sleep(0.5)
         assert [] == talk.server.cancels
-        await talk.commit()
+        await talk.settle()
 
         # One that was not sent yet when its future ended is never sent.
         sent = 0 if end == "at once" else 1

@@ -124,7 +124,7 @@ class TestWithoutASwap:
         talk = await converse("rate_limit,ok")
 
         assert None is await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 2"] == talk.heard
         assert [(order[0], "recovered", None)] == failure_from_event(recorder)
@@ -143,12 +143,12 @@ class TestQuota:
 
         error = await talk.reply()
         took = asyncio.get_running_loop().time() - began
-        await talk.commit()
+        await talk.settle()
         assert "insufficient_quota" == error.code
         assert took <= 0.1
         assert [] == talk.heard
         assert None is await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard == second.completed
         assert (1, 1) == (len(talk.server.requests), len(second.requests))
@@ -179,7 +179,7 @@ class TestQuota:
         talk = await converse("quota")
 
         error = await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert "insufficient_quota" == error.code
         assert [] == talk.heard

@@ -415,7 +415,9 @@ class TestUnknownPlugin:
 
     async def test_an_engine_that_has_moved_on(self, converse, recorder, monkeypatch, caplog):
         """A private attribute that is gone degrades to observing, with one clear message."""
-        monkeypatch.setattr(OpenAIAdapter, "needs", ("_response_created_futures", "_gone_one"))
+        monkeypatch.setattr(
+            OpenAIAdapter, "required_attributes", ("_response_created_futures", "_gone_one")
+        )
         with caplog.at_level(logging.ERROR, logger="traced_retry"):
             talk = await converse("rate_limit,ok")
             await talk.reply()
@@ -561,7 +563,7 @@ class TestContract:
         talk.realtime._discarded_event_ids |= set(talk.realtime._response_created_futures)
         reply.set_exception(llm.RealtimeError("abandoned"))
         reply.exception()
-        await talk.commit()
+        await talk.settle()
 
         assert [] == surfaced
         assert 1 == len(talk.server.cancels)

@@ -109,7 +109,7 @@ class TestEachFault:
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert [] == talk.heard
@@ -123,7 +123,7 @@ class TestEachFault:
 
         with pytest.raises(asyncio.CancelledError):
             await reply
-        await talk.commit()
+        await talk.settle()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 1 == len(talk.server.cancels)
@@ -146,7 +146,7 @@ class TestEachFault:
         talk = await converse("late:12,ok", bare=True)
 
         error = await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert isinstance(error, llm.RealtimeError)
         assert [] == talk.heard
@@ -180,7 +180,7 @@ class TestSay:
 
         await talk.session.say("good morning")
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["good morning", "reply 2"] == talk.heard
         assert [("recovered", None)] == ended(recorder)
@@ -192,7 +192,7 @@ class TestSay:
         await talk.server.wait_for(lambda: talk.server.requests)
         said = await talk.realtime.say("one moment")
         answered = await reply
-        await talk.commit()
+        await talk.settle()
 
         assert said.response_id != answered.response_id
         assert ["one moment", "reply 1"] == talk.server.completed

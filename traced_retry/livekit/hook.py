@@ -25,9 +25,10 @@ from opentelemetry import metrics
 from opentelemetry import trace as otel_trace
 
 from traced_retry import semconv
-from traced_retry.core.failure import Failure
+from traced_retry.core.cooldown import SessionCooldown
+from traced_retry.core.failure import Failure, copy_error
 from traced_retry.core.guard import log_once, suppress_and_log
-from traced_retry.core.loop import FailedReply, Reply, SessionCooldown, copy_error
+from traced_retry.core.loop import FailedReply, Reply
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.core.request import Request
 from traced_retry.core.telemetry import Target, Telemetry
@@ -81,7 +82,7 @@ class SessionHook:
         self._open: dict[Reply[Generation], PassthroughRequest] = {}
         self._callbacks: set[asyncio.Future[None]] = set()
         self._closed_by: tuple[Failure, semconv.StopReason] | None = None
-        self._retry_after = SessionCooldown()
+        self._cooldown = SessionCooldown()
         self._checked = False
         self._adapter = adapter_class(session)(session, self)
         setattr(session, _HOOK, self)
@@ -109,7 +110,7 @@ class SessionHook:
             request,
             self._config.policy,
             self._target,
-            retry_after=self._retry_after,
+            cooldown=self._cooldown,
             on_failed=self._schedule_callback if self._config.on_exhausted is not None else None,
         )
 
@@ -127,7 +128,7 @@ class SessionHook:
         policy: RetryPolicy,
         target: Target,
         *,
-        retry_after: SessionCooldown | None = None,
+        cooldown: SessionCooldown | None = None,
         on_failed: Callable[[FailedReply], None] | None = None,
     ) -> asyncio.Future[Generation]:
         trace = self._config.telemetry.reply(target)
@@ -136,7 +137,7 @@ class SessionHook:
             request,
             policy,
             trace,
-            retry_after=retry_after,
+            cooldown=cooldown,
             on_failed=on_failed,
             on_ended=self._ended,
         )
