@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:  # the core installs neither
         f"traced-retry's command line needs {error.name}: pip install 'traced-retry[demo]'"
     ) from None
 
-from traced_retry import __version__
+from traced_retry import __version__, shipped_files
 from traced_retry.dashboards_cli import dashboards
 from traced_retry.errors import UsageError
 
@@ -292,9 +292,7 @@ def list_exporters() -> None:
     Those in presets/ are for traced_retry.enable(preset=NAME), or to be copied, edited and named
     in OTEL_CONFIG_FILE.
     """
-    from traced_retry.export.files import shipped  # noqa: PLC0415
-
-    files = shipped()
+    files = shipped_files.exporters()
     width = max(len(file.name) for file in files)
     for file in files:
         typer.echo(f"{file.name:<{width}}  {file.description}".rstrip())
@@ -305,9 +303,7 @@ def show_exporter(
     name: Annotated[str, typer.Argument(help="As listed, such as presets/jaeger.yaml.")],
 ) -> None:
     """Print one file."""
-    from traced_retry.export.files import find  # noqa: PLC0415
-
-    typer.echo(find(name).text, nl=False)
+    typer.echo(shipped_files.find(shipped_files.exporters(), name).content, nl=False)
 
 
 @exporters.command("write")
@@ -317,9 +313,7 @@ def write_exporters(
     force: Annotated[bool, typer.Option("--force", help="Overwrite what you have edited.")] = False,
 ) -> None:
     """Copy all files, to be edited and used from there."""
-    from traced_retry.export.files import write  # noqa: PLC0415
-
-    for path in write(directory, force=force):
+    for path in shipped_files.write(directory, shipped_files.exporters(), force=force):
         typer.echo(str(path))
 
 

@@ -5,38 +5,21 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from traced_retry import rules, shipping, thresholds
+from traced_retry import rules, shipped_files, thresholds
+from traced_retry.shipped_files import ShippedFile
 
 _TOP: Final = ("objective", "min_replies", "grafana_url", "runbook_url")
 
 
-@dataclass(frozen=True)
-class DashboardFile:
-    """One file, and what it is for."""
-
-    name: str
-    """Its path below ``dashboards/``, with forward slashes, such as ``grafana/overview.json``."""
-    text: str
-
-    @property
-    def description(self) -> str:
-        """Its own first words; a dashboard's title."""
-        if self.name.endswith(".json"):
-            return str(json.loads(self.text).get("title", "Jaeger's UI: searches and links"))
-        lines = (line.lstrip("# ").strip() for line in self.text.splitlines())
-        return next((line for line in lines if line), "")
-
-
 def root() -> Path:
     """The folder itself."""
-    return shipping.folder("dashboards")
+    return shipped_files.folder("dashboards")
 
 
-def files(config: Path | None = None, **changes: Any) -> list[DashboardFile]:
+def files(config: Path | None = None, **changes: Any) -> list[ShippedFile]:
     """Every file, by name.
 
     Args:
@@ -58,20 +41,10 @@ def files(config: Path | None = None, **changes: Any) -> list[DashboardFile]:
         **rules.files(wanted, folder),
         "kubernetes/dashboards.yaml": rules.config_maps(boards),
     }
-    return [DashboardFile(name, text) for name, text in sorted(found.items())]
+    return [ShippedFile(name, text) for name, text in sorted(found.items())]
 
 
 _RECORDED: Final = ("recording", "rollup")
-
-
-def write(directory: Path, found: list[DashboardFile], *, force: bool = False) -> list[Path]:
-    """Write the files below ``directory``, which is made; returns where each now is.
-
-    Raises:
-        FilesError: see :func:`traced_retry.shipping.write`.
-    """
-    contents = {file.name: file.text.encode() for file in found}
-    return shipping.write(directory, contents, force=force)
 
 
 def _read(path: Path) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from traced_retry import shipped_files
+
 dashboards = typer.Typer(
     help="Dashboards for Grafana, rules for Prometheus, a runbook: list, show, write.",
     no_args_is_help=True,
@@ -31,12 +33,8 @@ def show_dashboard(
 ) -> None:
     """Print one file."""
     from traced_retry.dashboard_files import files  # noqa: PLC0415
-    from traced_retry.shipping import FilesError  # noqa: PLC0415
 
-    found = {file.name: file.text for file in files()}
-    if name not in found:
-        raise FilesError(f"there is no {name!r}; there are {', '.join(found)}")
-    typer.echo(found[name], nl=False)
+    typer.echo(shipped_files.find(files(), name).content, nl=False)
 
 
 @dashboards.command("write")
@@ -72,7 +70,7 @@ def write_dashboards(
     A threshold that could never be crossed is refused. compose.yaml of `traced-retry exporters`
     reads the files from a folder `dashboards` beside it.
     """
-    from traced_retry.dashboard_files import files, write  # noqa: PLC0415
+    from traced_retry.dashboard_files import files  # noqa: PLC0415
 
     found = files(
         config,
@@ -82,5 +80,5 @@ def write_dashboards(
         grafana_url=grafana_url,
         runbook_url=runbook_url,
     )
-    for path in write(directory, found, force=force):
+    for path in shipped_files.write(directory, found, force=force):
         typer.echo(str(path))

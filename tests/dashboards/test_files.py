@@ -262,7 +262,7 @@ class TestOtherForms:
         assert ("monitoring.coreos.com/v1", "PrometheusRule") == (rule["apiVersion"], rule["kind"])
         assert prometheus == rule["spec"]["groups"]
 
-        (maps,) = [f.text for f in files() if f.name == "kubernetes/dashboards.yaml"]
+        (maps,) = [f.content for f in files() if f.name == "kubernetes/dashboards.yaml"]
         found = {}
         for item in yaml.safe_load(maps)["items"]:
             assert {"grafana_dashboard": "1"} == item["metadata"]["labels"]
