@@ -19,7 +19,7 @@ dashboards = typer.Typer(
 @dashboards.command("list")
 def list_dashboards() -> None:
     """List the files, each with what it is for."""
-    from traced_retry.dashboard_files import files  # noqa: PLC0415
+    from traced_retry.monitoring.files import files  # noqa: PLC0415
 
     found = files()
     width = max(len(file.name) for file in found)
@@ -32,7 +32,7 @@ def show_dashboard(
     name: Annotated[str, typer.Argument(help="As listed, such as prometheus/alerts.yaml.")],
 ) -> None:
     """Print one file."""
-    from traced_retry.dashboard_files import files  # noqa: PLC0415
+    from traced_retry.monitoring.files import files  # noqa: PLC0415
 
     typer.echo(shipped_files.find(files(), name).content, nl=False)
 
@@ -70,7 +70,7 @@ def write_dashboards(
     A threshold that could never be crossed is refused. compose.yaml of `traced-retry exporters`
     reads the files from a folder `dashboards` beside it.
     """
-    from traced_retry.dashboard_files import files  # noqa: PLC0415
+    from traced_retry.monitoring.files import files  # noqa: PLC0415
 
     found = files(
         config,
