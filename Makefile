@@ -94,10 +94,7 @@ core = test -x .venv/core-$(1)/bin/pytest || { $(2) -m venv .venv/core-$(1) && \
 
 .PHONY: dashboards preview
 dashboards: .venv/.test  ## make rules, alerts, dashboards and the docs' tables anew
-	$(BIN)/python dashboards/build.py
-	$(BIN)/python dashboards/build_rules.py
-	$(BIN)/python dashboards/build_dashboards.py
-	$(BIN)/python dashboards/build_docs.py
+	$(BIN)/python tools/dashboards
 
 preview: .venv/.test  ## draw the dashboards from real query results: dashboards/preview
 	TRACED_RETRY_PREVIEW=dashboards/preview $(BIN)/pytest tests/dashboards/test_fleet.py -k preview

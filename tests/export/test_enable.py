@@ -11,8 +11,7 @@ from support.converse import SECRET
 from support.fresh import fresh
 from support.receiver import receiver
 
-from traced_retry import semconv
-from traced_retry.export import files
+from traced_retry import semconv, shipped_files
 
 CONVERSE = """
 import asyncio, traced_retry
@@ -180,7 +179,7 @@ trace.get_tracer("t").start_span("s").end()
     )
     def test_the_first_that_says_anything_holds(self, said, preset, where, state):
         """A file, then variables, then a preset, then the local store."""
-        file = str(files.presets()["console"])
+        file = str(shipped_files.presets()["console"])
         said = {name: value.replace("FILE", file) for name, value in said.items()}
         ended = fresh(
             f"import traced_retry; result = traced_retry.enable(preset={preset!r}).destination",

@@ -18,9 +18,8 @@ import yaml
 from support.converse import SECRET
 from support.receiver import receiver
 
-from traced_retry import semconv
+from traced_retry import semconv, shipped_files
 from traced_retry.core.policy import ENV
-from traced_retry.export import files
 from traced_retry.export.declarative import ConfigurationFileError, load
 from traced_retry.livekit.instrumentor import RetryOptions
 
@@ -56,7 +55,7 @@ def edited(tmp_path):
     """A copy of a preset, edited: ``edited("jaeger", "old", "new")`` gives its path."""
 
     def edit(preset, *changes):
-        text = files.presets()[preset].read_text()
+        text = shipped_files.presets()[preset].read_text()
         for old, new in zip(changes[::2], changes[1::2], strict=True):
             assert old in text
             text = text.replace(old, new, 1)
@@ -166,7 +165,9 @@ class TestUnderOpentelemetryInstrument:
 
     def test_each_preset_is_tested_here(self):
         """A new preset wants a test."""
-        assert ["collector", "console", "jaeger", "local", "vendor"] == sorted(files.presets())
+        assert ["collector", "console", "jaeger", "local", "vendor"] == sorted(
+            shipped_files.presets()
+        )
 
     def test_a_typo(self, edited):
         """One line says file, key and what is allowed; replies are retried all the same."""
@@ -306,11 +307,11 @@ class TestTypos:
 
 
 class TestContent:
-    @pytest.mark.parametrize("preset", sorted(files.presets()))
+    @pytest.mark.parametrize("preset", sorted(shipped_files.presets()))
     def test_each_carries(self, preset, monkeypatch):
         """Resource, limits, sampler, and every option of ours, at its default."""
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://127.0.0.1:9")
-        text = yaml.safe_load(files.presets()[preset].read_text())
+        text = yaml.safe_load(shipped_files.presets()[preset].read_text())
         provider = text["tracer_provider"]
         options = text["instrumentation/development"]["python"]["traced_retry"]
 
@@ -318,13 +319,13 @@ class TestContent:
         assert {"parent_based": {"root": {"always_on": None}}} == provider["sampler"]
         assert {"attribute_value_length_limit", "attribute_count_limit"} <= set(provider["limits"])
         assert set(ENV.values()) == set(options)
-        assert RetryOptions().policy() == load(files.presets()[preset]).options.policy()
+        assert RetryOptions().policy() == load(shipped_files.presets()[preset]).options.policy()
 
     @pytest.mark.parametrize(("text", "capacity"), [("off", None), ("25", 25), ("", 10)])
     def test_a_budget(self, text, capacity, monkeypatch):
         """A number, or off, which YAML takes for false; as in the variable."""
         monkeypatch.setenv("TRACED_RETRY_BUDGET", text)
-        budget = load(files.presets()["jaeger"]).options.policy().budget
+        budget = load(shipped_files.presets()["jaeger"]).options.policy().budget
 
         assert capacity == (budget and budget.capacity)
 

@@ -21,9 +21,9 @@ from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter
 
+from traced_retry import shipped_files
 from traced_retry.core.guard import logger
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.export import files
 from traced_retry.export.exporting import (
     METRICS_WITHIN,
     BoundedMetricReader,
@@ -68,7 +68,7 @@ def set_up(preset: str | None, service_name: str | None) -> SetUp:
         ExportError: there is no such preset, or a variable asks for what is not to be had.
         ConfigurationFileError: the configuration file cannot be.
     """
-    known = files.presets()
+    known = shipped_files.presets()
     if preset is not None and preset not in known:
         raise ExportError(f"preset is {preset!r}; it must be one of {', '.join(known)}")
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
