@@ -11,7 +11,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from traced_retry.simulator._openai_protocol import Event
-from traced_retry.simulator.openai_kin import AzureOpenAISimulator, BetaConnection
+from traced_retry.simulator.openai_compatible import AzureOpenAISimulator, BetaConnection
 from traced_retry.simulator.server import Connection
 
 
