@@ -22,7 +22,7 @@ from support.receiver import receiver
 
 from traced_retry import semconv
 from traced_retry.doctor.plugins import session_names
-from traced_retry.doctor.wire import guess
+from traced_retry.doctor.probe import guess
 from traced_retry.livekit.registry import ADAPTERS
 
 MARKER = "sk-hunter2-never-to-be-seen"

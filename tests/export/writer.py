@@ -12,8 +12,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from traced_retry import semconv
-from traced_retry.export.exporting import BoundedSpanProcessor
 from traced_retry.export.local import StoreExporter, new_store
+from traced_retry.export.processor import BoundedSpanProcessor
 from traced_retry.export.store import providers
 
 

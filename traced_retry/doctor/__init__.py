@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from traced_retry.doctor import environment, exports, plugins
+from traced_retry.doctor import environment, pipeline, plugins
 from traced_retry.doctor.check import Check, is_url
 from traced_retry.errors import UsageError
 
@@ -48,4 +48,4 @@ def examine(
     yield from environment.policy()
     yield from environment.variables()
     yield from plugins.checks()
-    yield from exports.checks(preset, jaeger, until)
+    yield from pipeline.checks(preset, jaeger, until)

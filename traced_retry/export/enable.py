@@ -26,7 +26,7 @@ from opentelemetry import metrics, trace
 from traced_retry.core import telemetry
 from traced_retry.core.guard import harmless, logger
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.export.sdk import SetUp, file_policy, set_up
+from traced_retry.export.setup import SetUp, file_policy, set_up
 from traced_retry.livekit import hook
 from traced_retry.livekit.hook import OnExhausted
 

@@ -16,8 +16,8 @@ from opentelemetry.sdk.metrics.export import MetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 
-from traced_retry.export.exporting import BoundedMetricReader, BoundedSpanProcessor, ExportError
 from traced_retry.export.local import StoreExporter, latest_store, new_store, store_directory
+from traced_retry.export.processor import BoundedMetricReader, BoundedSpanProcessor, ExportError
 
 __all__ = [
     "ExportError",

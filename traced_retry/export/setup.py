@@ -24,17 +24,17 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from traced_retry.core.guard import logger
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.export import files
-from traced_retry.export.exporting import (
+from traced_retry.export.local import StoreExporter, new_store
+from traced_retry.export.processor import (
     METRICS_WITHIN,
     BoundedMetricReader,
     BoundedSpanProcessor,
     ExportError,
 )
-from traced_retry.export.local import StoreExporter, new_store
 from traced_retry.export.store import store_processor
 
 if TYPE_CHECKING:
-    from traced_retry.export.declarative import Declared
+    from traced_retry.export.config_file import Declared
 
 SERVICE: Final = "livekit-agent"
 """``service.name`` where nobody said one."""
@@ -96,7 +96,7 @@ def file_policy() -> RetryPolicy | None:
 
 def _load_file(path: Path) -> Declared:
     # Imported late: half a second, in which the job's event loop stands still.
-    from traced_retry.export.declarative import load  # noqa: PLC0415
+    from traced_retry.export.config_file import load  # noqa: PLC0415
 
     return load(path)
 
@@ -107,7 +107,7 @@ def _declared(declared: Declared, destination: str) -> SetUp:
         configure_sdk,
     )
 
-    from traced_retry.export.declarative import (  # noqa: PLC0415
+    from traced_retry.export.config_file import (  # noqa: PLC0415
         ConfigurationFileError,
         take_batches,
     )

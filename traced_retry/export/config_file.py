@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
 
 from traced_retry.errors import UsageError
-from traced_retry.export.exporting import DELAY, BoundedSpanProcessor
+from traced_retry.export.processor import DELAY, BoundedSpanProcessor
 from traced_retry.livekit.instrumentor import RetryOptions
 
 if TYPE_CHECKING:

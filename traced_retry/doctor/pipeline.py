@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from traced_retry import semconv
 from traced_retry._version import __version__
 from traced_retry.doctor.check import Check, place
-from traced_retry.doctor.wire import deliver, guess, in_jaeger, server, why
+from traced_retry.doctor.probe import deliver, guess, in_jaeger, server, why
 from traced_retry.errors import UsageError
 
 if TYPE_CHECKING:
