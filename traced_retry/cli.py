@@ -96,7 +96,8 @@ def demo(
     key, no network and no LiveKit server is needed. It takes about fifteen seconds.
     """
     from traced_retry.demo import SCENES, Act, Scene, play  # noqa: PLC0415
-    from traced_retry.export.store import endpoint, new_store  # noqa: PLC0415
+    from traced_retry.export.file_store import new_store  # noqa: PLC0415
+    from traced_retry.export.setup import endpoint  # noqa: PLC0415
     from traced_retry.report.terminal import render  # noqa: PLC0415
 
     if not verbose:
@@ -162,7 +163,7 @@ def report(
     )
 
     if not files:
-        from traced_retry.export.store import latest_store, store_directory  # noqa: PLC0415
+        from traced_retry.export.file_store import latest_store, store_directory  # noqa: PLC0415
 
         newest = latest_store()
         if newest is None:

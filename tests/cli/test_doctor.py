@@ -192,7 +192,7 @@ class TestProvider:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import SimpleSpanProcessor
             from traced_retry.doctor import examine
-            from traced_retry.export.local import StoreExporter
+            from traced_retry.export.file_store import StoreExporter
 
             provider = TracerProvider()
             provider.add_span_processor(SimpleSpanProcessor(StoreExporter({str(tmp_path / "s")!r})))

@@ -21,8 +21,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from traced_retry import report, semconv
-from traced_retry.export.local import StoreExporter, new_store, store_directory
-from traced_retry.export.store import ExportError, latest_store, providers
+from traced_retry.export.file_store import StoreExporter, latest_store, new_store, store_directory
+from traced_retry.export.processor import ExportError
+from traced_retry.export.setup import store_providers
 
 WRITER = Path(__file__).with_name("writer.py")
 
@@ -188,7 +189,7 @@ def test_a_folder_that_cannot_be_is_an_error(tmp_path):
     """A store below a file is an error that names it and the remedy."""
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"spans\.jsonl cannot be written .*--store"):
-        providers(tmp_path / "file" / "spans.jsonl", "test")
+        store_providers(tmp_path / "file" / "spans.jsonl", "test")
 
 
 def test_nothing_is_written_after_shutdown(tmp_path):

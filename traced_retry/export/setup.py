@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from opentelemetry import metrics, trace
@@ -24,17 +24,18 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from traced_retry.core.guard import logger
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.export import files
-from traced_retry.export.local import StoreExporter, new_store
+from traced_retry.export.file_store import StoreExporter, new_store, store_processor
 from traced_retry.export.processor import (
     METRICS_WITHIN,
     BoundedMetricReader,
     BoundedSpanProcessor,
     ExportError,
 )
-from traced_retry.export.store import store_processor
 
 if TYPE_CHECKING:
     from traced_retry.export.config_file import Declared
+
+Signal = Literal["TRACES", "METRICS"]
 
 SERVICE: Final = "livekit-agent"
 """``service.name`` where nobody said one."""
@@ -148,7 +149,7 @@ def _name(declared: Declared, service_name: str) -> None:
 # --- standard variables -----------------------------------------------------------------------
 
 
-def _said(signal: str) -> list[str] | None:
+def _said(signal: Signal) -> list[str] | None:
     """The exporters that the variables name for ``TRACES`` or ``METRICS``; None: they say nothing.
 
     An endpoint alone means ``otlp``, as in the specification.
@@ -156,10 +157,11 @@ def _said(signal: str) -> list[str] | None:
     names = os.environ.get(f"OTEL_{signal}_EXPORTER", "").strip()
     if names:
         return [name.strip() for name in names.split(",") if name.strip().lower() != "none"]
-    return ["otlp"] if _endpoint(signal) else None
+    return ["otlp"] if endpoint(signal) else None
 
 
-def _endpoint(signal: str) -> str | None:
+def endpoint(signal: Signal = "TRACES") -> str | None:
+    """Return the OTLP endpoint that the standard variables name for a signal."""
     one, all_ = f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
     return os.environ.get(one) or os.environ.get(all_) or None
 
@@ -182,10 +184,10 @@ def _from_environment(service_name: str) -> SetUp:
 
 
 def _place(name: str) -> str:
-    endpoint = _endpoint("TRACES")
-    if name != "otlp" or endpoint is None:
+    target = endpoint("TRACES")
+    if name != "otlp" or target is None:
         return name
-    url = urlsplit(endpoint)  # without the user's name and password, should it hold them
+    url = urlsplit(target)  # without the user's name and password, should it hold them
     try:
         port = url.port
     except ValueError:
@@ -263,10 +265,53 @@ def _local_store(service_name: str) -> SetUp:
             error.strerror,
         )
         return SetUp(f"nowhere: {path} cannot be written")
-    tracer_provider = TracerProvider(resource=resource)
-    tracer_provider.add_span_processor(store_processor(exporter))
-    trace.set_tracer_provider(tracer_provider)
+    trace.set_tracer_provider(_store_provider(exporter, resource))
     return SetUp(str(path))
+
+
+def store_providers(path: Path, service_name: str) -> tuple[TracerProvider, MeterProvider]:
+    """Create providers that store spans in ``path``, and also send to the endpoints of ``OTEL_*``.
+
+    The global providers stay as they are.
+
+    Args:
+        path: a file to append to. Its folder is created.
+        service_name: ``service.name``, unless a variable sets it.
+
+    Raises:
+        ExportError: if the store cannot be written, or if the protocol is not ``http/protobuf``.
+    """
+    signals: tuple[Signal, ...] = ("TRACES", "METRICS")
+    if any(endpoint(signal) and _protocol(signal) != "otlp_proto_http" for signal in signals):
+        raise ExportError(
+            "OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'; it must be 'http/protobuf' here, whose port is "
+            "mostly 4318 (gRPC's is 4317)"
+        )
+    resource = _resource(service_name)
+    try:
+        exporter = StoreExporter(path)
+    except OSError as error:
+        raise ExportError(
+            f"the store {path} cannot be written ({error.strerror}): name another with --store"
+        ) from None
+    readers = [_metric_reader("otlp")] if endpoint("METRICS") else []
+    # Create the meter provider first. Providers shut down in reverse order, and the metrics must
+    # include spans dropped during shutdown.
+    meter_provider = MeterProvider(readers, resource=resource)
+    tracer_provider = _store_provider(exporter, resource, meter_provider)
+    if endpoint("TRACES"):
+        tracer_provider.add_span_processor(
+            BoundedSpanProcessor(_span_exporter("otlp"), "otlp", meter_provider=meter_provider)
+        )
+    return tracer_provider, meter_provider
+
+
+def _store_provider(
+    exporter: StoreExporter, resource: Resource, meter_provider: MeterProvider | None = None
+) -> TracerProvider:
+    tracer_provider = TracerProvider(resource=resource)
+    tracer_provider.add_span_processor(store_processor(exporter, meter_provider))
+    return tracer_provider
 
 
 def has_meter_provider() -> bool:

@@ -19,16 +19,24 @@ from pathlib import Path
 from typing import Final
 
 from opentelemetry.exporter.otlp.json.common.trace_encoder import encode_spans
+from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from platformdirs import user_state_path
 
 from traced_retry import semconv
+from traced_retry.export.processor import BoundedSpanProcessor
 
 FILE_BYTES: Final = 16 * 2**20
 """A file's size at most: some 10,000 replies, which a report reads in a second or two."""
 TOTAL_BYTES: Final = 256 * 2**20
 """All files' size: some 150,000 replies, and little on a laptop's disk."""
+
+_WITHIN: Final = 1.0
+"""Seconds that the local store has at exit."""
+_DELAY: Final = 1.0
+"""Seconds that a span waits for its batch at most: a write costs little, and a killed process
+loses what it had not written."""
 
 _FULL: Final = ("ENOSPC", "EDQUOT", "EFBIG")
 _STAMP: Final = "%Y%m%dT%H%M%S.%fZ"
@@ -159,6 +167,15 @@ class StoreExporter(SpanExporter):
                     file.unlink(missing_ok=True)
                 except OSError:  # Windows: a process has it open.
                     continue
+
+
+def store_processor(
+    exporter: StoreExporter, meter_provider: MeterProvider | None = None
+) -> BoundedSpanProcessor:
+    """What hands spans to a local store. ``meter_provider``, else the global one, counts drops."""
+    return BoundedSpanProcessor(
+        exporter, "local_store", meter_provider=meter_provider, within=_WITHIN, delay=_DELAY
+    )
 
 
 def _newest_first(folder: Path, pattern: str) -> list[tuple[Path, int]]:
