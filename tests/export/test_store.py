@@ -159,7 +159,7 @@ def test_an_unfinished_line_does_not_spoil_the_next(tmp_path):
     json.loads(lines[2])
     read = report.read(path)
     assert sorted(r.attempt_count for r in read) == [1, 2]
-    assert read.torn == 1
+    assert read.unreadable_lines == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
@@ -182,7 +182,7 @@ def test_what_fits_no_longer_is_taken_back(tmp_path):
     assert int(size) < 20_000
     kept = numbers(path)
     assert kept == [*range(1, int(failed)), int(failed) + 1]
-    assert report.read(path).torn == 0
+    assert report.read(path).unreadable_lines == 0
 
 
 def test_a_folder_that_cannot_be_is_an_error(tmp_path):
@@ -254,7 +254,7 @@ def test_survives_sigkill(tmp_path, seed):
     kept = len(counts)
     assert counts == dict.fromkeys(range(1, kept + 1), 1)
     assert said[-1] <= kept <= said[-1] + 50
-    assert found.torn == (1 if last else 0)
+    assert found.unreadable_lines == (1 if last else 0)
     # And whoever opens it next goes on with a whole line.
     store = StoreExporter(path)
     store.export(spans(1, first=kept + 1))

@@ -15,7 +15,7 @@ from traced_retry.doctor import environment, pipeline, plugins
 from traced_retry.doctor.check import Check, is_url
 from traced_retry.errors import UsageError
 
-__all__ = ["Check", "DoctorError", "examine"]
+__all__ = ["Check", "DoctorError", "run_checks"]
 
 WITHIN: Final = 9.0
 """Seconds that it all takes at most, one of ten left for the process's start."""
@@ -25,7 +25,7 @@ class DoctorError(UsageError):
     """What the doctor was given cannot be."""
 
 
-def examine(
+def run_checks(
     preset: str | None = None, jaeger: str | None = None, within: float = WITHIN
 ) -> Iterator[Check]:
     """Look at this process as :func:`traced_retry.enable` would find it.

@@ -31,7 +31,7 @@ def is_url(text: str) -> bool:
         return False
 
 
-def place(text: str) -> str:
+def redact_url(text: str) -> str:
     """A URL without user, password and query."""
     url = urlsplit(text)
     host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
-from traced_retry.doctor.check import Check, is_url, place
+from traced_retry.doctor.check import Check, is_url, redact_url
 
 
 def policy() -> Iterator[Check]:
@@ -73,7 +73,7 @@ def _shown(name: str, value: str) -> str:
     if name in ENV or _PLAIN.fullmatch(name) or _FILES.fullmatch(name):
         return value
     if name.endswith("_ENDPOINT") or name.upper().endswith("_PROXY"):
-        return place(value) if is_url(value) else "(hidden: no http:// or https:// URL)"
+        return redact_url(value) if is_url(value) else "(hidden: no http:// or https:// URL)"
     if name.endswith(("_HEADERS", "_RESOURCE_ATTRIBUTES")):
         pairs = [pair.partition("=") for pair in value.split(",")]
         names = [

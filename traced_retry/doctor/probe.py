@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-from traced_retry.doctor.check import is_url, place
+from traced_retry.doctor.check import is_url, redact_url
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import Span
@@ -64,11 +64,11 @@ _GRPC = re.compile(r"[\w.:\[\]-]+:\d+")
 def server(endpoint: str) -> str:
     """An endpoint, to be shown."""
     if is_url(endpoint):
-        return place(endpoint)
+        return redact_url(endpoint)
     return endpoint if _GRPC.fullmatch(endpoint) else "(hidden: no URL)"
 
 
-def why(exporter: Any, endpoint: str | None, status: int | None, path: str) -> tuple[str, str]:
+def diagnose(exporter: Any, endpoint: str | None, status: int | None, path: str) -> tuple[str, str]:
     """What is wrong, and the fix."""
     if status is not None:
         fix = _STATUS_FIX.get(status, "see the server's log, and that the endpoint is an OTLP one")
@@ -110,7 +110,7 @@ _STATUS_FIX: Final = {
 }
 
 
-def guess(endpoint: str | None) -> str | None:
+def jaeger_query_url(endpoint: str | None) -> str | None:
     """Where a Jaeger that takes spans at that endpoint would answer queries."""
     if endpoint is None or server(endpoint) != endpoint:  # user and password are for that one
         return None

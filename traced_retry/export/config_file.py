@@ -38,7 +38,7 @@ class ConfigurationFileError(UsageError):
 
 
 @dataclass(frozen=True)
-class Declared:
+class ConfigFile:
     """A configuration file that was read, and holds."""
 
     path: Path
@@ -48,7 +48,7 @@ class Declared:
     """Our own."""
 
 
-def load(path: str | os.PathLike[str]) -> Declared:
+def load(path: str | os.PathLike[str]) -> ConfigFile:
     """Read a file and check it whole.
 
     Raises:
@@ -68,13 +68,15 @@ def load(path: str | os.PathLike[str]) -> Declared:
     try:
         model = load_config_file(path)
     except ConfigurationError as error:
-        raise ConfigurationFileError(f"{path}: {_explain(error)}") from None
+        raise ConfigurationFileError(f"{path}: {_describe_error(error)}") from None
     for problem in _problems(model, ""):
         raise ConfigurationFileError(f"{path}: {problem}")
-    return Declared(path, model, _take_options(path, model))
+    return ConfigFile(path, model, _extract_options(path, model))
 
 
-def take_batches(model: OpenTelemetryConfiguration) -> list[Callable[[], BoundedSpanProcessor]]:
+def extract_batch_processors(
+    model: OpenTelemetryConfiguration,
+) -> list[Callable[[], BoundedSpanProcessor]]:
     """Take the ``batch`` processors out of the model; each that is returned starts ours instead.
 
     Left to the SDK are those of ``otlp_grpc`` and ``otlp_file/development``.
@@ -88,7 +90,7 @@ def take_batches(model: OpenTelemetryConfiguration) -> list[Callable[[], Bounded
     taken: list[Callable[[], BoundedSpanProcessor]] = []
     left = []
     for processor in provider.processors:
-        made = processor.batch and _batch_exporter(processor.batch.exporter)
+        made = processor.batch and _make_batch_exporter(processor.batch.exporter)
         if not processor.batch or not made:
             left.append(processor)
             continue
@@ -108,7 +110,7 @@ def take_batches(model: OpenTelemetryConfiguration) -> list[Callable[[], Bounded
     return taken
 
 
-def _batch_exporter(declared: Any) -> tuple[str, SpanExporter] | None:
+def _make_batch_exporter(declared: Any) -> tuple[str, SpanExporter] | None:
     """Name and exporter of one that ours can count for."""
     if declared.otlp_http is not None:
         return "otlp_http", _otlp_http(declared.otlp_http)
@@ -141,7 +143,7 @@ def _otlp_http(declared: OtlpHttpExporter) -> SpanExporter:
     )
 
 
-def _explain(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """What the loader found, without what the file holds."""
     cause = error.__cause__
     mark = getattr(cause, "problem_mark", None)
@@ -178,7 +180,7 @@ def _problems(node: object, at: str) -> Iterator[str]:
     known = [field.name for field in fields(node)]
     for name in getattr(node, "additional_properties", None) or {}:
         # At the top level nothing can be plugged in; elsewhere an entry point may provide it.
-        if not at or name not in _plugged_in():
+        if not at or name not in _plugin_names():
             where = at.removeprefix(".") or "the top level"
             allowed = sorted(word.replace("_development", "/development") for word in known)
             yield f"{name!r} at {where} is not known; allowed: {', '.join(allowed)}"
@@ -201,11 +203,11 @@ def _is_url(endpoint: str | None) -> bool:
     return endpoint is None or endpoint.startswith(("http://", "https://"))
 
 
-def _plugged_in() -> set[str]:
+def _plugin_names() -> set[str]:
     return {e.name for e in entry_points() if e.group.startswith("opentelemetry_")}
 
 
-def _take_options(path: Path, model: OpenTelemetryConfiguration) -> RetryOptions:
+def _extract_options(path: Path, model: OpenTelemetryConfiguration) -> RetryOptions:
     """Our own options out of the model, so that whoever set the SDK up instruments with them."""
     section = model.instrumentation_development
     listed: dict[str, Any] = dict((section and section.python) or {})

@@ -26,7 +26,7 @@ from opentelemetry import metrics, trace
 from traced_retry.core import telemetry
 from traced_retry.core.guard import logger, suppress_and_log
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.export.setup import SetUp, file_policy, set_up
+from traced_retry.export.setup import SdkSetup, file_policy, set_up
 from traced_retry.livekit import hook
 from traced_retry.livekit.hook import OnExhausted
 
@@ -50,7 +50,7 @@ class Tracing:
         Args:
             within: seconds to wait at most. What is not delivered by then stays buffered.
         """
-        return _within(within, [p.force_flush for p in _providers()])
+        return _run_within(within, [p.force_flush for p in _providers()])
 
 
 _lock = threading.Lock()
@@ -130,13 +130,13 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
     global _tracing, _ours, _file_policy
     if _tracing is not None:
         return _tracing
-    existing = _existing()
+    existing = _existing_destination()
     if existing is None:
         done = set_up(preset, service_name)
-        _give_to_livekit()
-        telemetry.on_counters_initialized.append(_export_zeroes)
+        _set_livekit_provider()
+        telemetry.on_counters_initialized.append(_export_initial_counters)
     else:
-        done = SetUp(existing, file_policy())
+        done = SdkSetup(existing, file_policy())
     _tracing, _ours, _file_policy = Tracing(done.destination), existing is None, done.policy
     logger.info("spans go to %s", done.destination)
     _at_process_end()
@@ -155,7 +155,7 @@ def _instrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) ->
     hook.instrument(policy=policy or _file_policy, on_exhausted=on_exhausted)
 
 
-def _existing() -> str | None:
+def _existing_destination() -> str | None:
     """The provider that is there already, in words; None where none is."""
     made_by_livekit = False
     given = getattr(livekit_telemetry.tracer, "_tracer_provider", None)
@@ -166,7 +166,7 @@ def _existing() -> str | None:
     if not _is_set(trace.get_tracer_provider()):
         return None
     if made_by_livekit:
-        _give_to_livekit()
+        _set_livekit_provider()
     return "the global tracer provider"
 
 
@@ -184,7 +184,7 @@ def _made_by_livekit(provider: trace.TracerProvider) -> bool:
     return any(getattr(stop, "__self__", None) is provider for _, stop in targets)
 
 
-def _give_to_livekit() -> None:
+def _set_livekit_provider() -> None:
     provider = trace.get_tracer_provider()
     if not _is_set(provider):
         return
@@ -205,7 +205,7 @@ def _providers() -> list[Any]:
     return list({id(p): p for p in found if hasattr(p, "force_flush")}.values())
 
 
-def _export_zeroes() -> None:
+def _export_initial_counters() -> None:
     """Have the counters seen at 0: the exporter's next turn may come after the first failure."""
     flush = getattr(metrics.get_meter_provider(), "force_flush", None)
     if flush is not None:
@@ -214,7 +214,7 @@ def _export_zeroes() -> None:
             with suppress_and_log("exporting the counters' start"):
                 flush()
 
-        threading.Thread(target=work, name="traced_retry zeroes", daemon=True).start()
+        threading.Thread(target=work, name="traced_retry counters", daemon=True).start()
 
 
 def _after_fork() -> None:
@@ -224,17 +224,17 @@ def _after_fork() -> None:
 
 
 def _at_process_end() -> None:
-    util.Finalize(None, _deliver_the_rest, exitpriority=0)
+    util.Finalize(None, _deliver_remaining, exitpriority=0)
 
 
-def _deliver_the_rest() -> None:
+def _deliver_remaining() -> None:
     # In a main process the providers' own atexit handlers follow; Python 3.12 starts no thread
     # any more by then.
     if parent_process() is not None:
-        _within(EXIT_WITHIN, [p.shutdown if _ours else p.force_flush for p in _providers()])
+        _run_within(EXIT_WITHIN, [p.shutdown if _ours else p.force_flush for p in _providers()])
 
 
-def _within(seconds: float, actions: list[Callable[[], Any]]) -> bool:
+def _run_within(seconds: float, actions: list[Callable[[], Any]]) -> bool:
     """Do all, one after the other, in a thread; whether it was over in time.
 
     The SDK's own providers take 30 s if they have to (open-telemetry/opentelemetry-python#4623).

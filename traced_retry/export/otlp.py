@@ -36,17 +36,17 @@ class OtlpSpanExporter(trace_exporter.OTLPSpanExporter):
     """Takes what ``OTLPSpanExporter`` takes, but for ``session``."""
 
     def __init__(self, **settings: Any) -> None:
-        self._watched = _Session()
-        super().__init__(session=self._watched, **settings)
+        self._http = _Session()
+        super().__init__(session=self._http, **settings)
 
     @property
     def reason(self) -> semconv.DropReason:
         """Why the last export failed."""
-        return self._watched.reason
+        return self._http.reason
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send a batch, with the SDK's retries."""
-        with _quiet():
+        with _suppress_sdk_logs():
             return super().export(spans)
 
 
@@ -54,18 +54,18 @@ class OtlpMetricExporter(metric_exporter.OTLPMetricExporter):
     """Takes what ``OTLPMetricExporter`` takes, but for ``session``. A failure is logged once."""
 
     def __init__(self, **settings: Any) -> None:
-        self._watched = _Session()
-        super().__init__(session=self._watched, **settings)
+        self._http = _Session()
+        super().__init__(session=self._http, **settings)
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **kwargs: Any
     ) -> MetricExportResult:
         """Send what was collected, with the SDK's retries."""
-        with _quiet():
+        with _suppress_sdk_logs():
             result = super().export(metrics_data, timeout_millis, **kwargs)
         if result is not MetricExportResult.SUCCESS:
             log_once(
-                f"exporter otlp cannot deliver metrics ({self._watched.reason}); "
+                f"exporter otlp cannot deliver metrics ({self._http.reason}); "
                 "the next export carries them"
             )
         return result
@@ -95,20 +95,20 @@ class _Session(requests.Session):
 _exporting = threading.local()
 
 
-class _Quiet(logging.Filter):
+class _ExportLogFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not getattr(_exporting, "now", False)
+        return not getattr(_exporting, "active", False)
 
 
 for _module in (trace_exporter, metric_exporter):
-    logging.getLogger(_module.__name__).addFilter(_Quiet())
+    logging.getLogger(_module.__name__).addFilter(_ExportLogFilter())
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _suppress_sdk_logs() -> Iterator[None]:
     """Leave out what the SDK's exporters log in this thread; those of others go on as they are."""
-    _exporting.now = True
+    _exporting.active = True
     try:
         yield
     finally:
-        _exporting.now = False
+        _exporting.active = False

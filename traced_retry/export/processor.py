@@ -87,11 +87,11 @@ class BoundedSpanProcessor(SpanProcessor):
     ) -> None:
         self._exporter = exporter
         self._within = within
-        self._size = queue_size or _whole(OTEL_BSP_MAX_QUEUE_SIZE, QUEUE_SIZE)
+        self._size = queue_size or _positive_integer(OTEL_BSP_MAX_QUEUE_SIZE, QUEUE_SIZE)
         self._batch = min(
-            batch_size or _whole(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, BATCH_SIZE), self._size
+            batch_size or _positive_integer(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, BATCH_SIZE), self._size
         )
-        self._delay = delay or _whole(OTEL_BSP_SCHEDULE_DELAY, int(DELAY * 1000)) / 1000
+        self._delay = delay or _positive_integer(OTEL_BSP_SCHEDULE_DELAY, int(DELAY * 1000)) / 1000
         self._drops = _Drops(name, meter_provider)
         self._closed = False
         self._start()
@@ -134,7 +134,7 @@ class BoundedSpanProcessor(SpanProcessor):
             reason: semconv.DropReason = "shutdown" if self._closed else "queue_full"
             first = self._drops.add(1, reason)
         if first:
-            self._drops.tell_first(reason)
+            self._drops.log_first(reason)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Send what is queued; whether all was dealt with in time."""
@@ -164,7 +164,7 @@ class BoundedSpanProcessor(SpanProcessor):
             self._exporter.shutdown()
         except Exception as error:  # noqa: BLE001 - whatever an exporter raises, at exit
             log_suppressed("shutting an exporter down", error)
-        self._drops.tell_sums()
+        self._drops.log_totals()
 
     # --- the thread's side ----------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class BoundedSpanProcessor(SpanProcessor):
                 first = why is not None and self._drops.add(len(batch), why)
                 self._changed.notify_all()
             if why is not None and first:
-                self._drops.tell_first(why)
+                self._drops.log_first(why)
 
     def _next(self) -> list[ReadableSpan]:
         """The next batch, waited for; empty when there will be none."""
@@ -258,7 +258,7 @@ class _Drops:
         self._count(spans, reason)
         return first
 
-    def tell_first(self, reason: semconv.DropReason) -> None:
+    def log_first(self, reason: semconv.DropReason) -> None:
         logger.warning(
             "exporter %s drops spans (%s); replies go on, and %s counts what is lost",
             self.exporter,
@@ -266,7 +266,7 @@ class _Drops:
             semconv.METRIC_EXPORT_DROPPED,
         )
 
-    def tell_sums(self) -> None:
+    def log_totals(self) -> None:
         if sums := sorted(self._sums.items()):
             logger.warning(
                 "exporter %s dropped %d span(s): %s",
@@ -279,7 +279,7 @@ class _Drops:
         self._counter.add(spans, {semconv.EXPORTER: self.exporter, semconv.DROP_REASON: reason})
 
 
-def _whole(variable: str, default: int) -> int:
+def _positive_integer(variable: str, default: int) -> int:
     text = os.environ.get(variable, "").strip()
     if not text:
         return default

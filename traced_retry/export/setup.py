@@ -33,7 +33,7 @@ from traced_retry.export.processor import (
 )
 
 if TYPE_CHECKING:
-    from traced_retry.export.config_file import Declared
+    from traced_retry.export.config_file import ConfigFile
 
 Signal = Literal["TRACES", "METRICS"]
 
@@ -44,7 +44,7 @@ _PROTOCOLS: Final = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grp
 
 
 @dataclass(frozen=True)
-class SetUp:
+class SdkSetup:
     """What was set up."""
 
     destination: str
@@ -62,7 +62,7 @@ class LocalStoreExporter(StoreExporter):
         super().__init__(new_store(os.environ.get("OTEL_SERVICE_NAME") or SERVICE))
 
 
-def set_up(preset: str | None, service_name: str | None) -> SetUp:
+def set_up(preset: str | None, service_name: str | None) -> SdkSetup:
     """Set the global providers. Only for a process without a global tracer provider.
 
     Raises:
@@ -73,16 +73,16 @@ def set_up(preset: str | None, service_name: str | None) -> SetUp:
     if preset is not None and preset not in known:
         raise ExportError(f"preset is {preset!r}; it must be one of {', '.join(known)}")
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return SetUp("nowhere: OTEL_SDK_DISABLED is true")
+        return SdkSetup("nowhere: OTEL_SDK_DISABLED is true")
     if path := os.environ.get("OTEL_CONFIG_FILE"):
-        return _declared(_load_file(Path(path)), f"what {path} says")
-    if _said("TRACES") is not None or _said("METRICS") is not None:
+        return _from_config_file(_load_file(Path(path)), f"what {path} says")
+    if _exporter_names("TRACES") is not None or _exporter_names("METRICS") is not None:
         return _from_environment(service_name or SERVICE)
     if preset is not None:
         declared = _load_file(known[preset])
         if service_name is not None and not os.environ.get("OTEL_SERVICE_NAME"):
-            _name(declared, service_name)
-        return _declared(declared, f"preset {preset}")
+            _set_service_name(declared, service_name)
+        return _from_config_file(declared, f"preset {preset}")
     return _local_store(service_name or SERVICE)
 
 
@@ -95,14 +95,14 @@ def file_policy() -> RetryPolicy | None:
     return _load_file(Path(path)).options.policy() if path else None
 
 
-def _load_file(path: Path) -> Declared:
+def _load_file(path: Path) -> ConfigFile:
     # Imported late: half a second, in which the job's event loop stands still.
     from traced_retry.export.config_file import load  # noqa: PLC0415
 
     return load(path)
 
 
-def _declared(declared: Declared, destination: str) -> SetUp:
+def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
     from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
         ConfigurationError,
         configure_sdk,
@@ -110,17 +110,17 @@ def _declared(declared: Declared, destination: str) -> SetUp:
 
     from traced_retry.export.config_file import (  # noqa: PLC0415
         ConfigurationFileError,
-        take_batches,
+        extract_batch_processors,
     )
 
     policy = declared.options.policy()
     model = declared.model
     if model.disabled:
-        return SetUp(f"nowhere: {declared.path} says disabled", policy)
+        return SdkSetup(f"nowhere: {declared.path} says disabled", policy)
     if has_meter_provider():
         model.meter_provider = None
     try:
-        batches = take_batches(model)
+        batches = extract_batch_processors(model)
         configure_sdk(model)
     except (ConfigurationError, OSError) as error:  # a missing package, a store not writable
         raise ConfigurationFileError(f"{declared.path}: {error}") from None
@@ -136,10 +136,10 @@ def _declared(declared: Declared, destination: str) -> SetUp:
             processor = start()  # after the meter provider is there, which it counts with
             tracer_provider.add_span_processor(processor)
             atexit.register(processor.shutdown)
-    return SetUp(destination, policy)
+    return SdkSetup(destination, policy)
 
 
-def _name(declared: Declared, service_name: str) -> None:
+def _set_service_name(declared: ConfigFile, service_name: str) -> None:
     resource = declared.model.resource
     for attribute in (resource and resource.attributes) or []:
         if attribute.name == SERVICE_NAME:
@@ -149,7 +149,7 @@ def _name(declared: Declared, service_name: str) -> None:
 # --- standard variables -----------------------------------------------------------------------
 
 
-def _said(signal: Signal) -> list[str] | None:
+def _exporter_names(signal: Signal) -> list[str] | None:
     """The exporters that the variables name for ``TRACES`` or ``METRICS``; None: they say nothing.
 
     An endpoint alone means ``otlp``, as in the specification.
@@ -166,9 +166,9 @@ def endpoint(signal: Signal = "TRACES") -> str | None:
     return os.environ.get(one) or os.environ.get(all_) or None
 
 
-def _from_environment(service_name: str) -> SetUp:
+def _from_environment(service_name: str) -> SdkSetup:
     resource = _resource(service_name)
-    spans, measures = _said("TRACES"), _said("METRICS")
+    spans, measures = _exporter_names("TRACES"), _exporter_names("METRICS")
     readers = [_metric_reader(name) for name in measures or []]
     # The meter provider first: at exit the last one made is shut down first, and it is the spans
     # dropped then that the metrics are to tell of.
@@ -180,10 +180,12 @@ def _from_environment(service_name: str) -> SetUp:
     for name in spans:
         tracer_provider.add_span_processor(BoundedSpanProcessor(_span_exporter(name), name))
     trace.set_tracer_provider(tracer_provider)
-    return SetUp(", ".join(_place(name) for name in spans) or "nowhere: OTEL_TRACES_EXPORTER")
+    return SdkSetup(
+        ", ".join(_describe_exporter(name) for name in spans) or "nowhere: OTEL_TRACES_EXPORTER"
+    )
 
 
-def _place(name: str) -> str:
+def _describe_exporter(name: str) -> str:
     target = endpoint("TRACES")
     if name != "otlp" or target is None:
         return name
@@ -251,7 +253,7 @@ def _resource(service_name: str) -> Resource:
 # --- the local store --------------------------------------------------------------------------
 
 
-def _local_store(service_name: str) -> SetUp:
+def _local_store(service_name: str) -> SdkSetup:
     resource = _resource(service_name)
     path = new_store(str(resource.attributes[SERVICE_NAME]).replace(os.sep, "-"))
     try:
@@ -264,9 +266,9 @@ def _local_store(service_name: str) -> SetUp:
             path,
             error.strerror,
         )
-        return SetUp(f"nowhere: {path} cannot be written")
+        return SdkSetup(f"nowhere: {path} cannot be written")
     trace.set_tracer_provider(_store_provider(exporter, resource))
-    return SetUp(str(path))
+    return SdkSetup(str(path))
 
 
 def store_providers(path: Path, service_name: str) -> tuple[TracerProvider, MeterProvider]:

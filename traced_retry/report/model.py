@@ -173,8 +173,8 @@ class Reply:
             steps.append(attempt)
             before = attempt
         if before is not None and self.complete and self.ended_in_wait:
-            told = sum(a.delay or 0.0 for a in self.attempts)
-            rest = None if self.delay_total is None else max(0.0, self.delay_total - told)
+            waited = sum(a.delay or 0.0 for a in self.attempts)
+            rest = None if self.delay_total is None else max(0.0, self.delay_total - waited)
             steps.append(_wait(before, self.end, rest))
         return tuple(s for s in steps if isinstance(s, Attempt) or s.seconds >= _NOTHING)
 
@@ -187,6 +187,6 @@ class Reply:
         return begins, min(1.0, max(begins, ends))
 
 
-def _wait(before: Attempt, end: float, told: float | None) -> Wait:
-    seconds = max(0.0, end - before.end) if told is None else told
+def _wait(before: Attempt, end: float, measured: float | None) -> Wait:
+    seconds = max(0.0, end - before.end) if measured is None else measured
     return Wait(before.end, max(before.end, end), seconds, before.next_delay)

@@ -47,7 +47,7 @@ class ReportError(UsageError):
 class Replies(list[Reply]):
     """Replies in the order of their start."""
 
-    torn: int = 0
+    unreadable_lines: int = 0
     """Lines that could not be read: a process was killed while it wrote them."""
 
 
@@ -90,13 +90,13 @@ def read(paths: StrPath | Iterable[StrPath]) -> Replies:
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     spans: dict[tuple[str, str], _Span] = {}
-    torn = sum(_collect(path, spans) for path in _files(given))
+    unreadable_lines = sum(_collect(path, spans) for path in _files(given))
     if not spans:
         where = ", ".join(str(p) for p in given)
-        unread = f" ({torn} line(s) could not be read)" if torn else ""
+        unread = f" ({unreadable_lines} line(s) could not be read)" if unreadable_lines else ""
         raise ReportError(f"{where}: no {semconv.SPAN_REPLY} span in there{unread}. {_REMEDY}")
     replies = Replies(sorted(_replies(spans.values()), key=lambda r: (r.start, r.trace_id)))
-    replies.torn = torn
+    replies.unreadable_lines = unreadable_lines
     return replies
 
 
@@ -115,18 +115,18 @@ def _files(given: list[StrPath]) -> Iterator[Path]:
 
 def _collect(path: Path, spans: dict[tuple[str, str], _Span]) -> int:
     """Add the spans of one file to ``spans``; returns how many lines could not be read."""
-    torn = 0
+    unreadable_lines = 0
     try:
         with _open(path) as lines:
             for line in lines:
                 batch, whole = _parse(line)
-                torn += not whole
+                unreadable_lines += not whole
                 spans.update(((s.trace_id, s.span_id), s) for s in _spans(batch))
     except (EOFError, zlib.error):  # a gzipped file that was cut off
-        torn += 1
+        unreadable_lines += 1
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return torn
+    return unreadable_lines
 
 
 def _open(path: Path) -> TextIO:
@@ -238,7 +238,7 @@ def _reply(ids: tuple[str, str], parent: _Span | None, children: list[_Span]) ->
         (_attempt(span, start) for span in children), key=lambda a: (a.number, a.start)
     )
     about = everything[0]
-    told = parent or replace(about, attributes={})
+    reply = parent or replace(about, attributes={})
     return Reply(
         trace_id=ids[0],
         span_id=ids[1],
@@ -252,10 +252,10 @@ def _reply(ids: tuple[str, str], parent: _Span | None, children: list[_Span]) ->
         attempt_count=max(
             [about.count(semconv.ATTEMPTS) or 0, len(attempts), *(a.number for a in attempts)]
         ),
-        outcome=told.text(semconv.OUTCOME),
-        stop_reason=told.text(semconv.STOP_REASON),
-        error_type=told.text(semconv.ERROR_TYPE),
-        delay_total=told.number(semconv.DELAY_TOTAL),
+        outcome=reply.text(semconv.OUTCOME),
+        stop_reason=reply.text(semconv.STOP_REASON),
+        error_type=reply.text(semconv.ERROR_TYPE),
+        delay_total=reply.number(semconv.DELAY_TOTAL),
         say=about.name in _SAYS,
     )
 

@@ -15,7 +15,7 @@ from traced_retry.report.model import Attempt, Reply, Wait
 
 _TIMES: Final = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 _LATE: Final = 0.1
-"""Seconds. A wait that grew by less is not told."""
+"""Seconds. A wait that grew by less is not reported."""
 _WHY: Final = {
     "max_attempts": "no attempts left",
     "deadline": "deadline",
@@ -43,19 +43,20 @@ def note(step: Attempt | Wait) -> str:
     return heard.get(step.result, step.result or "")
 
 
-def overview(replies: Sequence[Reply], *, torn: int = 0) -> str:
-    """How many replies, when, and what was said; ``torn``: lines that could not be read."""
+def overview(replies: Sequence[Reply], *, unreadable_lines: int = 0) -> str:
+    """Count the replies, the ``say`` calls and the unreadable lines, and give the period."""
     if not replies:
         return "No replies."
     began, ended = min(r.start for r in replies), max(r.end for r in replies)
     said = [reply for reply in replies if reply.say]
     asked = _count(len(replies) - len(said), "reply", "replies")
-    told = f"{asked}, {when(began)} to {when(ended)} UTC."
+    text = f"{asked}, {when(began)} to {when(ended)} UTC."
     if said:
-        told += f" {_said(said)}"
-    if torn:
-        told += f" {_count(torn, 'torn line', 'torn lines')} left out: a process was killed."
-    return told
+        text += f" {_said(said)}"
+    if unreadable_lines:
+        lines = _count(unreadable_lines, "torn line", "torn lines")
+        text += f" {lines} left out: a process was killed."
+    return text
 
 
 def when(at: float) -> str:
@@ -182,8 +183,8 @@ def _colon(reply: Reply) -> str:
     """What a lost reply failed by, after a colon; nothing where nothing is known."""
     if set(reply.codes) == {"timeout"}:
         return ": no answer"
-    told = _list(reply.codes) or reply.error_type
-    return f": {told}" if told else ""
+    text = _list(reply.codes) or reply.error_type
+    return f": {text}" if text else ""
 
 
 def _list(codes: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ class SayScript:
         return self.script.at(len(self.heard) - 1)
 
 
-async def speak_as_told(connection: Any, text: str) -> Fault:
+async def speak_scripted(connection: Any, text: str) -> Fault:
     """Do with ``text`` as its element says; returns that, for the words of one protocol alone."""
     fault: Fault = connection.server.say.take(text)
     connection.server.wake()

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from traced_retry.simulator._openai_protocol import Event, place_of
-from traced_retry.simulator._say import SayScript, speak_as_told
+from traced_retry.simulator._openai_protocol import Event, output_position
+from traced_retry.simulator._say import SayScript, speak_scripted
 from traced_retry.simulator.openai import OpenAISimulator, _ScriptedConnection
 from traced_retry.simulator.script import Script
 from traced_retry.simulator.server import Connection, OnEvent, Simulator
@@ -64,14 +64,14 @@ class _XAIConnection(_ScriptedConnection):
             await super().create_item(event)
             return
         text = "".join(part.get("text", "") for part in item.get("content") or ())
-        fault = await speak_as_told(self, text)
+        fault = await speak_scripted(self, text)
         if fault.name == "error":
             await self.reject(event.get("event_id"), fault.argument, "The script says so.")
 
     async def speak(self, text: str) -> None:
         response = await self.begin(None)  # It echoes no id: a say() sends no metadata.
         await self.begin_message(response)
-        await self.send("response.output_text.delta", **place_of(response), delta=text)
+        await self.send("response.output_text.delta", **output_position(response), delta=text)
         await self.end_output(response, content=[{"type": "output_text", "text": text}])
         await self.finish(response, "completed")
         self.server.completed.append(text)

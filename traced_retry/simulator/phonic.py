@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from aiohttp import WSCloseCode, web
 
-from traced_retry.simulator._say import SayScript, speak_as_told
+from traced_retry.simulator._say import SayScript, speak_scripted
 from traced_retry.simulator.script import Fault, Script
 from traced_retry.simulator.server import Connection, OnEvent, Request, Simulator
 
@@ -138,7 +138,7 @@ class _Conversation(Connection):
             case "generate_reply" | "tool_call_output":
                 await self.hear(event)
             case "say":
-                await speak_as_told(self, event["text"])
+                await speak_scripted(self, event["text"])
 
     async def hear(self, event: Event) -> None:
         fault = self.server.next_fault

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from aiohttp import WSCloseCode, web
 
-from traced_retry.simulator._say import SayScript, speak_as_told
+from traced_retry.simulator._say import SayScript, speak_scripted
 from traced_retry.simulator.script import Fault, Script
 from traced_retry.simulator.server import (
     Connection,
@@ -124,7 +124,7 @@ class _Call(Connection):
                 self.server.cancels.append(None)
             await self.hear(event)
         elif kind == "forced_agent_message":
-            await speak_as_told(self, event["content"])
+            await speak_scripted(self, event["content"])
         elif kind == "client_tool_result" and event.get("agentReaction", "speaks") == "speaks":
             await self.hear({})
 
