@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where spans go: provider, sampler, exporters; and whether a test span arrives there."""
+"""Check provider, sampler and exporters, and whether a test span arrives."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Check]:
-    """Provider, sampler, then each exporter of spans and of metrics.
+    """Check the provider, the sampler, then each exporter of spans and of metrics.
 
     Args:
         preset: as for ``enable``.
         jaeger: as for ``run_checks``.
-        until: the time, by :func:`time.monotonic`, at which servers are waited for no longer.
+        until: the time, by :func:`time.monotonic`, after which no server is waited for.
     """
-    # Imported late, here and below: seconds, and each needs an extra.
+    # Import late, here and below: the imports take seconds, and each needs an extra.
     try:
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
 
@@ -51,7 +51,7 @@ def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Che
         yield Check("provider", "fail" if nowhere else "warn", message, fix if nowhere else other)
         return
     if enable._ours:
-        # The file is named after a process; this one's is gone again in a moment.
+        # The file is named after this process and is deleted after the check.
         store = destination.endswith(".jsonl")
         target = f"a file in {Path(destination).parent}" if store else destination
         yield Check("provider", "ok", f"the SDK, set up by traced_retry; spans go to {target}")
@@ -63,7 +63,7 @@ def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Che
 
 
 def _provider() -> object:
-    """Where LiveKit's tracer, which the retries use, sends its spans."""
+    """Return the provider of LiveKit's tracer, which the retries use."""
     from livekit.agents import telemetry as livekit_telemetry  # noqa: PLC0415
     from opentelemetry import trace  # noqa: PLC0415
 
@@ -111,7 +111,7 @@ def _exporters(provider: TracerProvider, jaeger: str | None, until: float) -> It
 
 
 def _exporter(processor: object) -> Any:
-    """The exporter of one of our processors, or of the SDK's two."""
+    """Return the exporter of one of our processors, or of the SDK's two."""
     batch = getattr(processor, "_batch_processor", processor)
     return getattr(batch, "_exporter", None) or getattr(processor, "span_exporter", None)
 
@@ -135,7 +135,9 @@ def _stored(exporter: Any, path: Path, span: Span, until: float) -> Check:
     except (OSError, ValueError):
         text = ""
     there = f"{span.get_span_context().trace_id:032x}" in text
-    if empty and text.count("\n") <= 1:  # `traced-retry report` is to find the agent's, not ours
+    if (
+        empty and text.count("\n") <= 1
+    ):  # keep `traced-retry report` from finding the doctor's store
         path.unlink(missing_ok=True)
     if delivered and there:
         return Check("export", "ok", f"local store in {path.parent}: a test span was read back")
@@ -174,7 +176,7 @@ def _sent(exporter: Any, span: Span, jaeger: str | None, until: float) -> Iterat
 
 
 def _metrics(until: float) -> Iterator[Check]:
-    """An empty export: what takes no metrics says so too."""
+    """Check each metric exporter with an empty export."""
     from opentelemetry import metrics  # noqa: PLC0415
     from opentelemetry.sdk.metrics.export import MetricsData  # noqa: PLC0415
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter each of LiveKit's plugins that are installed gets."""
+"""Check the adapter of each installed LiveKit plugin."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BASE_PLUGIN: Final = {"xai": "openai"}
 
 
 def checks() -> Iterator[Check]:
-    """Which adapter each installed plugin gets."""
+    """Report the adapter of each installed plugin."""
     try:
         from traced_retry.livekit.registry import ADAPTERS  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -72,9 +72,10 @@ def _plugin(name: str, installed: str, adapters: dict[str, str]) -> Check:
 
 
 def session_names(module: str) -> set[str]:
-    """What the RealtimeSession in a module's source has: its methods, and attributes that it sets.
+    """Return the methods and attributes of the RealtimeSession in a module's source.
 
-    Read and not imported: plugins take seconds, and may want keys. Empty where it has none.
+    Read the source instead of importing it, because plugins take seconds and may need keys. The
+    result is empty if the module has no such class.
     """
     depth = 3 if module.startswith("livekit.plugins.") else 2  # as deep as finding imports nothing
     package = ".".join(module.split(".")[:depth])

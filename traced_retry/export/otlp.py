@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SDK's OTLP/HTTP exporters, which here also say why an export failed.
+"""Extend the SDK's OTLP/HTTP exporters by the reason of a failed export.
 
-They answer SUCCESS or FAILURE, and write the reason to the log only, with each failed batch and
-with the text of exceptions, which may hold the URL's query. Here it is ``reason``, a word of
-:data:`traced_retry.semconv.DROP_REASONS`, and their own log records are left out. Retries, their
-waits and ``Retry-After`` are the SDK's; all ``OTEL_EXPORTER_OTLP_*`` variables hold.
+The SDK's exporters return SUCCESS or FAILURE. They write the reason to the log only, once per
+failed batch, with the text of exceptions, which may hold the URL's query. Here, the reason is the
+attribute ``reason``, a word of :data:`traced_retry.semconv.DROP_REASONS`, and the SDK's log records
+are suppressed. Retries, waits, ``Retry-After`` and all ``OTEL_EXPORTER_OTLP_*`` variables work as
+in the SDK.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _STATUS: Final[dict[int, semconv.DropReason]] = {
 
 
 class OtlpSpanExporter(trace_exporter.OTLPSpanExporter):
-    """Takes what ``OTLPSpanExporter`` takes, but for ``session``."""
+    """``OTLPSpanExporter`` with all its arguments except ``session``."""
 
     def __init__(self, **settings: Any) -> None:
         self._http = _Session()
@@ -41,7 +42,7 @@ class OtlpSpanExporter(trace_exporter.OTLPSpanExporter):
 
     @property
     def reason(self) -> semconv.DropReason:
-        """Why the last export failed."""
+        """Reason of the last failed export."""
         return self._http.reason
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
@@ -51,7 +52,7 @@ class OtlpSpanExporter(trace_exporter.OTLPSpanExporter):
 
 
 class OtlpMetricExporter(metric_exporter.OTLPMetricExporter):
-    """Takes what ``OTLPMetricExporter`` takes, but for ``session``. A failure is logged once."""
+    """``OTLPMetricExporter`` with all its arguments except ``session``. Logs a failure once."""
 
     def __init__(self, **settings: Any) -> None:
         self._http = _Session()
@@ -60,7 +61,7 @@ class OtlpMetricExporter(metric_exporter.OTLPMetricExporter):
     def export(
         self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **kwargs: Any
     ) -> MetricExportResult:
-        """Send what was collected, with the SDK's retries."""
+        """Send the collected metrics, with the SDK's retries."""
         with _suppress_sdk_logs():
             result = super().export(metrics_data, timeout_millis, **kwargs)
         if result is not MetricExportResult.SUCCESS:
@@ -72,7 +73,7 @@ class OtlpMetricExporter(metric_exporter.OTLPMetricExporter):
 
 
 class _Session(requests.Session):
-    """Keeps the reason why its last request failed."""
+    """HTTP session that keeps the reason of its last failed request."""
 
     reason: semconv.DropReason = "failed"
 
@@ -106,7 +107,7 @@ for _module in (trace_exporter, metric_exporter):
 
 @contextmanager
 def _suppress_sdk_logs() -> Iterator[None]:
-    """Leave out what the SDK's exporters log in this thread; those of others go on as they are."""
+    """Suppress the log records of the SDK's exporters in this thread only."""
     _exporting.active = True
     try:
         yield

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sets the OpenTelemetry SDK up for a process that has none, from what was said of it.
+"""Set the OpenTelemetry SDK up for a process that has none.
 
-``OTEL_CONFIG_FILE``, else the standard ``OTEL_*`` variables, else a preset, else the local store.
+The source is ``OTEL_CONFIG_FILE``, else the standard ``OTEL_*`` variables, else a preset, else the
+local store.
 """
 
 from __future__ import annotations
@@ -38,24 +39,25 @@ if TYPE_CHECKING:
 Signal = Literal["TRACES", "METRICS"]
 
 SERVICE: Final = "livekit-agent"
-"""``service.name`` where nobody said one."""
+"""Default of ``service.name``."""
 
 _PROTOCOLS: Final = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
 @dataclass(frozen=True)
 class SdkSetup:
-    """What was set up."""
+    """The SDK set-up of this process."""
 
     destination: str
-    """Where spans go, for people; the path, for a local store."""
+    """The target of the spans in a few words, or the path of a local store."""
     policy: RetryPolicy | None = None
-    """The one that a configuration file holds."""
+    """The retry policy of a configuration file."""
 
 
 class LocalStoreExporter(StoreExporter):
-    """A new local store, for ``traced_retry_store`` in a configuration file or in
-    ``OTEL_TRACES_EXPORTER``: an entry point takes no arguments.
+    """A new local store, for ``traced_retry_store`` in a file or in ``OTEL_TRACES_EXPORTER``.
+
+    It needs no arguments, because an entry point takes none.
     """
 
     def __init__(self) -> None:
@@ -63,11 +65,11 @@ class LocalStoreExporter(StoreExporter):
 
 
 def set_up(preset: str | None, service_name: str | None) -> SdkSetup:
-    """Set the global providers. Only for a process without a global tracer provider.
+    """Set the global providers in a process without a global tracer provider.
 
     Raises:
-        ExportError: there is no such preset, or a variable asks for what is not to be had.
-        ConfigurationFileError: the configuration file cannot be.
+        ExportError: if the preset does not exist, or if a variable is invalid.
+        ConfigurationFileError: if the configuration file is invalid.
     """
     known = files.presets()
     if preset is not None and preset not in known:
@@ -90,13 +92,13 @@ def set_up(preset: str | None, service_name: str | None) -> SdkSetup:
 
 
 def file_policy() -> RetryPolicy | None:
-    """The policy in the file that ``OTEL_CONFIG_FILE`` names, where it names one."""
+    """Return the policy in the file that ``OTEL_CONFIG_FILE`` names, if it is set."""
     path = os.environ.get("OTEL_CONFIG_FILE")
     return _load_file(Path(path)).options.policy() if path else None
 
 
 def _load_file(path: Path) -> ConfigFile:
-    # Imported late: half a second, in which the job's event loop stands still.
+    # Import this late: the import blocks the job's event loop for 0.5 s.
     from traced_retry.export.config_file import load  # noqa: PLC0415
 
     return load(path)
@@ -124,16 +126,16 @@ def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
         configure_sdk(model)
     except (ConfigurationError, OSError) as error:  # a missing package, a store not writable
         raise ConfigurationFileError(f"{declared.path}: {error}") from None
-    # At exit the last one registered is shut down first, and the SDK would begin with its meter
-    # provider, for up to 30 s: the spans come first, for what is dropped of them is counted.
-    # A meter provider that was shut down takes this registration of it away, too.
+    # Handlers run in reverse order at exit, and the SDK would begin with its meter provider, for up
+    # to 30 s. Shut the span processors down first, because the metrics must include spans dropped
+    # during shutdown. The shutdown of a meter provider also removes this registration.
     meter_provider = metrics.get_meter_provider()
     if model.meter_provider is not None and isinstance(meter_provider, MeterProvider):
         atexit.register(meter_provider.shutdown, METRICS_WITHIN * 1000)
     tracer_provider = trace.get_tracer_provider()
     if isinstance(tracer_provider, TracerProvider):
         for start in batches:
-            processor = start()  # after the meter provider is there, which it counts with
+            processor = start()  # needs the meter provider to count drops
             tracer_provider.add_span_processor(processor)
             atexit.register(processor.shutdown)
     return SdkSetup(destination, policy)
@@ -150,7 +152,7 @@ def _set_service_name(declared: ConfigFile, service_name: str) -> None:
 
 
 def _exporter_names(signal: Signal) -> list[str] | None:
-    """The exporters that the variables name for ``TRACES`` or ``METRICS``; None: they say nothing.
+    """Return the exporters that the variables name, or None if the variables are not set.
 
     An endpoint alone means ``otlp``, as in the specification.
     """
@@ -170,8 +172,8 @@ def _from_environment(service_name: str) -> SdkSetup:
     resource = _resource(service_name)
     spans, measures = _exporter_names("TRACES"), _exporter_names("METRICS")
     readers = [_metric_reader(name) for name in measures or []]
-    # The meter provider first: at exit the last one made is shut down first, and it is the spans
-    # dropped then that the metrics are to tell of.
+    # Create the meter provider first. Providers shut down in reverse order, and the metrics must
+    # include spans dropped during shutdown.
     if readers and not has_meter_provider():
         metrics.set_meter_provider(MeterProvider(readers, resource=resource))
     if spans is None:
@@ -189,7 +191,7 @@ def _describe_exporter(name: str) -> str:
     target = endpoint("TRACES")
     if name != "otlp" or target is None:
         return name
-    url = urlsplit(target)  # without the user's name and password, should it hold them
+    url = urlsplit(target)  # omit user name and password
     try:
         port = url.port
     except ValueError:
@@ -218,8 +220,10 @@ def _metric_reader(name: str) -> MetricReader:
 
 
 def _protocol(signal: str) -> str:
-    """The exporter of the protocol asked for; ``http/protobuf``, as the specification wants, where
-    none is (``opentelemetry-instrument`` with a distro takes gRPC).
+    """Return the exporter name of the requested protocol.
+
+    The default is ``http/protobuf``, as in the specification. ``opentelemetry-instrument`` with a
+    distro defaults to gRPC.
     """
     variable = f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"
     if not os.environ.get(variable):
@@ -243,7 +247,7 @@ def _plugin(signal: str, name: str) -> Any:
 
 
 def _resource(service_name: str) -> Resource:
-    """Of this process; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` win."""
+    """Return this process's resource. ``OTEL_*`` variables override ``service_name``."""
     resource = Resource.create()
     if str(resource.attributes.get(SERVICE_NAME)).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: service_name}))
@@ -259,7 +263,7 @@ def _local_store(service_name: str) -> SdkSetup:
     try:
         exporter = StoreExporter(path)
     except OSError as error:
-        # Nobody asked for it, and a container's disk is often read-only: no reason to fail.
+        # Do not fail: the store is only the default, and a container's disk is often read-only.
         logger.warning(
             "spans go nowhere: the local store %s cannot be written (%s); set "
             "OTEL_EXPORTER_OTLP_ENDPOINT, or XDG_STATE_HOME to a folder that can be",
@@ -317,5 +321,5 @@ def _store_provider(
 
 
 def has_meter_provider() -> bool:
-    """Whether a global meter provider is set; the API has no way to ask."""
+    """Return whether a global meter provider is set. The API has no such function."""
     return type(metrics.get_meter_provider()).__name__ != "_ProxyMeterProvider"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads replies from spans stored as OTLP-JSON lines, the Collector's own file format.
+"""Read replies from spans stored as OTLP-JSON lines, the Collector's own file format.
 
 Written by ``FileSpanExporter`` of ``opentelemetry-exporter-otlp-json-file`` or by a Collector's
 ``file`` exporter: one ``{"resourceSpans": [...]}`` a line, gzipped or not. Spans of others pass.
@@ -24,7 +24,7 @@ from traced_retry.report.model import Attempt, Reply
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
 SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-"""What is read of a folder."""
+"""Suffixes of the files that are read in a folder."""
 
 _REPLIES: Final = (semconv.SPAN_REPLY, semconv.SPAN_SAY)
 _SAYS: Final = (semconv.SPAN_SAY, semconv.SPAN_SAY_ATTEMPT)
@@ -41,7 +41,7 @@ _REMEDY: Final = "Give a file or folder that the local store or a Collector's fi
 
 
 class ReportError(UsageError):
-    """There is nothing to report. The message names the path and the remedy."""
+    """A path without replies. The message names the path and the remedy."""
 
 
 class Replies(list[Reply]):
@@ -59,7 +59,7 @@ class _Span:
     name: str
     start: int | None
     end: int | None
-    """Unix nanoseconds; None where it is not known."""
+    """Unix nanoseconds; None if unknown."""
     attributes: dict[str, Any]
 
     def text(self, name: str) -> str | None:
@@ -82,11 +82,11 @@ class _Span:
 def read(paths: StrPath | Iterable[StrPath]) -> Replies:
     """Read the replies stored in a file, in all such files of a folder, or in several of either.
 
-    A reply that was stored twice counts once. One whose own span is missing is made of its
-    attempts, without an outcome.
+    A reply that was stored twice counts once. If the span of a reply is missing, the reply is made
+    of its attempts and has no outcome.
 
     Raises:
-        ReportError: a path that does not exist or cannot be read, or no span of ours in any.
+        ReportError: if a path cannot be read, or if no path holds a span of ours.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     spans: dict[tuple[str, str], _Span] = {}
@@ -114,7 +114,7 @@ def _files(given: list[StrPath]) -> Iterator[Path]:
 
 
 def _collect(path: Path, spans: dict[tuple[str, str], _Span]) -> int:
-    """Add the spans of one file to ``spans``; returns how many lines could not be read."""
+    """Add the spans of one file to ``spans``, and return the number of unreadable lines."""
     unreadable_lines = 0
     try:
         with _open(path) as lines:
@@ -138,7 +138,7 @@ def _open(path: Path) -> TextIO:
 
 
 def _parse(line: str) -> tuple[dict[str, Any], bool]:
-    """The batch in ``line``, empty where it holds no span of ours, and whether all was read."""
+    """Return the batch in ``line``, empty without a span of ours, and whether all was readable."""
     begins = line.rfind(_BATCH)
     if not any(sign in line for sign in _SIGNS):  # logs, spans of others: not worth parsing
         return {}, begins < 0 or line.rstrip().endswith("}")
@@ -186,13 +186,13 @@ def _span(raw: dict[str, Any]) -> _Span:
 
 
 def _plain(value: object) -> str:
-    """``value`` as text that cannot steer a terminal."""
+    """Return ``value`` as text without control characters."""
     text = value if isinstance(value, str) else ""
     return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST])
 
 
 def _nanoseconds(value: object) -> int | None:
-    """A string in the standard, a number in some tools; 0 is a span that never ended."""
+    """Parse a time: a string in the standard, a number in some tools, 0 for a span without end."""
     try:
         time = int(value)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
@@ -201,7 +201,7 @@ def _nanoseconds(value: object) -> int | None:
 
 
 def _value(value: object) -> str | bool | float | None:
-    """An attribute's value; numbers of either kind, as text or not, become floats."""
+    """Return an attribute's value. Numbers of any kind, as text or not, become floats."""
     if not isinstance(value, dict):
         return None
     for kind in ("stringValue", "boolValue"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to a reply, in one plain sentence; and to an attempt, in a few words."""
+"""Describe a reply in one plain sentence, and an attempt in a few words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WHY: Final = {
     "deadline": "deadline",
     "budget": "retry budget spent",
 }
-"""Why no further attempt was made, where the loop ran out of something."""
+"""Texts for the limits that can end a reply."""
 
 
 def sentence(reply: Reply) -> str:
@@ -33,7 +33,7 @@ def sentence(reply: Reply) -> str:
 
 
 def note(step: Attempt | Wait) -> str:
-    """How an attempt ended and what was decided, in a few words; of a wait, if it grew."""
+    """Describe the end of an attempt and the decision, or a wait longer than planned."""
     if isinstance(step, Wait):
         grew = step.planned is not None and step.seconds - step.planned >= _LATE
         return f"{step.planned:.2f} s planned" if grew else ""
@@ -60,12 +60,12 @@ def overview(replies: Sequence[Reply], *, unreadable_lines: int = 0) -> str:
 
 
 def when(at: float) -> str:
-    """Unix seconds ``at`` as date and time, UTC."""
+    """Return Unix seconds ``at`` as date and time, UTC."""
     return datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def seconds(value: float) -> str:
-    """``value`` seconds as a person would say it."""
+    """Return ``value`` seconds as text, rounded for reading."""
     return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
 
 
@@ -180,7 +180,7 @@ def _after(reply: Reply, *, attempts: bool = False) -> str:
 
 
 def _colon(reply: Reply) -> str:
-    """What a lost reply failed by, after a colon; nothing where nothing is known."""
+    """Return the cause of a failure after a colon, or an empty text if it is unknown."""
     if set(reply.codes) == {"timeout"}:
         return ": no answer"
     text = _list(reply.codes) or reply.error_type

@@ -47,7 +47,7 @@ class _Glyphs:
 
     @classmethod
     def of(cls, console: Console) -> _Glyphs:
-        """Those that ``console`` can write."""
+        """Return the glyphs that ``console`` can write."""
         glyphs = cls()
         try:
             f"{glyphs.attempt}{glyphs.wait}{glyphs.more}".encode(console.encoding)
@@ -62,7 +62,7 @@ def render(console: Console, replies: Sequence[Reply], *, unreadable_lines: int 
     Args:
         console: where to, and how wide.
         replies: as :func:`traced_retry.report.read` gives them.
-        unreadable_lines: lines that could not be read, to be told below.
+        unreadable_lines: the number of lines that could not be read.
     """
     page = _Page(console, replies)
     for number, reply in enumerate(replies, 1):
@@ -90,7 +90,7 @@ class _Page:
         self._console.print(text, no_wrap=True, overflow="crop", crop=True, highlight=False)
 
     def reply(self, number: int, reply: Reply) -> None:
-        """Header, sentence, waterfall."""
+        """Print header, sentence and waterfall."""
         style = STYLE_OF[reply.group]
         outcome = self._fit(reply.outcome or "incomplete", 15)
         trace_id = self._fit(reply.trace_id, 32)
@@ -132,13 +132,13 @@ class _Page:
         )
 
     def _remark(self, step: Attempt | Wait) -> str:
-        """The note, its error code shortened before its decision."""
+        """Return the note, and shorten its error code before its decision."""
         code, arrow, decision = note(step).partition(" -> ")
         room = max(0, self._note - len(arrow + decision))
         return self._fit(self._fit(code, room) + arrow + decision, self._note)
 
     def summary(self, unreadable_lines: int) -> None:
-        """How many and when, and one row per provider."""
+        """Print number and period of the replies, and one row per provider."""
         for part in self._wrapped(
             overview(self._replies, unreadable_lines=unreadable_lines), self._console.width
         ):

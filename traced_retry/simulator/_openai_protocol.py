@@ -74,7 +74,7 @@ class OpenAIConnection(Connection):
         message: str,
         kind: str = "invalid_request_error",
     ) -> None:
-        """Sends an error event about the client's event of that id, or about none."""
+        """Send an error event about the client's event of that id, or about none."""
         error = {"type": kind, "code": code, "message": message, "param": None}
         await self.send("error", error={**error, "event_id": event_id})
 
@@ -91,7 +91,7 @@ class OpenAIConnection(Connection):
 
     @abstractmethod
     async def hear(self, event: Event) -> None:
-        """Deals with a response.create."""
+        """Handle a response.create."""
 
     async def ignore(self, event: Event) -> None:
         """Audio: text needs none, and a session is free to send it."""
@@ -169,7 +169,7 @@ class OpenAIConnection(Connection):
         return response
 
     async def finish(self, response: Response, status: str, **details: Any) -> None:
-        """Ends the active response; the details say why it was not completed."""
+        """End the active response; the details say why it was not completed."""
         self.active = None
         self.idle.set()
         if response.item and status != "completed":

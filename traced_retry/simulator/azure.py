@@ -25,7 +25,7 @@ class VoiceLiveSimulator(AzureOpenAISimulator):
     path = "/voice-live/realtime"
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a connection just accepted."""
+        """Create the server's side of a connection just accepted."""
         return _VoiceLiveConnection(self, ws, http.query.get("model", "gpt-realtime"))
 
 

@@ -89,7 +89,7 @@ class UltravoxSimulator(Simulator):
         return web.json_response({"callId": str(uuid.uuid4()), "joinUrl": join}, status=201)
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a call just joined."""
+        """Create the server's side of a call just joined."""
         return _Call(self, ws)
 
 
@@ -143,7 +143,7 @@ class _Call(Connection):
         await self.answer(request, fault)
 
     async def answer(self, request: Request, fault: Fault) -> None:
-        """Does what the script says; "silence" does nothing."""
+        """Play the element. "silence" has no effect."""
         match fault.name:
             case "ok":
                 await self.reply(request)
