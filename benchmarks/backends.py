@@ -59,10 +59,10 @@ async def agent(store, url, flood):
     from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
 
     import traced_retry  # noqa: PLC0415
-    from traced_retry.export.store import providers  # noqa: PLC0415
+    from traced_retry.export.setup import store_providers  # noqa: PLC0415
 
     if store:
-        tracer_provider, meter_provider = providers(Path(store), "benchmark")
+        tracer_provider, meter_provider = store_providers(Path(store), "benchmark")
     else:
         tracer_provider, meter_provider = TracerProvider(), MeterProvider()
     telemetry.set_tracer_provider(tracer_provider)

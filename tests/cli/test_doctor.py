@@ -22,7 +22,7 @@ from support.receiver import receiver
 
 from traced_retry import semconv
 from traced_retry.doctor.plugins import session_names
-from traced_retry.doctor.wire import guess
+from traced_retry.doctor.probe import jaeger_query_url
 from traced_retry.livekit.registry import ADAPTERS
 
 MARKER = "sk-hunter2-never-to-be-seen"
@@ -88,9 +88,9 @@ def examined(tmp_path):
     def run(**environ):
         code = """
             import dataclasses, json
-            from traced_retry.doctor import examine
+            from traced_retry.doctor import run_checks
 
-            result = json.dumps({"checks": [dataclasses.asdict(check) for check in examine()]})
+            result = json.dumps({"checks": [dataclasses.asdict(check) for check in run_checks()]})
         """
         ended = fresh(code, **{"XDG_STATE_HOME": str(tmp_path / "state"), **environ})
         assert "" == ended.error
@@ -191,13 +191,13 @@ class TestProvider:
             from livekit.agents import telemetry
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-            from traced_retry.doctor import examine
-            from traced_retry.export.local import StoreExporter
+            from traced_retry.doctor import run_checks
+            from traced_retry.export.file_store import StoreExporter
 
             provider = TracerProvider()
             provider.add_span_processor(SimpleSpanProcessor(StoreExporter({str(tmp_path / "s")!r})))
             telemetry.set_tracer_provider(provider)
-            result = {{c.check: (c.status, c.message) for c in examine()}}
+            result = {{c.check: (c.status, c.message) for c in run_checks()}}
         """
         ended = fresh(code)
 
@@ -309,7 +309,7 @@ class TestEndpoint:
     )
     def test_where_a_jaeger_may_be(self, endpoint, query):
         """On the endpoint's host; not where it takes a password, for that is a vendor's."""
-        assert query == guess(endpoint)
+        assert query == jaeger_query_url(endpoint)
 
     def test_no_jaeger(self, doctor, jaeger):
         """The URL given is the one that takes spans."""

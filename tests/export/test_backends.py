@@ -29,9 +29,9 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from traced_retry import report, semconv
-from traced_retry.export.exporting import BoundedMetricReader, BoundedSpanProcessor, ExportError
-from traced_retry.export.local import StoreExporter
+from traced_retry.export.file_store import StoreExporter
 from traced_retry.export.otlp import OtlpMetricExporter, OtlpSpanExporter
+from traced_retry.export.processor import BoundedMetricReader, BoundedSpanProcessor, ExportError
 
 WRITER = Path(__file__).with_name("writer.py")
 SDK = tuple(map(int, version("opentelemetry-sdk").split(".")[:2]))

@@ -20,7 +20,7 @@ from support.receiver import receiver
 
 from traced_retry import semconv, shipped_files
 from traced_retry.core.policy import ENV
-from traced_retry.export.declarative import ConfigurationFileError, load
+from traced_retry.export.config_file import ConfigurationFileError, load
 from traced_retry.livekit.instrumentor import RetryOptions
 
 TESTS = Path(__file__).parents[1]
@@ -204,7 +204,7 @@ def dropped(done):
 
 
 class TestABackendThatMisbehaves:
-    """A file's batches are exported by our processor: see test_exporting.py for each case."""
+    """A file's batches are exported by our processor: see test_backends.py for each case."""
 
     @pytest.mark.parametrize("preset", ["jaeger", "collector"])
     def test_drops_are_counted(self, preset, edited):

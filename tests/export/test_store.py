@@ -21,8 +21,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from traced_retry import report, semconv
-from traced_retry.export.local import StoreExporter, new_store, store_directory
-from traced_retry.export.store import ExportError, latest_store, providers
+from traced_retry.export.file_store import StoreExporter, latest_store, new_store, store_directory
+from traced_retry.export.processor import ExportError
+from traced_retry.export.setup import store_providers
 
 WRITER = Path(__file__).with_name("writer.py")
 
@@ -158,7 +159,7 @@ def test_an_unfinished_line_does_not_spoil_the_next(tmp_path):
     json.loads(lines[2])
     read = report.read(path)
     assert sorted(r.attempt_count for r in read) == [1, 2]
-    assert read.torn == 1
+    assert read.unreadable_lines == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
@@ -181,14 +182,14 @@ def test_what_fits_no_longer_is_taken_back(tmp_path):
     assert int(size) < 20_000
     kept = numbers(path)
     assert kept == [*range(1, int(failed)), int(failed) + 1]
-    assert report.read(path).torn == 0
+    assert report.read(path).unreadable_lines == 0
 
 
 def test_a_folder_that_cannot_be_is_an_error(tmp_path):
     """A store below a file is an error that names it and the remedy."""
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"spans\.jsonl cannot be written .*--store"):
-        providers(tmp_path / "file" / "spans.jsonl", "test")
+        store_providers(tmp_path / "file" / "spans.jsonl", "test")
 
 
 def test_nothing_is_written_after_shutdown(tmp_path):
@@ -253,7 +254,7 @@ def test_survives_sigkill(tmp_path, seed):
     kept = len(counts)
     assert counts == dict.fromkeys(range(1, kept + 1), 1)
     assert said[-1] <= kept <= said[-1] + 50
-    assert found.torn == (1 if last else 0)
+    assert found.unreadable_lines == (1 if last else 0)
     # And whoever opens it next goes on with a whole line.
     store = StoreExporter(path)
     store.export(spans(1, first=kept + 1))

@@ -12,9 +12,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from traced_retry import semconv
-from traced_retry.export.exporting import BoundedSpanProcessor
-from traced_retry.export.local import StoreExporter, new_store
-from traced_retry.export.store import providers
+from traced_retry.export.file_store import StoreExporter, new_store
+from traced_retry.export.processor import BoundedSpanProcessor
+from traced_retry.export.setup import store_providers
 
 
 def say(text):
@@ -116,7 +116,7 @@ class _Kept:
 
 def leave(path, count):
     """That many by ``providers``; says ``made`` and leaves the rest to the exit."""
-    tracer_provider, _ = providers(Path(path), "writer")
+    tracer_provider, _ = store_providers(Path(path), "writer")
     for number in range(1, int(count) + 1):
         reply(tracer_provider, number)
     say("made")

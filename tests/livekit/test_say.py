@@ -19,7 +19,7 @@ from support.conversation import Conversation, ended, now
 import traced_retry
 from traced_retry import semconv
 from traced_retry.simulator import OpenAISimulator
-from traced_retry.simulator.openai_kin import XAISimulator
+from traced_retry.simulator.openai_compatible import XAISimulator
 from traced_retry.simulator.phonic import PhonicSimulator, redirected
 from traced_retry.simulator.ultravox import UltravoxSimulator
 

@@ -39,7 +39,10 @@ class TestFiles:
 
         replies = read(str(tmp_path))
 
-        assert ([0, 5, 10, 20, 40, 50], 0) == ([r.start - BEGAN for r in replies], replies.torn)
+        assert ([0, 5, 10, 20, 40, 50], 0) == (
+            [r.start - BEGAN for r in replies],
+            replies.unreadable_lines,
+        )
 
     def test_gzip(self, varied, tmp_path):
         """As Collectors pack it, cut off or not."""
@@ -48,7 +51,7 @@ class TestFiles:
         (tmp_path / "b.jsonl.gz").write_bytes(packed[:-20])
 
         assert varied.read() == read(tmp_path / "a.jsonl.gz")
-        assert 1 == read([varied.path, tmp_path / "b.jsonl.gz"]).torn
+        assert 1 == read([varied.path, tmp_path / "b.jsonl.gz"]).unreadable_lines
 
     def test_numbers_as_other_tools_write_them(self, varied, tmp_path):
         """Times and ints as JSON numbers, spaces between, a byte order mark."""

@@ -49,7 +49,7 @@ class Tags(HTMLParser):
 def test_it_tells_the_same(page, varied):
     """Sentences, trace ids, codes and numbers."""
     replies = varied.read()
-    text = Tags(page(replies, torn=1)).text
+    text = Tags(page(replies, unreadable_lines=1)).text
 
     for reply in replies:
         assert sentence(reply) in text

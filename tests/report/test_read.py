@@ -159,15 +159,18 @@ class TestIncomplete:
 
         assert ("succeeded", 1, ()) == (reply.outcome, reply.attempt_count, reply.steps)
 
-    @pytest.mark.parametrize("torn", ['{"resourceSpans":[{"resource":{"attr', "\x00\xff[{"])
-    def test_a_torn_last_line(self, varied, torn):
+    @pytest.mark.parametrize("unfinished", ['{"resourceSpans":[{"resource":{"attr', "\x00\xff[{"])
+    def test_a_torn_last_line(self, varied, unfinished):
         """A killed process leaves half a line; it is left out, and counted if it was ours."""
         with varied.path.open("a") as file:
-            file.write(torn)
+            file.write(unfinished)
 
         replies = varied.read()
 
-        assert (5, torn.startswith("{")) == (len(replies), bool(replies.torn))
+        assert (5, unfinished.startswith("{")) == (
+            len(replies),
+            bool(replies.unreadable_lines),
+        )
 
     def test_a_torn_line_that_was_written_on(self, varied, tmp_path):
         """The next process appends to the half line; what it wrote is not lost."""
@@ -177,7 +180,7 @@ class TestIncomplete:
 
         replies = read(path)
 
-        assert (5, 1) == (len(replies), replies.torn)
+        assert (5, 1) == (len(replies), replies.unreadable_lines)
         assert () == replies[0].attempts
 
     @pytest.mark.parametrize(

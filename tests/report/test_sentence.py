@@ -264,5 +264,5 @@ class TestParts:
         assert (
             "5 replies, 2027-01-15 08:00:00 to 2027-01-15 08:00:51 UTC. "
             "1 torn line left out: a process was killed."
-        ) == overview(varied.read(), torn=1)
+        ) == overview(varied.read(), unreadable_lines=1)
         assert "No replies." == overview([])

@@ -15,11 +15,11 @@ from traced_retry.report.terminal import render
 from .conftest import FAILED, HEARD
 
 
-def shown(replies, *, width=80, encoding="utf-8", torn=0, **how):
+def shown(replies, *, width=80, encoding="utf-8", unreadable_lines=0, **how):
     """What is written to a pipe, or to a terminal with ``force_terminal=True``."""
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    render(Console(file=file, width=width, **how), replies, torn=torn)
+    render(Console(file=file, width=width, **how), replies, unreadable_lines=unreadable_lines)
     file.flush()
     return raw.getvalue().decode(encoding)
 
@@ -69,7 +69,7 @@ def test_a_wait_that_grew(store):
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
 def test_no_line_is_too_long(varied, width):
     """Whatever the width."""
-    lines = shown(varied.read(), width=width, torn=2).splitlines()
+    lines = shown(varied.read(), width=width, unreadable_lines=2).splitlines()
 
     assert [] == [line for line in lines if cell_len(line) > width]
 
@@ -146,4 +146,4 @@ def test_nothing():
 
 def test_torn(varied):
     """What is missing is said."""
-    assert "2 torn lines left out" in " ".join(shown(varied.read(), torn=2).split())
+    assert "2 torn lines left out" in " ".join(shown(varied.read(), unreadable_lines=2).split())

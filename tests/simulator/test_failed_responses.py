@@ -13,7 +13,7 @@ from traced_retry.simulator import FAULTS, OpenAISimulator
 from traced_retry.simulator.azure import VoiceLiveSimulator
 from traced_retry.simulator.google import GoogleSimulator
 from traced_retry.simulator.openai import PAUSE
-from traced_retry.simulator.openai_kin import (
+from traced_retry.simulator.openai_compatible import (
     BETA,
     AzureOpenAIBetaSimulator,
     AzureOpenAISimulator,

@@ -18,7 +18,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["livekit.agents.ipc._preload", "livekit.plugins.openai", "traced_retry.export.declarative"]
+    ["livekit.agents.ipc._preload", "livekit.plugins.openai", "traced_retry.export.config_file"]
 )
 
 

@@ -17,7 +17,7 @@ from livekit.plugins import openai, xai
 
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.azure import VoiceLiveSimulator
-from traced_retry.simulator.openai_kin import (
+from traced_retry.simulator.openai_compatible import (
     AzureOpenAIBetaSimulator,
     AzureOpenAISimulator,
     XAISimulator,

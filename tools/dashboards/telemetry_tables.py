@@ -21,7 +21,7 @@ from traced_retry import semconv
 from traced_retry.core import budget
 from traced_retry.core.failure import failure
 from traced_retry.core.telemetry import Target, Telemetry
-from traced_retry.export.exporting import BoundedSpanProcessor
+from traced_retry.export.processor import BoundedSpanProcessor
 
 
 def values(names: tuple[str, ...]) -> str:

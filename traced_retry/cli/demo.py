@@ -23,7 +23,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 
 import traced_retry
-from traced_retry.export.store import providers
+from traced_retry.export.setup import store_providers
 from traced_retry.report import Reply, read
 from traced_retry.simulator import OpenAISimulator
 
@@ -111,7 +111,7 @@ class Demo:
         Raises:
             ExportError: if the store or the ``OTEL_*`` variables cannot be used.
         """
-        tracer_provider, meter_provider = providers(self.store, "traced-retry-demo")
+        tracer_provider, meter_provider = store_providers(self.store, "traced-retry-demo")
         livekit_telemetry.set_tracer_provider(tracer_provider, allow_pii=False)
         try:
             async with aiohttp.ClientSession() as http:

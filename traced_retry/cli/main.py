@@ -92,7 +92,8 @@ def demo(
     key, no network and no LiveKit server is needed. It takes about fifteen seconds.
     """
     from traced_retry.cli.demo import SCENARIOS, Scenario, ScenarioResult, run_demo  # noqa: PLC0415
-    from traced_retry.export.store import endpoint, new_store  # noqa: PLC0415
+    from traced_retry.export.file_store import new_store  # noqa: PLC0415
+    from traced_retry.export.setup import endpoint  # noqa: PLC0415
     from traced_retry.report.terminal import render  # noqa: PLC0415
 
     if not verbose:
@@ -159,7 +160,7 @@ def report(
     )
 
     if not files:
-        from traced_retry.export.store import latest_store, store_directory  # noqa: PLC0415
+        from traced_retry.export.file_store import latest_store, store_directory  # noqa: PLC0415
 
         newest = latest_store()
         if newest is None:
@@ -174,12 +175,12 @@ def report(
         found: dict[str, Any] = {"replies": [as_dict(r) for r in replies], "providers": providers}
         typer.echo(json.dumps(found))
     elif html is not None:
-        write_html(html, replies, torn=replies.torn)
+        write_html(html, replies, unreadable_lines=replies.unreadable_lines)
         typer.echo(str(html))
     else:
         from traced_retry.report.terminal import render  # noqa: PLC0415
 
-        render(Console(highlight=False), replies, torn=replies.torn)
+        render(Console(highlight=False), replies, unreadable_lines=replies.unreadable_lines)
 
 
 def _known_providers() -> str:
@@ -264,11 +265,11 @@ def doctor(
     """
     from dataclasses import asdict  # noqa: PLC0415
 
-    from traced_retry.doctor import examine  # noqa: PLC0415
+    from traced_retry.doctor import run_checks  # noqa: PLC0415
 
     logging.disable(logging.CRITICAL)  # exporters and SDK log what the checks say better
     checks = []
-    for check in examine(preset, jaeger):
+    for check in run_checks(preset, jaeger):
         checks.append(check)
         if not as_json:
             typer.echo(f"{check.status:<4}  {check.check}: {check.message}")

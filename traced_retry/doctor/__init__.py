@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``traced-retry doctor`` looks at: where spans go, whether they arrive, what is retried.
+"""Run the checks of ``traced-retry doctor``: targets of spans, their delivery, active adapters.
 
 The set-up is that of :func:`traced_retry.enable`. One test span goes to each exporter directly,
 past sampler and queue, so that a sampler that would drop it does not hide a dead endpoint.
@@ -11,27 +11,27 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from traced_retry.doctor import environment, exports, plugins
+from traced_retry.doctor import environment, pipeline, plugins
 from traced_retry.doctor.check import Check, is_url
 from traced_retry.errors import UsageError
 
-__all__ = ["Check", "DoctorError", "examine"]
+__all__ = ["Check", "DoctorError", "run_checks"]
 
 WITHIN: Final = 9.0
-"""Seconds that it all takes at most, one of ten left for the process's start."""
+"""Longest duration of all checks in seconds. One of 10 s is left for the process's start."""
 
 
 class DoctorError(UsageError):
-    """What the doctor was given cannot be."""
+    """An invalid argument of the doctor."""
 
 
-def examine(
+def run_checks(
     preset: str | None = None, jaeger: str | None = None, within: float = WITHIN
 ) -> Iterator[Check]:
-    """Look at this process as :func:`traced_retry.enable` would find it.
+    """Check this process as :func:`traced_retry.enable` would find it.
 
-    Where no tracer provider is set yet, this sets the SDK up, as ``enable`` would. It waits for
-    servers, so an event loop is not the place for it.
+    If no tracer provider is set, set the SDK up as ``enable`` would. Do not call it inside an
+    event loop, because it waits for servers.
 
     Args:
         preset: as for ``enable``.
@@ -40,7 +40,7 @@ def examine(
         within: seconds that it takes at most; what imports leave of them is the servers'.
 
     Raises:
-        DoctorError: ``jaeger`` is no URL.
+        DoctorError: if ``jaeger`` is not a URL.
     """
     if jaeger is not None and not is_url(jaeger):
         raise DoctorError("--jaeger is no http:// or https:// URL, such as http://127.0.0.1:16686")
@@ -48,4 +48,4 @@ def examine(
     yield from environment.policy()
     yield from environment.variables()
     yield from plugins.checks()
-    yield from exports.checks(preset, jaeger, until)
+    yield from pipeline.checks(preset, jaeger, until)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the doctor finds, and how it shows an address without what may be a secret in it."""
+"""Define a finding of the doctor, and show addresses without secrets."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Check:
     """One finding."""
 
     check: str
-    """What was looked at, in a word or a variable's name."""
+    """The subject of the check: a word or a variable's name."""
     status: Status
     message: str
     fix: str = ""
-    """What to do; empty where all is well."""
+    """The remedy, empty if the check passed."""
 
 
 def is_url(text: str) -> bool:
-    """Whether it is one of HTTP, with a host."""
+    """Return whether ``text`` is an HTTP URL with a host."""
     try:
         url = urlsplit(text)
         return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
@@ -31,8 +31,8 @@ def is_url(text: str) -> bool:
         return False
 
 
-def place(text: str) -> str:
-    """A URL without user, password and query."""
+def redact_url(text: str) -> str:
+    """Return the URL without user, password and query."""
     url = urlsplit(text)
     host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
     port = f":{url.port}" if url.port else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy and the variables that say where spans go."""
+"""Check the policy and the variables that configure telemetry."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator, Mapping
 
 from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
-from traced_retry.doctor.check import Check, is_url, place
+from traced_retry.doctor.check import Check, is_url, redact_url
 
 
 def policy() -> Iterator[Check]:
-    """Each variable by itself, then all together."""
+    """Check each variable of the policy alone, then all together."""
     alone = [_problem({name: os.environ.get(name, "")}) for name in ENV]
-    # That base_delay is above max_delay can only be told with both.
+    # Only both variables together show whether base_delay is above max_delay.
     problems = [problem for problem in alone if problem and "base_delay" not in problem]
     if not problems and (problem := _problem(os.environ)):
         problems.append(problem)
@@ -45,13 +45,13 @@ _PLAIN = re.compile(
     r"|EXPORTER_OTLP_(\w+_)?(PROTOCOL|TIMEOUT|COMPRESSION|INSECURE)"
     r"|PYTHON_DISABLED_INSTRUMENTATIONS)|LIVEKIT_TELEMETRY_ALLOW_PII|XDG_STATE_HOME"
 )
-"""Variables that no secret belongs into; what is neither here nor shown in part stays hidden."""
+"""Variables without secrets. The values of other variables are hidden or shown in part."""
 _FILES = re.compile(r"OTEL_EXPORTER_OTLP_\w*(CERTIFICATE|CLIENT_KEY)|REQUESTS_CA_BUNDLE")
 _NAME = re.compile(r"[\w.-]{1,40}")
 
 
 def variables() -> Iterator[Check]:
-    """Each that is set and read, shown without what may be a secret."""
+    """Show each set variable that is read, without secrets."""
     found = sorted(name for name in os.environ if _READ.match(name) and os.environ[name])
     for name in found:
         if name.startswith("TRACED_RETRY_") and name not in ENV:
@@ -69,11 +69,11 @@ def variables() -> Iterator[Check]:
 
 
 def _shown(name: str, value: str) -> str:
-    """The value, without what may be a secret."""
+    """Return the value without secrets."""
     if name in ENV or _PLAIN.fullmatch(name) or _FILES.fullmatch(name):
         return value
     if name.endswith("_ENDPOINT") or name.upper().endswith("_PROXY"):
-        return place(value) if is_url(value) else "(hidden: no http:// or https:// URL)"
+        return redact_url(value) if is_url(value) else "(hidden: no http:// or https:// URL)"
     if name.endswith(("_HEADERS", "_RESOURCE_ATTRIBUTES")):
         pairs = [pair.partition("=") for pair in value.split(",")]
         names = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which adapter each of LiveKit's plugins that are installed gets."""
+"""Check the adapter of each installed LiveKit plugin."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from traced_retry.doctor.check import Check
 
 TESTED: Final = ((1, 7, 0), (1, 8, 9))
 """The first and the last version of LiveKit's plugins that the adapters were tested with."""
-_KIN: Final = {"xai": "openai"}
+_BASE_PLUGIN: Final = {"xai": "openai"}
 """Plugins whose session derives from another's."""
 
 
 def checks() -> Iterator[Check]:
-    """Which adapter each installed plugin gets."""
+    """Report the adapter of each installed plugin."""
     try:
         from traced_retry.livekit.registry import ADAPTERS  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -29,7 +29,9 @@ def checks() -> Iterator[Check]:
         yield Check("livekit", "fail", f"nothing is retried: there is no {error.name}", fix)
         return
     yield Check("livekit", "ok", f"livekit-agents {_version('livekit-agents')}")
-    known = sorted({home.split(".")[2] for home in ADAPTERS if ".plugins." in home} | set(_KIN))
+    known = sorted(
+        {home.split(".")[2] for home in ADAPTERS if ".plugins." in home} | set(_BASE_PLUGIN)
+    )
     for name in known:
         if installed := _version(f"livekit-plugins-{name}"):
             yield _plugin(name, installed, ADAPTERS)
@@ -45,18 +47,18 @@ def _version(distribution: str) -> str | None:
 
 
 def _plugin(name: str, installed: str, adapters: dict[str, str]) -> Check:
-    check, like = f"plugin {name}", f"livekit.plugins.{_KIN.get(name, name)}."
+    check, like = f"plugin {name}", f"livekit.plugins.{_BASE_PLUGIN.get(name, name)}."
     adapter = next(adapter for home, adapter in adapters.items() if home.startswith(like))
     parts = tuple(int(part) for part in re.findall(r"\d+", installed)[:3])
     tested = TESTED[0] <= parts <= TESTED[1]
     names = [n for home, a in adapters.items() if a == adapter and (n := session_names(home))]
     module, _, class_name = adapter.partition(":")
     try:
-        needs = getattr(importlib.import_module(module), class_name).needs
+        required = getattr(importlib.import_module(module), class_name).required_attributes
     except ModuleNotFoundError as error:
         said = f"{installed}: its realtime part is not installed (no {error.name})"
         return Check(check, "ok", said)
-    missing = [need for need in needs if not any(need in there for there in names)]
+    missing = [name for name in required if not any(name in there for there in names)]
     between = "tested are {}.{}.{} to {}.{}.{}".format(*TESTED[0], *TESTED[1])
     fix = f"install a version of livekit-plugins-{name} that was tested: {between}"
     if names and missing:
@@ -70,9 +72,10 @@ def _plugin(name: str, installed: str, adapters: dict[str, str]) -> Check:
 
 
 def session_names(module: str) -> set[str]:
-    """What the RealtimeSession in a module's source has: its methods, and attributes that it sets.
+    """Return the methods and attributes of the RealtimeSession in a module's source.
 
-    Read and not imported: plugins take seconds, and may want keys. Empty where it has none.
+    Read the source instead of importing it, because plugins take seconds and may need keys. The
+    result is empty if the module has no such class.
     """
     depth = 3 if module.startswith("livekit.plugins.") else 2  # as deep as finding imports nothing
     package = ".".join(module.split(".")[:depth])

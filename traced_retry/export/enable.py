@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line at agent start-up: :func:`enable`.
+"""Retry and trace with one line at agent start-up: :func:`enable`.
 
 LiveKit runs each job in a process of its own (fork server on Linux, spawn elsewhere) or in a
-thread (Windows). It flushes only what it made itself, and in a child process Python before 3.13
-runs no ``atexit`` handler, so the SDK's own are not called either (python/cpython#83856).
+thread (Windows). LiveKit flushes only the providers that it created. In a child process, Python
+before 3.13 runs no ``atexit`` handlers, and so not the SDK's (python/cpython#83856).
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from opentelemetry import metrics, trace
 from traced_retry.core import telemetry
 from traced_retry.core.guard import logger, suppress_and_log
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.export.sdk import SetUp, file_policy, set_up
+from traced_retry.export.setup import SdkSetup, file_policy, set_up
 from traced_retry.livekit import hook
 from traced_retry.livekit.hook import OnExhausted
 
 FLUSH_WITHIN: Final = 1.5
-"""Seconds that the end of a job waits for telemetry to be delivered."""
+"""Seconds for which the end of a job waits for the delivery of telemetry."""
 EXIT_WITHIN: Final = 3.5
-"""Seconds that the end of a job's process then waits: LiveKit's own last spans end after all
-callbacks. Both together are half of the 10 s after which LiveKit kills the process."""
+"""Seconds for which the end of a job's process then waits, because LiveKit's last spans end after
+all callbacks. Both waits together are half of the 10 s after which LiveKit kills the process."""
 
 
 @dataclass(frozen=True)
 class Tracing:
-    """What :func:`enable` found or set up."""
+    """The telemetry set-up that :func:`enable` found or created."""
 
     destination: str
-    """Where spans go, in a few words; the path of the file, where it is the local store."""
+    """The target of the spans in a few words, or the path of the local store."""
 
     def flush(self, within: float = FLUSH_WITHIN) -> bool:
-        """Deliver what is buffered, spans and metrics; whether that was done in time.
+        """Deliver buffered spans and metrics, and return whether that was done in time.
 
         Args:
-            within: seconds to wait at most. What is not delivered by then stays buffered.
+            within: the longest wait in seconds. Telemetry not delivered by then stays buffered.
         """
-        return _within(within, [p.force_flush for p in _providers()])
+        return _run_within(within, [p.force_flush for p in _providers()])
 
 
 _lock = threading.Lock()
@@ -70,31 +70,37 @@ def enable(
 ) -> Tracing:
     """Retry and trace every realtime reply of this process, and deliver the traces.
 
-    Call it in the agent's entrypoint, before the session is made. Calling it again is harmless.
+    Call it in the agent's entrypoint, before you create the session. You can call it again.
 
-    Spans go where a tracer provider sends them that is set already, globally or with
-    ``livekit.agents.telemetry.set_tracer_provider``. Where none is, the SDK is set up from the
-    first of these that says anything: ``OTEL_CONFIG_FILE``; ``OTEL_TRACES_EXPORTER``,
-    ``OTEL_METRICS_EXPORTER`` and the OTLP endpoints; ``preset``; else spans are stored as OTLP-JSON
-    lines under the user's state directory, and metrics nowhere. LiveKit's own spans then go there
-    too, without what was said unless ``LIVEKIT_TELEMETRY_ALLOW_PII`` is set (LiveKit 1.7.0 cannot
-    leave it out). Logs are left alone.
+    If a tracer provider is set, globally or with
+    ``livekit.agents.telemetry.set_tracer_provider``, spans go to that provider. Otherwise the SDK
+    is set up from the first of these sources that is set:
+
+    1. ``OTEL_CONFIG_FILE``
+    2. ``OTEL_TRACES_EXPORTER``, ``OTEL_METRICS_EXPORTER`` and the OTLP endpoints
+    3. ``preset``
+    4. the local store: OTLP-JSON lines under the user's state directory, without metrics
+
+    LiveKit's own spans then go to the same target. They hold the spoken text only if
+    ``LIVEKIT_TELEMETRY_ALLOW_PII`` is set (LiveKit 1.7.0 always includes it). Logs stay as they
+    are.
 
     Args:
-        ctx: the job; what is buffered when it ends is then delivered, within bounds.
-        policy: default: the configuration file's, else :meth:`RetryPolicy.from_env`.
+        ctx: the job. When it ends, buffered telemetry is delivered for at most 1.5 s.
+        policy: the retry policy. Default: the configuration file's policy, else
+            :meth:`RetryPolicy.from_env`.
         preset: one of ``traced-retry exporters list``: ``jaeger``, ``collector``, ...
-        service_name: ``service.name``, unless a variable or ``OTEL_CONFIG_FILE`` says it; default:
+        service_name: ``service.name``, unless a variable or ``OTEL_CONFIG_FILE`` sets it. Default:
             the agent's name, else ``livekit-agent``.
         on_exhausted: as for :func:`traced_retry.wrap`.
 
-    ``policy`` and ``on_exhausted`` of a later call hold for sessions made after it; its ``preset``
-    and ``service_name`` come too late.
+    A later call can change ``policy`` and ``on_exhausted`` for new sessions. Its ``preset`` and
+    ``service_name`` have no effect.
 
     Raises:
-        ExportError: there is no such preset, or a variable asks for what is not to be had.
-        ConfigurationFileError: the configuration file cannot be; file, key and what is allowed.
-        PolicyError: the environment holds a value that cannot be.
+        ExportError: if the preset does not exist, or if a variable is invalid.
+        ConfigurationFileError: if the configuration file is invalid.
+        PolicyError: if an environment variable of the policy is invalid.
     """
     with _lock:
         if service_name is None and ctx is not None:
@@ -108,15 +114,16 @@ def enable(
 
 
 async def _flush_job(_reason: str) -> None:
-    """Deliver what is buffered, without holding up the event loop."""
+    """Deliver buffered telemetry without blocking the event loop."""
     assert _tracing is not None
     await asyncio.to_thread(_tracing.flush)
 
 
 def configure() -> RetryPolicy | None:
-    """What of :func:`enable` concerns telemetry; returns the policy of ``OTEL_CONFIG_FILE``.
+    """Set telemetry up as :func:`enable` does, and return the policy of ``OTEL_CONFIG_FILE``.
 
-    For ``opentelemetry-instrument``, which instruments by itself. Raises what :func:`enable` does.
+    ``opentelemetry-instrument`` needs only this part, because it instruments by itself. The errors
+    are those of :func:`enable`.
     """
     with _lock:
         _set_up_once(None, None)
@@ -130,19 +137,19 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
     global _tracing, _ours, _file_policy
     if _tracing is not None:
         return _tracing
-    existing = _existing()
+    existing = _existing_destination()
     if existing is None:
         done = set_up(preset, service_name)
-        _give_to_livekit()
-        telemetry.on_counters_initialized.append(_export_zeroes)
+        _set_livekit_provider()
+        telemetry.on_counters_initialized.append(_export_initial_counters)
     else:
-        done = SetUp(existing, file_policy())
+        done = SdkSetup(existing, file_policy())
     _tracing, _ours, _file_policy = Tracing(done.destination), existing is None, done.policy
     logger.info("spans go to %s", done.destination)
     _at_process_end()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_after_fork)
-        # multiprocessing forgets its finalizers after that, and then calls these.
+        # multiprocessing then clears its finalizers, and calls these afterwards.
         util.register_after_fork(_jobs, lambda _: _at_process_end())
     return _tracing
 
@@ -151,12 +158,12 @@ def _instrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) ->
     if hook.is_instrumented():
         if policy is None and on_exhausted is None:
             return
-        hook.uninstrument()  # what is given now holds from now on
+        hook.uninstrument()  # the new arguments replace the old ones
     hook.instrument(policy=policy or _file_policy, on_exhausted=on_exhausted)
 
 
-def _existing() -> str | None:
-    """The provider that is there already, in words; None where none is."""
+def _existing_destination() -> str | None:
+    """Describe the provider that is already set, or return None."""
     made_by_livekit = False
     given = getattr(livekit_telemetry.tracer, "_tracer_provider", None)
     if given is not None and _is_set(given):
@@ -166,7 +173,7 @@ def _existing() -> str | None:
     if not _is_set(trace.get_tracer_provider()):
         return None
     if made_by_livekit:
-        _give_to_livekit()
+        _set_livekit_provider()
     return "the global tracer provider"
 
 
@@ -175,38 +182,39 @@ def _is_set(provider: trace.TracerProvider) -> bool:
 
 
 def _made_by_livekit(provider: trace.TracerProvider) -> bool:
-    """Whether LiveKit made it for its cloud, before the entrypoint was called.
+    """Return whether LiveKit created the provider for its cloud before the entrypoint ran.
 
-    It exports to LiveKit Cloud alone. LiveKit follows to a provider given to it later, and goes on
-    exporting (1.8: ``_CloudTelemetry._ensure_trace_pipeline``).
+    Such a provider exports to LiveKit Cloud only. LiveKit continues this export with a provider
+    that is set later (1.8: ``_CloudTelemetry._ensure_trace_pipeline``).
     """
     targets = getattr(getattr(livekit_traces, "_cloud", None), "_exit_targets", ())
     return any(getattr(stop, "__self__", None) is provider for _, stop in targets)
 
 
-def _give_to_livekit() -> None:
+def _set_livekit_provider() -> None:
     provider = trace.get_tracer_provider()
     if not _is_set(provider):
         return
     give: Callable[..., None] = livekit_telemetry.set_tracer_provider
     options: dict[str, Any] = {}
-    takes = inspect.signature(give).parameters  # allow_pii is not there yet in 1.7.0
+    takes = inspect.signature(give).parameters  # 1.7.0 has no allow_pii
     if "allow_pii" in takes and not os.environ.get("LIVEKIT_TELEMETRY_ALLOW_PII"):
         options["allow_pii"] = False
     give(provider, **options)
 
 
 def _providers() -> list[Any]:
-    """The providers whose data is to be delivered, each once; spans first, for what is dropped
-    of them is counted in metrics.
+    """Return each provider with buffered data once.
+
+    Tracer providers come first, because the metrics must include spans dropped by them.
     """
     given = getattr(livekit_telemetry.tracer, "_tracer_provider", None)
     found = (given, trace.get_tracer_provider(), metrics.get_meter_provider())
     return list({id(p): p for p in found if hasattr(p, "force_flush")}.values())
 
 
-def _export_zeroes() -> None:
-    """Have the counters seen at 0: the exporter's next turn may come after the first failure."""
+def _export_initial_counters() -> None:
+    """Export the counters at 0, because the next periodic export may follow the first failure."""
     flush = getattr(metrics.get_meter_provider(), "force_flush", None)
     if flush is not None:
 
@@ -214,7 +222,7 @@ def _export_zeroes() -> None:
             with suppress_and_log("exporting the counters' start"):
                 flush()
 
-        threading.Thread(target=work, name="traced_retry zeroes", daemon=True).start()
+        threading.Thread(target=work, name="traced_retry counters", daemon=True).start()
 
 
 def _after_fork() -> None:
@@ -224,20 +232,20 @@ def _after_fork() -> None:
 
 
 def _at_process_end() -> None:
-    util.Finalize(None, _deliver_the_rest, exitpriority=0)
+    util.Finalize(None, _deliver_remaining, exitpriority=0)
 
 
-def _deliver_the_rest() -> None:
-    # In a main process the providers' own atexit handlers follow; Python 3.12 starts no thread
-    # any more by then.
+def _deliver_remaining() -> None:
+    # In a main process, the providers' own atexit handlers run later. Python 3.12 cannot start a
+    # thread at that time.
     if parent_process() is not None:
-        _within(EXIT_WITHIN, [p.shutdown if _ours else p.force_flush for p in _providers()])
+        _run_within(EXIT_WITHIN, [p.shutdown if _ours else p.force_flush for p in _providers()])
 
 
-def _within(seconds: float, actions: list[Callable[[], Any]]) -> bool:
-    """Do all, one after the other, in a thread; whether it was over in time.
+def _run_within(seconds: float, actions: list[Callable[[], Any]]) -> bool:
+    """Run all actions in order in a thread, and return whether all succeeded in time.
 
-    The SDK's own providers take 30 s if they have to (open-telemetry/opentelemetry-python#4623).
+    The SDK's own providers may take 30 s (open-telemetry/opentelemetry-python#4623).
     """
     results: list[object] = []
 

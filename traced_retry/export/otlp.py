@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SDK's OTLP/HTTP exporters, which here also say why an export failed.
+"""Extend the SDK's OTLP/HTTP exporters by the reason of a failed export.
 
-They answer SUCCESS or FAILURE, and write the reason to the log only, with each failed batch and
-with the text of exceptions, which may hold the URL's query. Here it is ``reason``, a word of
-:data:`traced_retry.semconv.DROP_REASONS`, and their own log records are left out. Retries, their
-waits and ``Retry-After`` are the SDK's; all ``OTEL_EXPORTER_OTLP_*`` variables hold.
+The SDK's exporters return SUCCESS or FAILURE. They write the reason to the log only, once per
+failed batch, with the text of exceptions, which may hold the URL's query. Here, the reason is the
+attribute ``reason``, a word of :data:`traced_retry.semconv.DROP_REASONS`, and the SDK's log records
+are suppressed. Retries, waits, ``Retry-After`` and all ``OTEL_EXPORTER_OTLP_*`` variables work as
+in the SDK.
 """
 
 from __future__ import annotations
@@ -33,46 +34,46 @@ _STATUS: Final[dict[int, semconv.DropReason]] = {
 
 
 class OtlpSpanExporter(trace_exporter.OTLPSpanExporter):
-    """Takes what ``OTLPSpanExporter`` takes, but for ``session``."""
+    """``OTLPSpanExporter`` with all its arguments except ``session``."""
 
     def __init__(self, **settings: Any) -> None:
-        self._watched = _Session()
-        super().__init__(session=self._watched, **settings)
+        self._http = _Session()
+        super().__init__(session=self._http, **settings)
 
     @property
     def reason(self) -> semconv.DropReason:
-        """Why the last export failed."""
-        return self._watched.reason
+        """Reason of the last failed export."""
+        return self._http.reason
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send a batch, with the SDK's retries."""
-        with _quiet():
+        with _suppress_sdk_logs():
             return super().export(spans)
 
 
 class OtlpMetricExporter(metric_exporter.OTLPMetricExporter):
-    """Takes what ``OTLPMetricExporter`` takes, but for ``session``. A failure is logged once."""
+    """``OTLPMetricExporter`` with all its arguments except ``session``. Logs a failure once."""
 
     def __init__(self, **settings: Any) -> None:
-        self._watched = _Session()
-        super().__init__(session=self._watched, **settings)
+        self._http = _Session()
+        super().__init__(session=self._http, **settings)
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **kwargs: Any
     ) -> MetricExportResult:
-        """Send what was collected, with the SDK's retries."""
-        with _quiet():
+        """Send the collected metrics, with the SDK's retries."""
+        with _suppress_sdk_logs():
             result = super().export(metrics_data, timeout_millis, **kwargs)
         if result is not MetricExportResult.SUCCESS:
             log_once(
-                f"exporter otlp cannot deliver metrics ({self._watched.reason}); "
+                f"exporter otlp cannot deliver metrics ({self._http.reason}); "
                 "the next export carries them"
             )
         return result
 
 
 class _Session(requests.Session):
-    """Keeps the reason why its last request failed."""
+    """HTTP session that keeps the reason of its last failed request."""
 
     reason: semconv.DropReason = "failed"
 
@@ -95,20 +96,20 @@ class _Session(requests.Session):
 _exporting = threading.local()
 
 
-class _Quiet(logging.Filter):
+class _ExportLogFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not getattr(_exporting, "now", False)
+        return not getattr(_exporting, "active", False)
 
 
 for _module in (trace_exporter, metric_exporter):
-    logging.getLogger(_module.__name__).addFilter(_Quiet())
+    logging.getLogger(_module.__name__).addFilter(_ExportLogFilter())
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what the SDK's exporters log in this thread; those of others go on as they are."""
-    _exporting.now = True
+def _suppress_sdk_logs() -> Iterator[None]:
+    """Suppress the log records of the SDK's exporters in this thread only."""
+    _exporting.active = True
     try:
         yield
     finally:
-        _exporting.now = False
+        _exporting.active = False

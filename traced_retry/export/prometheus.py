@@ -25,7 +25,7 @@ from prometheus_client import Counter, Gauge, Histogram, values
 
 from traced_retry import semconv
 from traced_retry.core.telemetry import Telemetry
-from traced_retry.export.exporting import ExportError
+from traced_retry.export.processor import ExportError
 
 _UNITS: Final = {"s": "seconds", "ms": "milliseconds", "By": "bytes"}
 
@@ -34,7 +34,7 @@ _OTEL_BUCKETS: Final = (0, 5, 10, 25, 50, 75, 100, 250, 500, 750, 1000, 2500, 50
 
 
 def set_up(*providers: str) -> Callable[[object], None]:
-    """For ``AgentServer(setup_fnc=...)``: :func:`install` in every job process as it starts.
+    """Return a ``setup_fnc`` for ``AgentServer`` that calls :func:`install` in every job process.
 
     Args:
         providers: those to be used, as in ``gen_ai.provider.name``. Their counters start at 0
@@ -52,11 +52,11 @@ def _set_up(providers: tuple[str, ...], _process: object) -> None:
 
 
 def install() -> None:
-    """Make LiveKit's ``/metrics`` show this process's metrics. Calling it again is harmless.
+    """Make LiveKit's ``/metrics`` show this process's metrics. You can call it again.
 
     Raises:
-        ExportError: ``prometheus_client`` is not in multiprocess mode here, or there is another
-            global meter provider.
+        ExportError: if ``prometheus_client`` is not in multiprocess mode, or if another global
+            meter provider is set.
     """
     current = metrics.get_meter_provider()
     if isinstance(current, PrometheusMeterProvider):
@@ -69,10 +69,10 @@ def install() -> None:
 
 
 class PrometheusMeterProvider(metrics.MeterProvider):
-    """See the module. Only traced-retry's metrics are kept.
+    """Meter provider for ``prometheus_client`` that keeps only traced-retry's metrics.
 
     Raises:
-        ExportError: ``prometheus_client`` is not in multiprocess mode here.
+        ExportError: if ``prometheus_client`` is not in multiprocess mode here.
     """
 
     def __init__(self) -> None:
@@ -89,18 +89,19 @@ class PrometheusMeterProvider(metrics.MeterProvider):
         schema_url: str | None = None,
         attributes: Attributes = None,
     ) -> metrics.Meter:
-        """Ours; for others a meter that keeps nothing: LiveKit's own metrics carry job and room
-        ids, and each call would add series that never go.
+        """Return a meter for traced-retry, and a no-op meter for other scopes.
+
+        LiveKit's own metrics carry job and room ids: each call would add permanent series.
         """
         ours = name == semconv.SCOPE
         return (_Meter if ours else metrics.NoOpMeter)(name, version, schema_url)
 
     def force_flush(self, timeout_millis: float = 0) -> bool:
-        """All was written when it was counted."""
+        """Do nothing: each count is written at once."""
         return True
 
     def shutdown(self, timeout_millis: float = 0) -> None:
-        """Nothing is to be done."""
+        """Do nothing."""
 
 
 class _Meter(metrics.NoOpMeter):
@@ -177,8 +178,10 @@ _making = threading.Lock()
 def _family(
     kind: Callable[..., Any], name: str, unit: str, description: str, **options: object
 ) -> Callable[[Attributes | None], Any]:
-    """What gives the series of some attributes. Each set of label names is an object of its own
-    (``prometheus_client`` wants them all at first); their series come together when scraped.
+    """Return a function that maps attributes to a series.
+
+    Each set of label names is an object of its own, because ``prometheus_client`` needs all names
+    at creation. A scrape combines their series.
     """
     full = _word(f"{name}.{_UNITS.get(unit, '')}".rstrip("."))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads stored spans: terminal waterfall (:mod:`.terminal`, needs rich), summary, one HTML page."""
+"""Read stored spans: terminal waterfall (:mod:`.terminal`, needs rich), summary, HTML page."""
 
 from traced_retry.report.html import write_html as write_html
 from traced_retry.report.model import Attempt as Attempt

@@ -66,16 +66,24 @@ _HEAD: Final = f"""<!doctype html>
 <h1>Replies and their retries</h1>"""
 
 
-def write_html(path: str | os.PathLike[str], replies: Sequence[Reply], *, torn: int = 0) -> None:
-    """Write the report of ``replies`` to ``path``; ``torn``: lines that could not be read."""
-    lines = [_HEAD, *_overview(replies, torn)]
+def write_html(
+    path: str | os.PathLike[str], replies: Sequence[Reply], *, unreadable_lines: int = 0
+) -> None:
+    """Write the report of ``replies`` as one HTML page.
+
+    Args:
+        path: the file to write.
+        replies: the replies to show, in this order.
+        unreadable_lines: the number of lines that could not be read.
+    """
+    lines = [_HEAD, *_overview(replies, unreadable_lines)]
     for number, reply in enumerate(replies, 1):
         lines.extend(_reply(number, reply))
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _overview(replies: Sequence[Reply], torn: int) -> Iterator[str]:
-    yield f'<p class="soft">{escape(overview(replies, torn=torn))}</p>'
+def _overview(replies: Sequence[Reply], unreadable_lines: int) -> Iterator[str]:
+    yield f'<p class="soft">{escape(overview(replies, unreadable_lines=unreadable_lines))}</p>'
     head, *rows = table(summarize(replies))
     yield '<div class="scroll"><table class="sum"><thead>'
     yield _row("th", head)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report shows: replies, their attempts and the waits between them, as plain data.
+"""Replies, their attempts and the waits between them, as plain data.
 
-Stored spans may be incomplete or come from another version, so every text is taken as it is and
-nothing here raises on a missing one.
+Stored spans may be incomplete or come from another version. Every text is kept as it is, and a
+missing text raises no error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUP_OF: Final[dict[str, Group]] = {
 _RETRY: Final[semconv.Decision] = "retry"
 _FAILED: Final[semconv.Result] = "failed"
 _NOTHING: Final = 0.001
-"""Seconds. A wait shorter than this is not told."""
+"""Seconds. A shorter wait is not shown."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Attempt:
     delay: float | None = None
     """Seconds really waited before it."""
     result: str | None = None
-    """None where the attempt's end was not stored."""
+    """None if the attempt's end was not stored."""
     error_code: str | None = None
     error_type: str | None = None
     recoverable: bool | None = None
@@ -52,19 +52,19 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Duration of the attempt in seconds."""
         return max(0.0, self.end - self.start)
 
     @property
     def group(self) -> Group:
-        """How it is coloured; a failure that was retried as a recovered reply."""
+        """Colour group. A retried failure has the colour of a recovered reply."""
         if self.result == _FAILED:
             return "recovered" if self.decision == _RETRY else "failed"
         return GROUP_OF.get(self.result or "", "unknown")
 
     @property
     def code(self) -> str | None:
-        """Why it failed: the provider's own code, else ``error.type``."""
+        """Cause of the failure: the provider's own code, else ``error.type``."""
         return self.error_code or self.error_type
 
 
@@ -75,9 +75,9 @@ class Wait:
     start: float
     end: float
     seconds: float
-    """What was really waited."""
+    """The real duration of the wait."""
     planned: float | None
-    """Less than ``seconds`` where a reconnect made it longer."""
+    """The planned duration, shorter than ``seconds`` if a reconnect made the wait longer."""
 
 
 @dataclass(frozen=True)
@@ -91,31 +91,31 @@ class Reply:
     end: float
     attempts: tuple[Attempt, ...] = ()
     attempt_count: int = 0
-    """As the reply's span says; above ``len(attempts)`` where spans of attempts are missing."""
+    """The reply span's count, above ``len(attempts)`` if spans of attempts are missing."""
     model: str | None = None
     server_address: str | None = None
     server_port: int | None = None
     outcome: str | None = None
-    """None where the reply's own span is missing: the process was killed, or it was sampled out."""
+    """None if the reply's span is missing: the process was killed, or the span was sampled out."""
     stop_reason: str | None = None
     error_type: str | None = None
     delay_total: float | None = None
     say: bool = False
-    """Whether a given text was to be spoken, which is never sent again."""
+    """Whether the request was a ``say`` with a given text, which is never sent again."""
 
     @property
     def complete(self) -> bool:
-        """Whether it is known how the reply ended."""
+        """Whether the outcome of the reply is known."""
         return self.outcome is not None
 
     @property
     def group(self) -> Group:
-        """How it is counted and coloured."""
+        """Group for counting and colour."""
         return GROUP_OF.get(self.outcome or "", "unknown")
 
     @property
     def seconds(self) -> float:
-        """From asking to the end: the silence the caller heard."""
+        """Time from the request to the end of the reply."""
         return max(0.0, self.end - self.start)
 
     @property
@@ -125,14 +125,14 @@ class Reply:
 
     @property
     def last(self) -> Attempt | None:
-        """The last attempt, where its span is there."""
+        """The last attempt, if its span is stored."""
         if not self.attempts or self.attempts[-1].number < self.attempt_count:
             return None
         return self.attempts[-1]
 
     @property
     def codes(self) -> tuple[str, ...]:
-        """Why the failed attempts failed, in order."""
+        """Causes of the failed attempts, in order."""
         return tuple(a.code for a in self.attempts if a.code is not None)
 
     @property
@@ -151,7 +151,7 @@ class Reply:
     def silence_added(self) -> float | None:
         """Seconds of silence that retrying added: all but the last attempt.
 
-        None for a reply of one attempt, and where it cannot be told.
+        None for a reply of one attempt, and if the stored spans are incomplete.
         """
         if not self.complete or self.retries == 0 or self.last is None:
             return None
@@ -159,7 +159,7 @@ class Reply:
 
     @property
     def ended_in_wait(self) -> bool:
-        """Whether a retry was planned that never came."""
+        """Whether the reply ended before a planned retry."""
         return self.last is not None and self.last.decision == _RETRY
 
     @property
@@ -173,13 +173,13 @@ class Reply:
             steps.append(attempt)
             before = attempt
         if before is not None and self.complete and self.ended_in_wait:
-            told = sum(a.delay or 0.0 for a in self.attempts)
-            rest = None if self.delay_total is None else max(0.0, self.delay_total - told)
+            waited = sum(a.delay or 0.0 for a in self.attempts)
+            rest = None if self.delay_total is None else max(0.0, self.delay_total - waited)
             steps.append(_wait(before, self.end, rest))
         return tuple(s for s in steps if isinstance(s, Attempt) or s.seconds >= _NOTHING)
 
     def place(self, step: Attempt | Wait) -> tuple[float, float]:
-        """Where ``step`` begins and ends on the reply's time scale, both from 0.0 to 1.0."""
+        """Return start and end of ``step`` on the reply's time scale, both from 0.0 to 1.0."""
         if self.seconds == 0:
             return 0.0, 1.0
         begins, ends = ((at - self.start) / self.seconds for at in (step.start, step.end))
@@ -187,6 +187,6 @@ class Reply:
         return begins, min(1.0, max(begins, ends))
 
 
-def _wait(before: Attempt, end: float, told: float | None) -> Wait:
-    seconds = max(0.0, end - before.end) if told is None else told
+def _wait(before: Attempt, end: float, measured: float | None) -> Wait:
+    seconds = max(0.0, end - before.end) if measured is None else measured
     return Wait(before.end, max(before.end, end), seconds, before.next_delay)

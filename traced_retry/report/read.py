@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads replies from spans stored as OTLP-JSON lines, the Collector's own file format.
+"""Read replies from spans stored as OTLP-JSON lines, the Collector's own file format.
 
 Written by ``FileSpanExporter`` of ``opentelemetry-exporter-otlp-json-file`` or by a Collector's
 ``file`` exporter: one ``{"resourceSpans": [...]}`` a line, gzipped or not. Spans of others pass.
@@ -24,7 +24,7 @@ from traced_retry.report.model import Attempt, Reply
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
 SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-"""What is read of a folder."""
+"""Suffixes of the files that are read in a folder."""
 
 _REPLIES: Final = (semconv.SPAN_REPLY, semconv.SPAN_SAY)
 _SAYS: Final = (semconv.SPAN_SAY, semconv.SPAN_SAY_ATTEMPT)
@@ -41,13 +41,13 @@ _REMEDY: Final = "Give a file or folder that the local store or a Collector's fi
 
 
 class ReportError(UsageError):
-    """There is nothing to report. The message names the path and the remedy."""
+    """A path without replies. The message names the path and the remedy."""
 
 
 class Replies(list[Reply]):
     """Replies in the order of their start."""
 
-    torn: int = 0
+    unreadable_lines: int = 0
     """Lines that could not be read: a process was killed while it wrote them."""
 
 
@@ -59,7 +59,7 @@ class _Span:
     name: str
     start: int | None
     end: int | None
-    """Unix nanoseconds; None where it is not known."""
+    """Unix nanoseconds; None if unknown."""
     attributes: dict[str, Any]
 
     def text(self, name: str) -> str | None:
@@ -82,21 +82,21 @@ class _Span:
 def read(paths: StrPath | Iterable[StrPath]) -> Replies:
     """Read the replies stored in a file, in all such files of a folder, or in several of either.
 
-    A reply that was stored twice counts once. One whose own span is missing is made of its
-    attempts, without an outcome.
+    A reply that was stored twice counts once. If the span of a reply is missing, the reply is made
+    of its attempts and has no outcome.
 
     Raises:
-        ReportError: a path that does not exist or cannot be read, or no span of ours in any.
+        ReportError: if a path cannot be read, or if no path holds a span of ours.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     spans: dict[tuple[str, str], _Span] = {}
-    torn = sum(_collect(path, spans) for path in _files(given))
+    unreadable_lines = sum(_collect(path, spans) for path in _files(given))
     if not spans:
         where = ", ".join(str(p) for p in given)
-        unread = f" ({torn} line(s) could not be read)" if torn else ""
+        unread = f" ({unreadable_lines} line(s) could not be read)" if unreadable_lines else ""
         raise ReportError(f"{where}: no {semconv.SPAN_REPLY} span in there{unread}. {_REMEDY}")
     replies = Replies(sorted(_replies(spans.values()), key=lambda r: (r.start, r.trace_id)))
-    replies.torn = torn
+    replies.unreadable_lines = unreadable_lines
     return replies
 
 
@@ -114,19 +114,19 @@ def _files(given: list[StrPath]) -> Iterator[Path]:
 
 
 def _collect(path: Path, spans: dict[tuple[str, str], _Span]) -> int:
-    """Add the spans of one file to ``spans``; returns how many lines could not be read."""
-    torn = 0
+    """Add the spans of one file to ``spans``, and return the number of unreadable lines."""
+    unreadable_lines = 0
     try:
         with _open(path) as lines:
             for line in lines:
                 batch, whole = _parse(line)
-                torn += not whole
+                unreadable_lines += not whole
                 spans.update(((s.trace_id, s.span_id), s) for s in _spans(batch))
     except (EOFError, zlib.error):  # a gzipped file that was cut off
-        torn += 1
+        unreadable_lines += 1
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return torn
+    return unreadable_lines
 
 
 def _open(path: Path) -> TextIO:
@@ -138,7 +138,7 @@ def _open(path: Path) -> TextIO:
 
 
 def _parse(line: str) -> tuple[dict[str, Any], bool]:
-    """The batch in ``line``, empty where it holds no span of ours, and whether all was read."""
+    """Return the batch in ``line``, empty without a span of ours, and whether all was readable."""
     begins = line.rfind(_BATCH)
     if not any(sign in line for sign in _SIGNS):  # logs, spans of others: not worth parsing
         return {}, begins < 0 or line.rstrip().endswith("}")
@@ -186,13 +186,13 @@ def _span(raw: dict[str, Any]) -> _Span:
 
 
 def _plain(value: object) -> str:
-    """``value`` as text that cannot steer a terminal."""
+    """Return ``value`` as text without control characters."""
     text = value if isinstance(value, str) else ""
     return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST])
 
 
 def _nanoseconds(value: object) -> int | None:
-    """A string in the standard, a number in some tools; 0 is a span that never ended."""
+    """Parse a time: a string in the standard, a number in some tools, 0 for a span without end."""
     try:
         time = int(value)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
@@ -201,7 +201,7 @@ def _nanoseconds(value: object) -> int | None:
 
 
 def _value(value: object) -> str | bool | float | None:
-    """An attribute's value; numbers of either kind, as text or not, become floats."""
+    """Return an attribute's value. Numbers of any kind, as text or not, become floats."""
     if not isinstance(value, dict):
         return None
     for kind in ("stringValue", "boolValue"):
@@ -238,7 +238,7 @@ def _reply(ids: tuple[str, str], parent: _Span | None, children: list[_Span]) ->
         (_attempt(span, start) for span in children), key=lambda a: (a.number, a.start)
     )
     about = everything[0]
-    told = parent or replace(about, attributes={})
+    reply = parent or replace(about, attributes={})
     return Reply(
         trace_id=ids[0],
         span_id=ids[1],
@@ -252,10 +252,10 @@ def _reply(ids: tuple[str, str], parent: _Span | None, children: list[_Span]) ->
         attempt_count=max(
             [about.count(semconv.ATTEMPTS) or 0, len(attempts), *(a.number for a in attempts)]
         ),
-        outcome=told.text(semconv.OUTCOME),
-        stop_reason=told.text(semconv.STOP_REASON),
-        error_type=told.text(semconv.ERROR_TYPE),
-        delay_total=told.number(semconv.DELAY_TOTAL),
+        outcome=reply.text(semconv.OUTCOME),
+        stop_reason=reply.text(semconv.STOP_REASON),
+        error_type=reply.text(semconv.ERROR_TYPE),
+        delay_total=reply.number(semconv.DELAY_TOTAL),
         say=about.name in _SAYS,
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to a reply, in one plain sentence; and to an attempt, in a few words."""
+"""Describe a reply in one plain sentence, and an attempt in a few words."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from traced_retry.report.model import Attempt, Reply, Wait
 
 _TIMES: Final = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 _LATE: Final = 0.1
-"""Seconds. A wait that grew by less is not told."""
+"""Seconds. A wait that grew by less is not reported."""
 _WHY: Final = {
     "max_attempts": "no attempts left",
     "deadline": "deadline",
     "budget": "retry budget spent",
 }
-"""Why no further attempt was made, where the loop ran out of something."""
+"""Texts for the limits that can end a reply."""
 
 
 def sentence(reply: Reply) -> str:
@@ -33,7 +33,7 @@ def sentence(reply: Reply) -> str:
 
 
 def note(step: Attempt | Wait) -> str:
-    """How an attempt ended and what was decided, in a few words; of a wait, if it grew."""
+    """Describe the end of an attempt and the decision, or a wait longer than planned."""
     if isinstance(step, Wait):
         grew = step.planned is not None and step.seconds - step.planned >= _LATE
         return f"{step.planned:.2f} s planned" if grew else ""
@@ -43,28 +43,29 @@ def note(step: Attempt | Wait) -> str:
     return heard.get(step.result, step.result or "")
 
 
-def overview(replies: Sequence[Reply], *, torn: int = 0) -> str:
-    """How many replies, when, and what was said; ``torn``: lines that could not be read."""
+def overview(replies: Sequence[Reply], *, unreadable_lines: int = 0) -> str:
+    """Count the replies, the ``say`` calls and the unreadable lines, and give the period."""
     if not replies:
         return "No replies."
     began, ended = min(r.start for r in replies), max(r.end for r in replies)
     said = [reply for reply in replies if reply.say]
     asked = _count(len(replies) - len(said), "reply", "replies")
-    told = f"{asked}, {when(began)} to {when(ended)} UTC."
+    text = f"{asked}, {when(began)} to {when(ended)} UTC."
     if said:
-        told += f" {_said(said)}"
-    if torn:
-        told += f" {_count(torn, 'torn line', 'torn lines')} left out: a process was killed."
-    return told
+        text += f" {_said(said)}"
+    if unreadable_lines:
+        lines = _count(unreadable_lines, "torn line", "torn lines")
+        text += f" {lines} left out: a process was killed."
+    return text
 
 
 def when(at: float) -> str:
-    """Unix seconds ``at`` as date and time, UTC."""
+    """Return Unix seconds ``at`` as date and time, UTC."""
     return datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def seconds(value: float) -> str:
-    """``value`` seconds as a person would say it."""
+    """Return ``value`` seconds as text, rounded for reading."""
     return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
 
 
@@ -179,11 +180,11 @@ def _after(reply: Reply, *, attempts: bool = False) -> str:
 
 
 def _colon(reply: Reply) -> str:
-    """What a lost reply failed by, after a colon; nothing where nothing is known."""
+    """Return the cause of a failure after a colon, or an empty text if it is unknown."""
     if set(reply.codes) == {"timeout"}:
         return ": no answer"
-    told = _list(reply.codes) or reply.error_type
-    return f": {told}" if told else ""
+    text = _list(reply.codes) or reply.error_type
+    return f": {text}" if text else ""
 
 
 def _list(codes: Iterable[str]) -> str:

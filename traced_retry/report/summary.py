@@ -16,7 +16,7 @@ LEGEND: Final = (
     "first try: heard without a retry. cut short: interrupted by the caller or superseded by the "
     "provider. added: seconds of silence that retrying added, of the replies that were retried."
 )
-"""What the headings of :func:`table` mean."""
+"""Meaning of the headings of :func:`table`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ProviderSummary:
 
 
 def summarize(replies: Iterable[Reply]) -> list[ProviderSummary]:
-    """One summary per provider, in order of name; of replies alone, without what was to be said."""
+    """Return one summary per provider, in order of name. ``say`` calls are excluded."""
     by_provider: dict[str, list[Reply]] = {}
     for reply in replies:
         if not reply.say:
@@ -50,7 +50,7 @@ def summarize(replies: Iterable[Reply]) -> list[ProviderSummary]:
 
 
 def table(rows: Sequence[ProviderSummary]) -> list[list[str]]:
-    """The rows as text, below a row of headings; ``unknown`` is shown only where it counts."""
+    """Return headings and rows as text. The column ``unknown`` is shown only if it is not 0."""
     unknown = any(row.unknown for row in rows)
     heads = ["provider", "replies", "first try", "recovered", "failed", "cut short"]
     heads += ["unknown"] * unknown + ["retries", "added p50", "added p95"]
@@ -65,9 +65,9 @@ def table(rows: Sequence[ProviderSummary]) -> list[list[str]]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The nearest-rank percentile: the smallest value that ``percent`` % of all do not exceed.
+    """Return the nearest-rank percentile: the smallest value that ``percent`` % do not exceed.
 
-    It is always one of ``values``, never between two of them; None where there are none.
+    The result is one of ``values``, or None if ``values`` is empty.
     """
     if not values:
         return None
@@ -75,7 +75,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def as_dict(reply: Reply) -> dict[str, Any]:
-    """``reply`` for machines: what ``json.dumps`` takes. ``outcome`` is None if unknown."""
+    """Return ``reply`` as a dict for ``json.dumps``. ``outcome`` is None if unknown."""
     return {
         "operation": semconv.SPAN_SAY if reply.say else semconv.SPAN_REPLY,
         "provider": reply.provider,

@@ -47,7 +47,7 @@ class _Glyphs:
 
     @classmethod
     def of(cls, console: Console) -> _Glyphs:
-        """Those that ``console`` can write."""
+        """Return the glyphs that ``console`` can write."""
         glyphs = cls()
         try:
             f"{glyphs.attempt}{glyphs.wait}{glyphs.more}".encode(console.encoding)
@@ -56,18 +56,18 @@ class _Glyphs:
         return glyphs
 
 
-def render(console: Console, replies: Sequence[Reply], *, torn: int = 0) -> None:
+def render(console: Console, replies: Sequence[Reply], *, unreadable_lines: int = 0) -> None:
     """Print the report of ``replies`` on ``console``.
 
     Args:
         console: where to, and how wide.
         replies: as :func:`traced_retry.report.read` gives them.
-        torn: lines that could not be read, to be told below.
+        unreadable_lines: the number of lines that could not be read.
     """
     page = _Page(console, replies)
     for number, reply in enumerate(replies, 1):
         page.reply(number, reply)
-    page.summary(torn)
+    page.summary(unreadable_lines)
 
 
 class _Page:
@@ -90,18 +90,20 @@ class _Page:
         self._console.print(text, no_wrap=True, overflow="crop", crop=True, highlight=False)
 
     def reply(self, number: int, reply: Reply) -> None:
-        """Header, sentence, waterfall."""
+        """Print header, sentence and waterfall."""
         style = STYLE_OF[reply.group]
         outcome = self._fit(reply.outcome or "incomplete", 15)
         trace_id = self._fit(reply.trace_id, 32)
-        whom = f"{reply.provider}/{reply.model}" if reply.model else reply.provider
-        whom = f"say: {whom}" if reply.say else whom
+        target = f"{reply.provider}/{reply.model}" if reply.model else reply.provider
+        target = f"say: {target}" if reply.say else target
         left = f"{number:>{_INDENT - 1}} "
         room = self._console.width - len(left) - cell_len(outcome) - cell_len(trace_id) - 4
-        whom = self._fit(whom, max(12, room))
-        gap = " " * max(2, room - cell_len(whom) + 2)
-        told = (outcome, f"bold {style}")
-        self.line(Text.assemble(left, (whom, "bold"), "  ", told, gap, (trace_id, "dim")))
+        target = self._fit(target, max(12, room))
+        gap = " " * max(2, room - cell_len(target) + 2)
+        styled_outcome = (outcome, f"bold {style}")
+        self.line(
+            Text.assemble(left, (target, "bold"), "  ", styled_outcome, gap, (trace_id, "dim"))
+        )
         for part in self._wrapped(sentence(reply), self._console.width - _INDENT):
             self.line(Text.assemble(" " * _INDENT, part))
         for step in reply.steps:
@@ -130,14 +132,16 @@ class _Page:
         )
 
     def _remark(self, step: Attempt | Wait) -> str:
-        """The note, its error code shortened before its decision."""
+        """Return the note, and shorten its error code before its decision."""
         code, arrow, decision = note(step).partition(" -> ")
         room = max(0, self._note - len(arrow + decision))
         return self._fit(self._fit(code, room) + arrow + decision, self._note)
 
-    def summary(self, torn: int) -> None:
-        """How many and when, and one row per provider."""
-        for part in self._wrapped(overview(self._replies, torn=torn), self._console.width):
+    def summary(self, unreadable_lines: int) -> None:
+        """Print number and period of the replies, and one row per provider."""
+        for part in self._wrapped(
+            overview(self._replies, unreadable_lines=unreadable_lines), self._console.width
+        ):
             self.line(part)
         self.line(Text())
         head, *rows = table(summarize(self._replies))

@@ -17,8 +17,8 @@ from traced_retry.simulator.server import Simulator as Simulator
 
 PROVIDERS: Final = {
     "openai": "openai:OpenAISimulator",
-    "xai": "openai_kin:XAISimulator",
-    "azure-openai": "openai_kin:AzureOpenAISimulator",
+    "xai": "openai_compatible:XAISimulator",
+    "azure-openai": "openai_compatible:AzureOpenAISimulator",
     "azure-voicelive": "azure:VoiceLiveSimulator",
     "google": "google:GoogleSimulator",
     "ultravox": "ultravox:UltravoxSimulator",

@@ -74,7 +74,7 @@ class OpenAIConnection(Connection):
         message: str,
         kind: str = "invalid_request_error",
     ) -> None:
-        """Sends an error event about the client's event of that id, or about none."""
+        """Send an error event about the client's event of that id, or about none."""
         error = {"type": kind, "code": code, "message": message, "param": None}
         await self.send("error", error={**error, "event_id": event_id})
 
@@ -91,7 +91,7 @@ class OpenAIConnection(Connection):
 
     @abstractmethod
     async def hear(self, event: Event) -> None:
-        """Deals with a response.create."""
+        """Handle a response.create."""
 
     async def ignore(self, event: Event) -> None:
         """Audio: text needs none, and a session is free to send it."""
@@ -169,7 +169,7 @@ class OpenAIConnection(Connection):
         return response
 
     async def finish(self, response: Response, status: str, **details: Any) -> None:
-        """Ends the active response; the details say why it was not completed."""
+        """End the active response; the details say why it was not completed."""
         self.active = None
         self.idle.set()
         if response.item and status != "completed":
@@ -193,16 +193,16 @@ class OpenAIConnection(Connection):
     async def begin_reply(self, request: Request) -> Response:
         response = await self.begin(request.metadata)
         await self.begin_message(response)
-        await self.send("response.output_text.delta", **place_of(response), delta="reply")
+        await self.send("response.output_text.delta", **output_position(response), delta="reply")
         return response
 
     async def begin_message(self, response: Response) -> None:
         await self.add_output(response, type="message", role="assistant", content=[])
         part = {"type": "text", "text": ""}
-        await self.send("response.content_part.added", **place_of(response), part=part)
+        await self.send("response.content_part.added", **output_position(response), part=part)
 
     async def end_reply(self, request: Request, response: Response) -> None:
-        text, where = f"reply {request.number}", place_of(response)
+        text, where = f"reply {request.number}", output_position(response)
         await self.send("response.output_text.delta", **where, delta=f" {request.number}")
         await self.send("response.output_text.done", **where, text=text)
         await self.send("response.content_part.done", **where, part={"type": "text", "text": text})
@@ -221,7 +221,7 @@ class OpenAIConnection(Connection):
         await self.add_output(
             response, type="function_call", call_id=call_id, name=name, arguments=""
         )
-        where = {**place_of(response), "call_id": call_id}
+        where = {**output_position(response), "call_id": call_id}
         await self.send("response.function_call_arguments.delta", **where, delta="{}")
         await self.send("response.function_call_arguments.done", **where, arguments="{}")
         await self.end_output(response, arguments="{}")
@@ -241,7 +241,7 @@ def describe(response: Response, status: str, **details: Any) -> Event:
     }
 
 
-def place_of(response: Response) -> Event:
+def output_position(response: Response) -> Event:
     """The fields that place an event within a response's output."""
     place = {"response_id": response.id, "item_id": response.item["id"]}
     return {**place, "output_index": 0, "content_index": 0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the texts that a simulator is told to speak as they are."""
+"""Scripted answers to ``say`` texts, which a simulator speaks as they are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from traced_retry.simulator.script import Fault, Script
 
 
 class SayScript:
-    """A script for them alone, so that the one for replies keeps its place.
+    """A script for ``say`` texts, separate from the position in the script for replies.
 
     Args:
         script: a parsed script, or its text.
@@ -23,7 +23,7 @@ class SayScript:
         ScriptError: the script cannot be read.
 
     Attributes:
-        heard: every text the simulator was told to speak, in order.
+        heard: every text that the simulator was asked to speak, in order.
     """
 
     def __init__(self, script: Script | str, known: Collection[str]) -> None:
@@ -32,13 +32,13 @@ class SayScript:
         self.heard: list[str] = []
 
     def take(self, text: str) -> Fault:
-        """The element that ``text`` meets."""
+        """Return the script's next element for ``text``."""
         self.heard.append(text)
         return self.script.at(len(self.heard) - 1)
 
 
-async def speak_as_told(connection: Any, text: str) -> Fault:
-    """Do with ``text`` as its element says; returns that, for the words of one protocol alone."""
+async def speak_scripted(connection: Any, text: str) -> Fault:
+    """Play the next element on ``text``, and return it for elements of a single protocol."""
     fault: Fault = connection.server.say.take(text)
     connection.server.wake()
     match fault.name:

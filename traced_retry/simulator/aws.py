@@ -158,7 +158,7 @@ class AWSSimulator(Simulator):
         raise NotImplementedError
 
     async def start(self) -> None:
-        """Begins to listen.
+        """Start to listen.
 
         Raises:
             OSError: the port is taken.
@@ -175,7 +175,7 @@ class AWSSimulator(Simulator):
         )
 
     async def close(self) -> None:
-        """Stops listening and closes every connection; a second call does nothing."""
+        """Stop listening and close every connection. A second call has no effect."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -235,13 +235,13 @@ class AWSSimulator(Simulator):
         return 403, "AccessDeniedException"
 
     def opened(self) -> None:
-        """Counts a stream."""
+        """Count a stream."""
         self.connections += 1
         self._lost_one = self._refused_one = False
         self.wake()
 
     def closed(self, *, lost: bool) -> None:
-        """Counts a stream that the script closed."""
+        """Count a stream that the script closed."""
         if lost:
             self.lost += 1
             self._lost_one = True
@@ -317,7 +317,7 @@ class _Client(asyncio.Protocol):
             self.transport.write(data)
 
     def abort(self) -> None:
-        """Cuts the connection, and every stream with it."""
+        """Close the connection, and every stream with it."""
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -367,7 +367,7 @@ class _Session:
             self.end()
 
     def hear_request(self, text: str) -> None:
-        """Takes the script's next element for a request."""
+        """Take the script's next element for a request."""
         fault = self.server.next_fault
         if fault.name != "unauthorized":
             self.server.advance()
@@ -378,7 +378,7 @@ class _Session:
         self.answer(f"reply {number}", fault)
 
     def answer(self, text: str, fault: Fault) -> None:  # noqa: C901 - a table
-        """Does what the script says; "silence", and nothing else, does nothing."""
+        """Play the element. Only "silence" has no effect."""
         match fault.name:
             case "ok":
                 self.reply(text)
@@ -431,7 +431,7 @@ class _Session:
         self.server.wake()
 
     def call_tool(self, name: str) -> None:
-        """Calls a function, arguments "{}"; its result is answered with a reply."""
+        """Call a function, arguments "{}"; its result is answered with a reply."""
         self.send("completionStart")
         content = self.start_content("TOOL", "TOOL")
         tool = {"toolName": name, "toolUseId": str(uuid.uuid4()), "content": "{}"}
@@ -452,7 +452,7 @@ class _Session:
         self.server.record("sent", event["event"])
 
     def fail(self, exception: str, message: str) -> None:
-        """Ends the stream with an exception of the provider's."""
+        """End the stream with an exception of the provider's."""
         headers = {":message-type": "exception", ":exception-type": exception}
         self.send_frame(headers, json.dumps({"message": message}).encode())
         self.lost = True
@@ -464,12 +464,12 @@ class _Session:
         self.client.flush()
 
     def drop(self) -> None:
-        """Cuts the connection, once what was said before is on the wire."""
+        """Close the connection, once what was said before is on the wire."""
         self.lost = True
         self.client.transport.close()
 
     def end(self) -> None:
-        """Ends our half of the stream, as the provider does."""
+        """End our half of the stream, as the provider does."""
         if self.id in self.client.streams:
             self.forget()
             with contextlib.suppress(h2.exceptions.ProtocolError):  # the client has reset it
@@ -484,7 +484,7 @@ class _Session:
         self.server.closed(lost=self.lost)
 
     def after(self, seconds: float, work: Callable[[], None]) -> None:
-        """Does work once that long has passed, unless the stream ends before."""
+        """Do work after ``seconds``, unless the stream ends before."""
 
         async def run() -> None:
             await asyncio.sleep(seconds)

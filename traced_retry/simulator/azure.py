@@ -11,7 +11,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from traced_retry.simulator._openai_protocol import Event
-from traced_retry.simulator.openai_kin import AzureOpenAISimulator, BetaConnection
+from traced_retry.simulator.openai_compatible import AzureOpenAISimulator, BetaConnection
 from traced_retry.simulator.server import Connection
 
 
@@ -25,7 +25,7 @@ class VoiceLiveSimulator(AzureOpenAISimulator):
     path = "/voice-live/realtime"
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a connection just accepted."""
+        """Create the server's side of a connection just accepted."""
         return _VoiceLiveConnection(self, ws, http.query.get("model", "gpt-realtime"))
 
 

@@ -91,7 +91,7 @@ class GoogleSimulator(Simulator):
         return {"base_url": self.url, "async_client_args": {"ssl": self.client_ssl}}
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a connection just accepted."""
+        """Create the server's side of a connection just accepted."""
         return _GoogleConnection(ws, self)
 
 
@@ -136,7 +136,7 @@ class _GoogleConnection(Connection):
             self.after(max(0.0, due - self.now), partial(self.reply_open, request))
 
     async def hear(self, turns: list[Turn]) -> None:
-        """Takes the script's next element for a request."""
+        """Take the script's next element for a request."""
         fault = self.server.next_fault
         if fault.name != "unauthorized":
             self.server.advance()
@@ -155,7 +155,7 @@ class _GoogleConnection(Connection):
         await self.answer(request, fault)
 
     async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901, PLR0912 - a table
-        """Does what the script says; "silence", and nothing else, does nothing."""
+        """Play the element. Only "silence" has no effect."""
         code = int(fault.argument) if fault.argument.isdigit() else 500
         match fault.name:
             case "ok":

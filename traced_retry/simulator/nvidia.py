@@ -29,7 +29,7 @@ class PersonaPlexSimulator(Simulator):
     faults: ClassVar[frozenset[str]] = frozenset({"ok", "unauthorized"})
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a connection just accepted."""
+        """Create the server's side of a connection just accepted."""
         return _PersonaPlexConnection(ws)
 
     async def say(self, text: str) -> None:
@@ -39,7 +39,7 @@ class PersonaPlexSimulator(Simulator):
         self.wake()
 
     async def hang_up(self) -> None:
-        """Ends each connection normally. The plugin then ends what is being said and returns."""
+        """End each connection normally. The plugin then ends what is being said and returns."""
         await asyncio.gather(*(c.hang_up(WSCloseCode.OK, by_script=True) for c in self._open))
 
 

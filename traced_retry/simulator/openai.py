@@ -40,7 +40,7 @@ class OpenAISimulator(Simulator):
         return super().url + "/v1"
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a connection just accepted."""
+        """Create the server's side of a connection just accepted."""
         return _ScriptedConnection(self, ws, http.query.get("model", "gpt-realtime"))
 
 
@@ -54,7 +54,7 @@ class _ScriptedConnection(OpenAIConnection):
         await self.drop_if_next()
 
     async def hear(self, event: Event) -> None:
-        """Takes the script's next element for a request, unless a response is active."""
+        """Take the script's next element for a request, unless a response is active."""
         fault = None if self.active else self.server.next_fault
         if fault and fault.name == "drop_queued":
             # Sent while the drop waited for a late answer: it is lost with the socket, unheard.
@@ -79,7 +79,7 @@ class _ScriptedConnection(OpenAIConnection):
             await self.reject_as_active(request, self.active)
 
     async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901, PLR0912, PLR0915 - a table
-        """Does what the script says; "silence", and nothing else, does nothing."""
+        """Play the element. Only "silence" has no effect."""
         event_id, code = request.event_id, fault.argument
         match fault.name:
             case "ok":

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from aiohttp import WSCloseCode, web
 
-from traced_retry.simulator._say import SayScript, speak_as_told
+from traced_retry.simulator._say import SayScript, speak_scripted
 from traced_retry.simulator.script import Fault, Script
 from traced_retry.simulator.server import Connection, OnEvent, Request, Simulator
 
@@ -73,18 +73,18 @@ class PhonicSimulator(Simulator):
         return super().url.replace("http", "ws", 1)
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a connection just accepted."""
+        """Create the server's side of a connection just accepted."""
         return _Conversation(self, ws)
 
     async def begin(self) -> None:
-        """Lets every client ask, where it was not ``ready`` from the start."""
+        """Let every client ask, where it was not ``ready`` from the start."""
         self.ready = True
         for connection in self._open:
             assert isinstance(connection, _Conversation)
             await connection.send("ready_to_start_conversation")
 
     async def end_conversations(self) -> None:
-        """Closes every connection as a server does that has nothing more to say (1000)."""
+        """Close every connection as a server does that has nothing more to say (1000)."""
         await asyncio.gather(*(c.hang_up(WSCloseCode.OK, by_script=True) for c in self._open))
 
 
@@ -138,7 +138,7 @@ class _Conversation(Connection):
             case "generate_reply" | "tool_call_output":
                 await self.hear(event)
             case "say":
-                await speak_as_told(self, event["text"])
+                await speak_scripted(self, event["text"])
 
     async def hear(self, event: Event) -> None:
         fault = self.server.next_fault
@@ -156,7 +156,7 @@ class _Conversation(Connection):
         await self.answer(request, fault)
 
     async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901 - a table
-        """Does what the script says; "silence" does nothing."""
+        """Play the element. "silence" has no effect."""
         match fault.name:
             case "ok":
                 await self.reply(request)

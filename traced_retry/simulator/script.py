@@ -100,7 +100,7 @@ class Script:
 
     @classmethod
     def parse(cls, text: str) -> Script:
-        """Reads ``name[:argument]`` elements separated by commas: ``rate_limit,late:3,ok``.
+        """Parse ``name[:argument]`` elements separated by commas: ``rate_limit,late:3,ok``.
 
         Raises:
             ScriptError: an element is empty or unknown, or its argument is missing or bad.

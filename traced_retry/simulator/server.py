@@ -108,7 +108,7 @@ class Simulator(ABC):
 
     @abstractmethod
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the provider's side of a connection just accepted."""
+        """Create the provider's side of a connection just accepted."""
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -134,7 +134,7 @@ class Simulator(ABC):
         """What the provider serves besides its WebSocket."""
 
     async def start(self) -> None:
-        """Begins to listen.
+        """Start to listen.
 
         Raises:
             OSError: the port is taken.
@@ -157,7 +157,7 @@ class Simulator(ABC):
         self._runner = runner
 
     async def close(self) -> None:
-        """Stops listening and closes every connection; a second call does nothing."""
+        """Stop listening and close every connection. A second call has no effect."""
         runner, self._runner = self._runner, None
         if runner is None:
             return
@@ -167,7 +167,7 @@ class Simulator(ABC):
                 waiter.set_exception(RuntimeError("the simulator was closed"))
 
     async def wait_for(self, condition: str | Callable[[], bool]) -> None:
-        """Returns as soon as the condition holds; it is tried at each event on the wire.
+        """Return as soon as the condition holds; it is tried at each event on the wire.
 
         Args:
             condition: a function without arguments, or one of these words, each a state that
@@ -209,11 +209,11 @@ class Simulator(ABC):
         return self.script.at(self._position)
 
     def advance(self) -> None:
-        """Takes the next element off the script."""
+        """Take the next element off the script."""
         self._position += 1
 
     def go_down(self, seconds: float) -> None:
-        """Refuses new connections with HTTP 503 for that long."""
+        """Refuse new connections with HTTP 503 for that long."""
         self._down_until = asyncio.get_running_loop().time() + seconds
 
     def record(self, direction: Literal["received", "sent"], event: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ class Simulator(ABC):
         self.wake()
 
     def wake(self) -> None:
-        """Tries every waiter's condition now, since it may hold for an instant only."""
+        """Try every waiter's condition now, since it may hold for an instant only."""
         for condition, waiter in self._waiters:
             if waiter.done():
                 continue
@@ -279,14 +279,14 @@ class Connection(ABC):
 
     @abstractmethod
     async def greet(self) -> None:
-        """Sends what the provider sends first."""
+        """Send what the provider sends first."""
 
     @abstractmethod
     async def receive(self, data: str) -> None:
-        """Deals with one text message."""
+        """Handle one text message."""
 
     async def run(self) -> None:
-        """Serves the client until one of the two hangs up."""
+        """Serve the client until one of the two hangs up."""
         try:
             await self.greet()
             async for message in self.ws:
@@ -302,7 +302,7 @@ class Connection(ABC):
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def hang_up(self, code: int, *, by_script: bool = False, reason: str = "") -> None:
-        """Sends a close frame and waits, at most CLOSE_TIMEOUT, for the client's."""
+        """Send a close frame and waits, at most CLOSE_TIMEOUT, for the client's."""
         self.lost = self.lost or by_script
         self._settled.clear()
         try:
@@ -311,7 +311,7 @@ class Connection(ABC):
             self._settled.set()
 
     def after(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-        """Does work once that long has passed, unless the connection ends before."""
+        """Do work after ``seconds``, unless the connection ends before."""
 
         async def run() -> None:
             await asyncio.sleep(seconds)

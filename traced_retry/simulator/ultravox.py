@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from aiohttp import WSCloseCode, web
 
-from traced_retry.simulator._say import SayScript, speak_as_told
+from traced_retry.simulator._say import SayScript, speak_scripted
 from traced_retry.simulator.script import Fault, Script
 from traced_retry.simulator.server import (
     Connection,
@@ -89,7 +89,7 @@ class UltravoxSimulator(Simulator):
         return web.json_response({"callId": str(uuid.uuid4()), "joinUrl": join}, status=201)
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a call just joined."""
+        """Create the server's side of a call just joined."""
         return _Call(self, ws)
 
 
@@ -124,7 +124,7 @@ class _Call(Connection):
                 self.server.cancels.append(None)
             await self.hear(event)
         elif kind == "forced_agent_message":
-            await speak_as_told(self, event["content"])
+            await speak_scripted(self, event["content"])
         elif kind == "client_tool_result" and event.get("agentReaction", "speaks") == "speaks":
             await self.hear({})
 
@@ -143,7 +143,7 @@ class _Call(Connection):
         await self.answer(request, fault)
 
     async def answer(self, request: Request, fault: Fault) -> None:
-        """Does what the script says; "silence" does nothing."""
+        """Play the element. "silence" has no effect."""
         match fault.name:
             case "ok":
                 await self.reply(request)

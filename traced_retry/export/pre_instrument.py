@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``opentelemetry-instrument python agent.py`` gives what :func:`traced_retry.enable` gives.
+"""Set the SDK up under ``opentelemetry-instrument``, as :func:`traced_retry.enable` does.
 
-It loads instrumentors, but sets an SDK up only where a distro is installed. This entry point is
-called before the instrumentors are loaded, in every Python process below it.
+``opentelemetry-instrument`` loads instrumentors, but sets an SDK up only if a distro is installed.
+It calls this entry point before it loads the instrumentors, in every Python process below it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from traced_retry.errors import UsageError
 
 
 def pre_instrument() -> None:
-    """Set the SDK up where none is, unless ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` has us.
+    """Set the SDK up if no other SDK is set up.
 
-    What cannot be is logged: by OpenTelemetry's rule a program is not ended for its telemetry, and
-    replies are retried all the same.
+    Do nothing if ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` names ``traced_retry`` or ``*``. Invalid
+    settings are logged and not raised, because OpenTelemetry forbids to end a program for its
+    telemetry. Replies are retried in any case.
     """
     off = os.environ.get("OTEL_PYTHON_DISABLED_INSTRUMENTATIONS", "").replace(" ", "").split(",")
     command = " ".join(sys.orig_argv)
     if "traced_retry" in off or "*" in off or "multiprocessing.resource_tracker" in command:
         return
     if "multiprocessing.forkserver" in command:
-        # A thread or a file of the fork server would not be the job's that is forked from it.
+        # Wait for the fork: a job does not inherit a thread, and must not share an open file.
         util.register_after_fork(pre_instrument, lambda _: _configure())
     else:
         _configure()
@@ -37,7 +38,7 @@ def _configure() -> None:
         from traced_retry.export.enable import configure  # noqa: PLC0415 - needs extras
         from traced_retry.livekit.instrumentor import TracedRetryInstrumentor  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        # Not for us to fail: this process may have nothing to do with LiveKit.
+        # Do not fail: this process may be unrelated to LiveKit.
         logger.debug("spans are left to others, for there is no %s", error.name)
         return
     try:
@@ -47,6 +48,8 @@ def _configure() -> None:
         return
     if policy is not None:
         instrumentor = TracedRetryInstrumentor()
-        if instrumentor.is_instrumented_by_opentelemetry:  # in the fork server, without the file
+        if (
+            instrumentor.is_instrumented_by_opentelemetry
+        ):  # the fork server did so without the file's policy
             instrumentor.uninstrument()
         instrumentor.instrument(policy=policy)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Those who speak OpenAI's Realtime protocol with an accent: xAI and Azure OpenAI.
+"""OpenAI-compatible servers with differences in the protocol: xAI and Azure OpenAI.
 
-LiveKit inference has none: its gateway's path and event names are OpenAI's, and a token signed
-with the caller's key pair is all that differs. It takes :class:`OpenAISimulator` as it is.
+LiveKit inference needs no class of its own. Its gateway has OpenAI's path and event names, and only
+a token signed with the caller's key pair differs. Use :class:`OpenAISimulator` for it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from traced_retry.simulator._openai_protocol import Event, place_of
-from traced_retry.simulator._say import SayScript, speak_as_told
+from traced_retry.simulator._openai_protocol import Event, output_position
+from traced_retry.simulator._say import SayScript, speak_scripted
 from traced_retry.simulator.openai import OpenAISimulator, _ScriptedConnection
 from traced_retry.simulator.script import Script
 from traced_retry.simulator.server import Connection, OnEvent, Simulator
@@ -27,14 +27,14 @@ BETA: Final = {
 
 
 class XAISimulator(OpenAISimulator):
-    """Speaks what it is told to by a ``force_message`` item as well; that takes no element.
+    """xAI's server. It also speaks ``force_message`` items, which take no element of the script.
 
     Args:
         script: a parsed script, or its text.
         host: 127.0.0.1, and no other.
         port: 0 picks a free one.
         on_event: called with "received" or "sent" and each JSON event; must not raise.
-        say: what becomes of the texts it is told to speak, as a script of its own: ``ok``,
+        say: a separate script for the texts of ``force_message`` items: ``ok``,
             ``silence``, ``late``, ``drop_before`` or ``error``.
     """
 
@@ -51,7 +51,7 @@ class XAISimulator(OpenAISimulator):
         self.say = SayScript(say, {"ok", "silence", "late", "drop_before", "error"})
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a connection just accepted."""
+        """Create the server's side of a connection just accepted."""
         return _XAIConnection(self, ws, http.query.get("model", "grok-voice-latest"))
 
 
@@ -64,14 +64,14 @@ class _XAIConnection(_ScriptedConnection):
             await super().create_item(event)
             return
         text = "".join(part.get("text", "") for part in item.get("content") or ())
-        fault = await speak_as_told(self, text)
+        fault = await speak_scripted(self, text)
         if fault.name == "error":
             await self.reject(event.get("event_id"), fault.argument, "The script says so.")
 
     async def speak(self, text: str) -> None:
         response = await self.begin(None)  # It echoes no id: a say() sends no metadata.
         await self.begin_message(response)
-        await self.send("response.output_text.delta", **place_of(response), delta=text)
+        await self.send("response.output_text.delta", **output_position(response), delta=text)
         await self.end_output(response, content=[{"type": "output_text", "text": text}])
         await self.finish(response, "completed")
         self.server.completed.append(text)
@@ -95,15 +95,15 @@ class AzureOpenAIBetaSimulator(AzureOpenAISimulator):
     path = "/openai/realtime"
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Makes the server's side of a connection just accepted."""
+        """Create the server's side of a connection just accepted."""
         return BetaConnection(self, ws, http.query.get("deployment", "gpt-realtime"))
 
 
 class BetaConnection(_ScriptedConnection):
-    """Sends events under their beta names, and text as content of type ``text``."""
+    """Send events under their beta names, and text as content of type ``text``."""
 
     async def send(self, kind: str, **fields: Any) -> None:
-        """Sends one event."""
+        """Send one event."""
         if content := (fields.get("item") or {}).get("content"):
             parts = [_beta_part(part) for part in content]
             fields["item"] = {**fields["item"], "content": parts}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where spans go: provider, sampler, exporters; and whether a test span arrives there."""
+"""Check provider, sampler and exporters, and whether a test span arrives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from traced_retry import semconv
 from traced_retry._version import __version__
-from traced_retry.doctor.check import Check, place
-from traced_retry.doctor.wire import deliver, guess, in_jaeger, server, why
+from traced_retry.doctor.check import Check, redact_url
+from traced_retry.doctor.probe import deliver, diagnose, in_jaeger, jaeger_query_url, server
 from traced_retry.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Check]:
-    """Provider, sampler, then each exporter of spans and of metrics.
+    """Check the provider, the sampler, then each exporter of spans and of metrics.
 
     Args:
         preset: as for ``enable``.
-        jaeger: as for ``examine``.
-        until: the time, by :func:`time.monotonic`, at which servers are waited for no longer.
+        jaeger: as for ``run_checks``.
+        until: the time, by :func:`time.monotonic`, after which no server is waited for.
     """
-    # Imported late, here and below: seconds, and each needs an extra.
+    # Import late, here and below: the imports take seconds, and each needs an extra.
     try:
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
 
@@ -51,10 +51,10 @@ def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Che
         yield Check("provider", "fail" if nowhere else "warn", message, fix if nowhere else other)
         return
     if enable._ours:
-        # The file is named after a process; this one's is gone again in a moment.
+        # The file is named after this process and is deleted after the check.
         store = destination.endswith(".jsonl")
-        place = f"a file in {Path(destination).parent}" if store else destination
-        yield Check("provider", "ok", f"the SDK, set up by traced_retry; spans go to {place}")
+        target = f"a file in {Path(destination).parent}" if store else destination
+        yield Check("provider", "ok", f"the SDK, set up by traced_retry; spans go to {target}")
     else:
         yield Check("provider", "ok", destination)
     yield _sampler(provider)
@@ -63,7 +63,7 @@ def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Che
 
 
 def _provider() -> object:
-    """Where LiveKit's tracer, which the retries use, sends its spans."""
+    """Return the provider of LiveKit's tracer, which the retries use."""
     from livekit.agents import telemetry as livekit_telemetry  # noqa: PLC0415
     from opentelemetry import trace  # noqa: PLC0415
 
@@ -111,7 +111,7 @@ def _exporters(provider: TracerProvider, jaeger: str | None, until: float) -> It
 
 
 def _exporter(processor: object) -> Any:
-    """The exporter of one of our processors, or of the SDK's two."""
+    """Return the exporter of one of our processors, or of the SDK's two."""
     batch = getattr(processor, "_batch_processor", processor)
     return getattr(batch, "_exporter", None) or getattr(processor, "span_exporter", None)
 
@@ -135,13 +135,17 @@ def _stored(exporter: Any, path: Path, span: Span, until: float) -> Check:
     except (OSError, ValueError):
         text = ""
     there = f"{span.get_span_context().trace_id:032x}" in text
-    if empty and text.count("\n") <= 1:  # `traced-retry report` is to find the agent's, not ours
+    if (
+        empty and text.count("\n") <= 1
+    ):  # keep `traced-retry report` from finding the doctor's store
         path.unlink(missing_ok=True)
     if delivered and there:
         return Check("export", "ok", f"local store in {path.parent}: a test span was read back")
-    why = {"disk_full": "the disk is full"}.get(getattr(exporter, "reason", ""), "it was not there")
+    cause = {"disk_full": "the disk is full"}.get(
+        getattr(exporter, "reason", ""), "it was not there"
+    )
     fix = "free some space, or set XDG_STATE_HOME to a folder that can be written"
-    return Check("export", "fail", f"local store {path}: a test span was lost, {why}", fix)
+    return Check("export", "fail", f"local store {path}: a test span was lost, {cause}", fix)
 
 
 def _sent(exporter: Any, span: Span, jaeger: str | None, until: float) -> Iterator[Check]:
@@ -149,13 +153,13 @@ def _sent(exporter: Any, span: Span, jaeger: str | None, until: float) -> Iterat
     where = f"otlp to {server(endpoint)}" if endpoint else type(exporter).__name__
     delivered, status = deliver(exporter, partial(exporter.export, [span]), until)
     if not delivered:
-        problem, fix = why(exporter, endpoint, status, "/v1/traces")
+        problem, fix = diagnose(exporter, endpoint, status, "/v1/traces")
         yield Check("export", "fail", f"{where}: {problem}", fix)
         return
-    query = jaeger or guess(endpoint)
+    query = jaeger or jaeger_query_url(endpoint)
     found = in_jaeger(query, span, until) if query else None
     if found:
-        said = f"{where}: a test span arrived, and Jaeger at {place(query or '')} has it"
+        said = f"{where}: a test span arrived, and Jaeger at {redact_url(query or '')} has it"
         yield Check("export", "ok", said)
     elif found is None and jaeger is None:
         said = f"{where}: a test span was accepted; no Jaeger answers that could be asked for it"
@@ -165,14 +169,14 @@ def _sent(exporter: Any, span: Span, jaeger: str | None, until: float) -> Iterat
         yield Check(
             "export",
             "fail" if jaeger else "warn",
-            f"{where}: a test span was accepted, but Jaeger at {place(query or '')} {said}",
+            f"{where}: a test span was accepted, but Jaeger at {redact_url(query or '')} {said}",
             "correct --jaeger to the query port of the Jaeger that spans reach (mostly 16686); a "
             "Collector between may sample the test span away",
         )
 
 
 def _metrics(until: float) -> Iterator[Check]:
-    """An empty export: what takes no metrics says so too."""
+    """Check each metric exporter with an empty export."""
     from opentelemetry import metrics  # noqa: PLC0415
     from opentelemetry.sdk.metrics.export import MetricsData  # noqa: PLC0415
 
@@ -201,6 +205,6 @@ def _metrics(until: float) -> Iterator[Check]:
                 "spanmetrics connector counts the spans",
             )
         else:
-            problem, fix = why(exporter, endpoint, status, "/v1/metrics")
+            problem, fix = diagnose(exporter, endpoint, status, "/v1/metrics")
             fix += "; without a server for metrics: OTEL_METRICS_EXPORTER=none"
             yield Check("metrics", "fail", f"otlp to {server(endpoint)}: {problem}", fix)

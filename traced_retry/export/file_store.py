@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The local store's files: OTLP-JSON lines, the OpenTelemetry Collector's own file format.
+"""Write the local store: OTLP-JSON lines, the OpenTelemetry Collector's own file format.
 
-A line is one batch, handed to the system in one piece: a killed process loses what it had not
-handed over, and may leave its last line unfinished. The SDK's ``FileSpanExporter`` neither rotates
-nor says why it failed, and after a full disk it writes, later, what it reported as lost.
+A line is one batch, and each batch is one write. A killed process loses the batches that it had not
+written, and may leave an incomplete last line. The SDK's ``FileSpanExporter`` does not fit: it does
+not rotate, reports no reason for a failure, and after a full disk it writes spans that it had
+reported as failed.
 """
 
 from __future__ import annotations
@@ -19,16 +20,24 @@ from pathlib import Path
 from typing import Final
 
 from opentelemetry.exporter.otlp.json.common.trace_encoder import encode_spans
+from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from platformdirs import user_state_path
 
 from traced_retry import semconv
+from traced_retry.export.processor import BoundedSpanProcessor
 
 FILE_BYTES: Final = 16 * 2**20
-"""A file's size at most: some 10,000 replies, which a report reads in a second or two."""
+"""The largest size of a file: some 10,000 replies, which a report reads in 1 to 2 s."""
 TOTAL_BYTES: Final = 256 * 2**20
-"""All files' size: some 150,000 replies, and little on a laptop's disk."""
+"""The largest size of all files: some 150,000 replies, and little on a laptop's disk."""
+
+_WITHIN: Final = 1.0
+"""Seconds that the local store may take at exit."""
+_DELAY: Final = 1.0
+"""Longest wait of a span for its batch, in seconds. It is short because a write costs little and a
+killed process loses its unwritten spans."""
 
 _FULL: Final = ("ENOSPC", "EDQUOT", "EFBIG")
 _STAMP: Final = "%Y%m%dT%H%M%S.%fZ"
@@ -36,17 +45,17 @@ _STAMP_GLOB: Final = f"{'[0-9]' * 8}T{'[0-9]' * 6}.{'[0-9]' * 6}Z"
 
 
 def store_directory() -> Path:
-    """The folder of the local stores; it need not exist yet."""
+    """Return the folder of the local stores, which may not exist yet."""
     return user_state_path("traced-retry", appauthor=False) / "spans"
 
 
 def new_store(name: str) -> Path:
-    """A path for a new local store: named after ``name``, the time in UTC and this process."""
+    """Return a path for a new local store, made of ``name``, the time in UTC and the process id."""
     return store_directory() / f"{name}-{_now()}-{os.getpid()}.jsonl"
 
 
 def latest_store() -> Path | None:
-    """The local store that was written last, if there is any."""
+    """Return the local store that was written last, if one exists."""
     return next((path for path, _ in _newest_first(store_directory(), "*.jsonl")), None)
 
 
@@ -55,19 +64,20 @@ def _now() -> str:
 
 
 class StoreExporter(SpanExporter):
-    """Appends spans to ``path``, which is this process's own.
+    """Exporter that appends spans to the file ``path``, which only this process writes.
 
-    A file that would grow beyond ``file_bytes`` is renamed after the time, and a new one begun.
+    Before a file exceeds ``file_bytes``, it is renamed after the time, and a new file is started.
     Then, and when a store is opened, the oldest files are deleted until the others fit into
-    ``total_bytes``: in :func:`store_directory` those of all stores, elsewhere those of this one.
-    So disk use stays below ``total_bytes`` and one ``file_bytes`` per running process. A file that
-    someone else deleted is begun anew; a forked process begins its own, named after its id.
+    ``total_bytes``. This applies to the files of all stores in :func:`store_directory`, and to the
+    files of this store elsewhere. Disk use thus stays below ``total_bytes`` plus one
+    ``file_bytes`` per running process. A deleted file is created again. A forked process starts its
+    own file, named after its process id.
 
-    Its folder is made. Folder and file are the user's alone, for spans of others may hold what was
-    said.
+    The folder is created if necessary. Only the user can read folder and file, because spans of
+    other libraries may hold spoken text.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: if the file cannot be opened.
     """
 
     reason: semconv.DropReason = "failed"
@@ -87,7 +97,7 @@ class StoreExporter(SpanExporter):
         self._open()
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Append a batch: the whole line, or nothing."""
+        """Append a batch as one whole line, or fail without a trace of it."""
         if self._over:
             return SpanExportResult.FAILURE
         line = json.dumps(encode_spans(spans).to_dict(), separators=(",", ":")).encode() + b"\n"
@@ -101,7 +111,7 @@ class StoreExporter(SpanExporter):
         return SpanExportResult.SUCCESS
 
     def shutdown(self) -> None:
-        """Close the file; nothing is written any more."""
+        """Close the file. Later exports fail."""
         self._over = True
         self._file.close()
 
@@ -110,15 +120,15 @@ class StoreExporter(SpanExporter):
         self._file = FileIO(self._path, "a+", opener=_private)
         self._pid = os.getpid()
         size = os.fstat(self._file.fileno()).st_size
-        if size:  # A line that a killed process left unfinished is not to spoil the next one.
+        if size:  # End a line that a killed process left incomplete.
             self._file.seek(size - 1)
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")
         self._prune()
 
     def _ready(self, more: int) -> None:
-        """See that the file is there, is ours, and has room for ``more`` bytes."""
-        if self._file.closed:  # It could not be opened the last time.
+        """Ensure that the file exists, is ours, and has room for ``more`` bytes."""
+        if self._file.closed:  # The last attempt to open it failed.
             self._open()
         state = os.fstat(self._file.fileno())
         forked = self._pid != os.getpid()
@@ -140,12 +150,12 @@ class StoreExporter(SpanExporter):
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
-            if len(rest) < len(line):  # The disk is full: take back what it took.
+            if len(rest) < len(line):  # The disk is full: remove the part of the line that it took.
                 self._file.truncate(size)
             raise
 
     def _prune(self) -> None:
-        """Delete the oldest files, until the others fit."""
+        """Delete the oldest files until the others fit."""
         path = self._path
         rotated = f"{glob.escape(path.stem)}-{_STAMP_GLOB}"
         ours = "*" if path.parent == store_directory() else rotated
@@ -161,8 +171,17 @@ class StoreExporter(SpanExporter):
                     continue
 
 
+def store_processor(
+    exporter: StoreExporter, meter_provider: MeterProvider | None = None
+) -> BoundedSpanProcessor:
+    """Return a processor for a local store. Count drops with ``meter_provider``, else globally."""
+    return BoundedSpanProcessor(
+        exporter, "local_store", meter_provider=meter_provider, within=_WITHIN, delay=_DELAY
+    )
+
+
 def _newest_first(folder: Path, pattern: str) -> list[tuple[Path, int]]:
-    """The files there and their sizes in bytes, the one written last first."""
+    """Return the files and their sizes in bytes, in order of their last write, newest first."""
     found = []
     for file in folder.glob(pattern):
         try:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sets the OpenTelemetry SDK up for a process that has none, from what was said of it.
+"""Set the OpenTelemetry SDK up for a process that has none.
 
-``OTEL_CONFIG_FILE``, else the standard ``OTEL_*`` variables, else a preset, else the local store.
+The source is ``OTEL_CONFIG_FILE``, else the standard ``OTEL_*`` variables, else a preset, else the
+local store.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from opentelemetry import metrics, trace
@@ -24,64 +25,66 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from traced_retry import shipped_files
 from traced_retry.core.guard import logger
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.export.exporting import (
+from traced_retry.export.file_store import StoreExporter, new_store, store_processor
+from traced_retry.export.processor import (
     METRICS_WITHIN,
     BoundedMetricReader,
     BoundedSpanProcessor,
     ExportError,
 )
-from traced_retry.export.local import StoreExporter, new_store
-from traced_retry.export.store import store_processor
 
 if TYPE_CHECKING:
-    from traced_retry.export.declarative import Declared
+    from traced_retry.export.config_file import ConfigFile
+
+Signal = Literal["TRACES", "METRICS"]
 
 SERVICE: Final = "livekit-agent"
-"""``service.name`` where nobody said one."""
+"""Default of ``service.name``."""
 
 _PROTOCOLS: Final = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
 @dataclass(frozen=True)
-class SetUp:
-    """What was set up."""
+class SdkSetup:
+    """The SDK set-up of this process."""
 
     destination: str
-    """Where spans go, for people; the path, for a local store."""
+    """The target of the spans in a few words, or the path of a local store."""
     policy: RetryPolicy | None = None
-    """The one that a configuration file holds."""
+    """The retry policy of a configuration file."""
 
 
 class LocalStoreExporter(StoreExporter):
-    """A new local store, for ``traced_retry_store`` in a configuration file or in
-    ``OTEL_TRACES_EXPORTER``: an entry point takes no arguments.
+    """A new local store, for ``traced_retry_store`` in a file or in ``OTEL_TRACES_EXPORTER``.
+
+    It needs no arguments, because an entry point takes none.
     """
 
     def __init__(self) -> None:
         super().__init__(new_store(os.environ.get("OTEL_SERVICE_NAME") or SERVICE))
 
 
-def set_up(preset: str | None, service_name: str | None) -> SetUp:
-    """Set the global providers. Only for a process without a global tracer provider.
+def set_up(preset: str | None, service_name: str | None) -> SdkSetup:
+    """Set the global providers in a process without a global tracer provider.
 
     Raises:
-        ExportError: there is no such preset, or a variable asks for what is not to be had.
-        ConfigurationFileError: the configuration file cannot be.
+        ExportError: if the preset does not exist, or if a variable is invalid.
+        ConfigurationFileError: if the configuration file is invalid.
     """
     known = shipped_files.presets()
     if preset is not None and preset not in known:
         raise ExportError(f"preset is {preset!r}; it must be one of {', '.join(known)}")
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return SetUp("nowhere: OTEL_SDK_DISABLED is true")
+        return SdkSetup("nowhere: OTEL_SDK_DISABLED is true")
     if path := os.environ.get("OTEL_CONFIG_FILE"):
-        return _declared(_load_file(Path(path)), f"what {path} says")
-    if _said("TRACES") is not None or _said("METRICS") is not None:
+        return _from_config_file(_load_file(Path(path)), f"what {path} says")
+    if _exporter_names("TRACES") is not None or _exporter_names("METRICS") is not None:
         return _from_environment(service_name or SERVICE)
     if preset is not None:
         declared = _load_file(known[preset])
         if service_name is not None and not os.environ.get("OTEL_SERVICE_NAME"):
-            _name(declared, service_name)
-        return _declared(declared, f"preset {preset}")
+            _set_service_name(declared, service_name)
+        return _from_config_file(declared, f"preset {preset}")
     return _local_store(service_name or SERVICE)
 
 
@@ -89,56 +92,56 @@ def set_up(preset: str | None, service_name: str | None) -> SetUp:
 
 
 def file_policy() -> RetryPolicy | None:
-    """The policy in the file that ``OTEL_CONFIG_FILE`` names, where it names one."""
+    """Return the policy in the file that ``OTEL_CONFIG_FILE`` names, if it is set."""
     path = os.environ.get("OTEL_CONFIG_FILE")
     return _load_file(Path(path)).options.policy() if path else None
 
 
-def _load_file(path: Path) -> Declared:
-    # Imported late: half a second, in which the job's event loop stands still.
-    from traced_retry.export.declarative import load  # noqa: PLC0415
+def _load_file(path: Path) -> ConfigFile:
+    # Import this late: the import blocks the job's event loop for 0.5 s.
+    from traced_retry.export.config_file import load  # noqa: PLC0415
 
     return load(path)
 
 
-def _declared(declared: Declared, destination: str) -> SetUp:
+def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
     from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
         ConfigurationError,
         configure_sdk,
     )
 
-    from traced_retry.export.declarative import (  # noqa: PLC0415
+    from traced_retry.export.config_file import (  # noqa: PLC0415
         ConfigurationFileError,
-        take_batches,
+        extract_batch_processors,
     )
 
     policy = declared.options.policy()
     model = declared.model
     if model.disabled:
-        return SetUp(f"nowhere: {declared.path} says disabled", policy)
+        return SdkSetup(f"nowhere: {declared.path} says disabled", policy)
     if has_meter_provider():
         model.meter_provider = None
     try:
-        batches = take_batches(model)
+        batches = extract_batch_processors(model)
         configure_sdk(model)
     except (ConfigurationError, OSError) as error:  # a missing package, a store not writable
         raise ConfigurationFileError(f"{declared.path}: {error}") from None
-    # At exit the last one registered is shut down first, and the SDK would begin with its meter
-    # provider, for up to 30 s: the spans come first, for what is dropped of them is counted.
-    # A meter provider that was shut down takes this registration of it away, too.
+    # Handlers run in reverse order at exit, and the SDK would begin with its meter provider, for up
+    # to 30 s. Shut the span processors down first, because the metrics must include spans dropped
+    # during shutdown. The shutdown of a meter provider also removes this registration.
     meter_provider = metrics.get_meter_provider()
     if model.meter_provider is not None and isinstance(meter_provider, MeterProvider):
         atexit.register(meter_provider.shutdown, METRICS_WITHIN * 1000)
     tracer_provider = trace.get_tracer_provider()
     if isinstance(tracer_provider, TracerProvider):
         for start in batches:
-            processor = start()  # after the meter provider is there, which it counts with
+            processor = start()  # needs the meter provider to count drops
             tracer_provider.add_span_processor(processor)
             atexit.register(processor.shutdown)
-    return SetUp(destination, policy)
+    return SdkSetup(destination, policy)
 
 
-def _name(declared: Declared, service_name: str) -> None:
+def _set_service_name(declared: ConfigFile, service_name: str) -> None:
     resource = declared.model.resource
     for attribute in (resource and resource.attributes) or []:
         if attribute.name == SERVICE_NAME:
@@ -148,28 +151,29 @@ def _name(declared: Declared, service_name: str) -> None:
 # --- standard variables -----------------------------------------------------------------------
 
 
-def _said(signal: str) -> list[str] | None:
-    """The exporters that the variables name for ``TRACES`` or ``METRICS``; None: they say nothing.
+def _exporter_names(signal: Signal) -> list[str] | None:
+    """Return the exporters that the variables name, or None if the variables are not set.
 
     An endpoint alone means ``otlp``, as in the specification.
     """
     names = os.environ.get(f"OTEL_{signal}_EXPORTER", "").strip()
     if names:
         return [name.strip() for name in names.split(",") if name.strip().lower() != "none"]
-    return ["otlp"] if _endpoint(signal) else None
+    return ["otlp"] if endpoint(signal) else None
 
 
-def _endpoint(signal: str) -> str | None:
+def endpoint(signal: Signal = "TRACES") -> str | None:
+    """Return the OTLP endpoint that the standard variables name for a signal."""
     one, all_ = f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
     return os.environ.get(one) or os.environ.get(all_) or None
 
 
-def _from_environment(service_name: str) -> SetUp:
+def _from_environment(service_name: str) -> SdkSetup:
     resource = _resource(service_name)
-    spans, measures = _said("TRACES"), _said("METRICS")
+    spans, measures = _exporter_names("TRACES"), _exporter_names("METRICS")
     readers = [_metric_reader(name) for name in measures or []]
-    # The meter provider first: at exit the last one made is shut down first, and it is the spans
-    # dropped then that the metrics are to tell of.
+    # Create the meter provider first. Providers shut down in reverse order, and the metrics must
+    # include spans dropped during shutdown.
     if readers and not has_meter_provider():
         metrics.set_meter_provider(MeterProvider(readers, resource=resource))
     if spans is None:
@@ -178,14 +182,16 @@ def _from_environment(service_name: str) -> SetUp:
     for name in spans:
         tracer_provider.add_span_processor(BoundedSpanProcessor(_span_exporter(name), name))
     trace.set_tracer_provider(tracer_provider)
-    return SetUp(", ".join(_place(name) for name in spans) or "nowhere: OTEL_TRACES_EXPORTER")
+    return SdkSetup(
+        ", ".join(_describe_exporter(name) for name in spans) or "nowhere: OTEL_TRACES_EXPORTER"
+    )
 
 
-def _place(name: str) -> str:
-    endpoint = _endpoint("TRACES")
-    if name != "otlp" or endpoint is None:
+def _describe_exporter(name: str) -> str:
+    target = endpoint("TRACES")
+    if name != "otlp" or target is None:
         return name
-    url = urlsplit(endpoint)  # without the user's name and password, should it hold them
+    url = urlsplit(target)  # omit user name and password
     try:
         port = url.port
     except ValueError:
@@ -214,8 +220,10 @@ def _metric_reader(name: str) -> MetricReader:
 
 
 def _protocol(signal: str) -> str:
-    """The exporter of the protocol asked for; ``http/protobuf``, as the specification wants, where
-    none is (``opentelemetry-instrument`` with a distro takes gRPC).
+    """Return the exporter name of the requested protocol.
+
+    The default is ``http/protobuf``, as in the specification. ``opentelemetry-instrument`` with a
+    distro defaults to gRPC.
     """
     variable = f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL"
     if not os.environ.get(variable):
@@ -239,7 +247,7 @@ def _plugin(signal: str, name: str) -> Any:
 
 
 def _resource(service_name: str) -> Resource:
-    """Of this process; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` win."""
+    """Return this process's resource. ``OTEL_*`` variables override ``service_name``."""
     resource = Resource.create()
     if str(resource.attributes.get(SERVICE_NAME)).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: service_name}))
@@ -249,26 +257,69 @@ def _resource(service_name: str) -> Resource:
 # --- the local store --------------------------------------------------------------------------
 
 
-def _local_store(service_name: str) -> SetUp:
+def _local_store(service_name: str) -> SdkSetup:
     resource = _resource(service_name)
     path = new_store(str(resource.attributes[SERVICE_NAME]).replace(os.sep, "-"))
     try:
         exporter = StoreExporter(path)
     except OSError as error:
-        # Nobody asked for it, and a container's disk is often read-only: no reason to fail.
+        # Do not fail: the store is only the default, and a container's disk is often read-only.
         logger.warning(
             "spans go nowhere: the local store %s cannot be written (%s); set "
             "OTEL_EXPORTER_OTLP_ENDPOINT, or XDG_STATE_HOME to a folder that can be",
             path,
             error.strerror,
         )
-        return SetUp(f"nowhere: {path} cannot be written")
+        return SdkSetup(f"nowhere: {path} cannot be written")
+    trace.set_tracer_provider(_store_provider(exporter, resource))
+    return SdkSetup(str(path))
+
+
+def store_providers(path: Path, service_name: str) -> tuple[TracerProvider, MeterProvider]:
+    """Create providers that store spans in ``path``, and also send to the endpoints of ``OTEL_*``.
+
+    The global providers stay as they are.
+
+    Args:
+        path: a file to append to. Its folder is created.
+        service_name: ``service.name``, unless a variable sets it.
+
+    Raises:
+        ExportError: if the store cannot be written, or if the protocol is not ``http/protobuf``.
+    """
+    signals: tuple[Signal, ...] = ("TRACES", "METRICS")
+    if any(endpoint(signal) and _protocol(signal) != "otlp_proto_http" for signal in signals):
+        raise ExportError(
+            "OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'; it must be 'http/protobuf' here, whose port is "
+            "mostly 4318 (gRPC's is 4317)"
+        )
+    resource = _resource(service_name)
+    try:
+        exporter = StoreExporter(path)
+    except OSError as error:
+        raise ExportError(
+            f"the store {path} cannot be written ({error.strerror}): name another with --store"
+        ) from None
+    readers = [_metric_reader("otlp")] if endpoint("METRICS") else []
+    # Create the meter provider first. Providers shut down in reverse order, and the metrics must
+    # include spans dropped during shutdown.
+    meter_provider = MeterProvider(readers, resource=resource)
+    tracer_provider = _store_provider(exporter, resource, meter_provider)
+    if endpoint("TRACES"):
+        tracer_provider.add_span_processor(
+            BoundedSpanProcessor(_span_exporter("otlp"), "otlp", meter_provider=meter_provider)
+        )
+    return tracer_provider, meter_provider
+
+
+def _store_provider(
+    exporter: StoreExporter, resource: Resource, meter_provider: MeterProvider | None = None
+) -> TracerProvider:
     tracer_provider = TracerProvider(resource=resource)
-    tracer_provider.add_span_processor(store_processor(exporter))
-    trace.set_tracer_provider(tracer_provider)
-    return SetUp(str(path))
+    tracer_provider.add_span_processor(store_processor(exporter, meter_provider))
+    return tracer_provider
 
 
 def has_meter_provider() -> bool:
-    """Whether a global meter provider is set; the API has no way to ask."""
+    """Return whether a global meter provider is set. The API has no such function."""
     return type(metrics.get_meter_provider()).__name__ != "_ProxyMeterProvider"

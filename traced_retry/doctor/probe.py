@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks servers, and says what is wrong with one that does not answer as it should."""
+"""Send requests to servers, and diagnose failures."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-from traced_retry.doctor.check import is_url, place
+from traced_retry.doctor.check import is_url, redact_url
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import Span
 
 JAEGER_PORT: Final = 16686
-"""Jaeger's own for queries, asked on the endpoint's host where ``jaeger`` is not given."""
+"""Jaeger's query port, used on the endpoint's host if ``jaeger`` is not given."""
 
 
 def deliver(exporter: Any, export: Callable[[], Any], until: float) -> tuple[bool, int | None]:
-    """Whether an export succeeded in time, and the last HTTP status, where there was one."""
+    """Return whether an export succeeded in time, and the last HTTP status if there was one."""
     statuses: list[int] = []
     session = _session(exporter)
     if session is not None:
         session.hooks["response"].append(lambda r, **_: statuses.append(r.status_code))
-    # The half, so that a dead server leaves time for the next one.
+    # Use half of the time, so that a dead server leaves time for the next one.
     result = _in_time(export, max(0.5, (until - time.monotonic()) / 2))
     return getattr(result, "name", "") == "SUCCESS", statuses[-1] if statuses else None
 
@@ -36,13 +36,13 @@ T = TypeVar("T")
 
 
 def _in_time(function: Callable[[], T], seconds: float) -> T | Exception | None:
-    """What it returned or raised in time; looking a host up knows no time-out of its own."""
+    """Return the result or the exception, or None after a timeout. DNS lookups have no timeout."""
     results: list[T | Exception] = []
 
     def work() -> None:
         try:
             results.append(function())
-        except Exception as error:  # noqa: BLE001 - the asker's to tell
+        except Exception as error:  # noqa: BLE001 - the caller handles it
             results.append(error)
 
     thread = threading.Thread(target=work, name="traced_retry doctor", daemon=True)
@@ -52,7 +52,7 @@ def _in_time(function: Callable[[], T], seconds: float) -> T | Exception | None:
 
 
 def _session(exporter: Any) -> Any:
-    """The exporter's requests.Session: its own in older SDKs, its client's transport's later."""
+    """Return the exporter's requests.Session. In newer SDKs its client's transport holds it."""
     transport = getattr(getattr(exporter, "_client", None), "_transport", None)
     session = getattr(exporter, "_session", None) or getattr(transport, "_session", None)
     return session if hasattr(session, "hooks") else None
@@ -62,14 +62,14 @@ _GRPC = re.compile(r"[\w.:\[\]-]+:\d+")
 
 
 def server(endpoint: str) -> str:
-    """An endpoint, to be shown."""
+    """Return an endpoint without secrets."""
     if is_url(endpoint):
-        return place(endpoint)
+        return redact_url(endpoint)
     return endpoint if _GRPC.fullmatch(endpoint) else "(hidden: no URL)"
 
 
-def why(exporter: Any, endpoint: str | None, status: int | None, path: str) -> tuple[str, str]:
-    """What is wrong, and the fix."""
+def diagnose(exporter: Any, endpoint: str | None, status: int | None, path: str) -> tuple[str, str]:
+    """Return the problem and the fix."""
     if status is not None:
         fix = _STATUS_FIX.get(status, "see the server's log, and that the endpoint is an OTLP one")
         return f"it answers {status}", fix.format(path=path)
@@ -110,20 +110,22 @@ _STATUS_FIX: Final = {
 }
 
 
-def guess(endpoint: str | None) -> str | None:
-    """Where a Jaeger that takes spans at that endpoint would answer queries."""
-    if endpoint is None or server(endpoint) != endpoint:  # user and password are for that one
+def jaeger_query_url(endpoint: str | None) -> str | None:
+    """Return the query URL of a Jaeger that takes spans at ``endpoint``."""
+    if (
+        endpoint is None or server(endpoint) != endpoint
+    ):  # a user and password belong to that server only
         return None
     host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
     return f"http://[{host}]:{JAEGER_PORT}" if ":" in host else f"http://{host}:{JAEGER_PORT}"
 
 
 _JAEGERS = re.compile(r'\s*{\s*"(result|error)"')
-"""How it answers: with a trace, or with 404 and an error, which 2.13 calls text/plain."""
+"""Start of a Jaeger's answer: a trace, or 404 with an error (text/plain in 2.13)."""
 
 
 def in_jaeger(query: str, span: Span, until: float) -> bool | None:
-    """Whether Jaeger has the span in time; None where no Jaeger answers."""
+    """Return whether Jaeger has the span in time, or None if no Jaeger answers."""
     import requests  # noqa: PLC0415
 
     context = span.get_span_context()

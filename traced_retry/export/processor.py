@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exporting that costs replies nothing, ends in time, and counts what it drops.
+"""Export spans without delaying replies, end in time, and count dropped spans.
 
-The SDK's exporters do the sending. Its ``BatchSpanProcessor`` is not used (1.45, read and run):
-``shutdown`` may take 30 s and no provider passes it less, where LiveKit kills a job process after
-10; ``force_flush`` ignores its timeout; a failed batch is counted by nobody unless the SDK's own
-metrics are turned on, and those do not have what is left in the queue at exit. Threads cannot be
-started at exit (Python 3.12), so none of this can be put around it.
+The SDK's exporters send the spans. The SDK's ``BatchSpanProcessor`` does not fit (1.45, read and
+run):
+
+* ``shutdown`` may take 30 s, and no provider passes a shorter timeout. LiveKit kills a job process
+  after 10 s.
+* ``force_flush`` ignores its timeout.
+* A failed batch is counted only by the SDK's own metrics, if these are turned on. They do not count
+  the spans left in the queue at exit.
+
+A wrapper cannot fix this, because Python 3.12 cannot start a thread at exit.
 """
 
 from __future__ import annotations
@@ -34,44 +39,44 @@ from traced_retry.core.guard import log_suppressed, logger
 from traced_retry.errors import UsageError
 
 SPANS_WITHIN: Final = 2.0
-"""Seconds that spans have at exit. With a second each for a local store and for metrics, an exit
-stays below 5 s, half of what LiveKit gives a job process."""
+"""Seconds that spans may take at exit. With 1 s each for a local store and for metrics, an exit
+takes less than 5 s, half of the time that LiveKit allows a job process."""
 METRICS_WITHIN: Final = 1.0
-"""Seconds that metrics have at exit."""
+"""Seconds that metrics may take at exit."""
 
 QUEUE_SIZE: Final = 2048
 BATCH_SIZE: Final = 512
 DELAY: Final = 5.0
-"""Seconds. These three are the SDK's defaults."""
+"""Seconds. All three values are the SDK's defaults."""
 
 
 class ExportError(UsageError):
-    """A setting of the export that cannot be; the message names it and the remedy."""
+    """An invalid setting of the export. The message names the setting and the remedy."""
 
 
 class BoundedSpanProcessor(SpanProcessor):
-    """Hands ended spans to ``exporter`` in batches, from a thread of its own.
+    """Processor that passes ended spans to ``exporter`` in batches, from its own thread.
 
-    Each sampled span is delivered, or counted once in ``traced_retry.export.dropped`` with why:
-    ``exporter.reason``, where it has that attribute, says why its last export failed. The log has
-    one WARN record when the first is dropped and one with the sums at shutdown.
+    Each sampled span is either delivered or counted once in ``traced_retry.export.dropped``. The
+    metric has the reason of the last failed export, ``exporter.reason``, if the exporter has this
+    attribute. The log has one WARN record for the first drop and one with the totals at shutdown.
 
     Args:
-        exporter: its ``export`` is called by one thread at a time.
+        exporter: the exporter. One thread at a time calls its ``export``.
         name: ``traced_retry.exporter`` in the metric.
-        meter_provider: default: the global one. Shut it down after the tracer provider, so that
-            the last drops are told.
-        within: seconds that ``shutdown`` takes at most. A span whose delivery is not confirmed by
-            then counts as dropped.
-        queue_size: spans held at most, those being sent included; further ones are dropped.
-            Default: ``OTEL_BSP_MAX_QUEUE_SIZE``, else 2048.
-        batch_size: spans an export takes at most. Default: ``OTEL_BSP_MAX_EXPORT_BATCH_SIZE``,
-            else 512, or the queue's size if that is less.
-        delay: seconds a span waits at most for a batch to fill. Default:
+        meter_provider: the provider of the metric. Default: the global one. Shut it down after the
+            tracer provider, so that it exports the last drops.
+        within: the longest duration of ``shutdown`` in seconds. A span counts as dropped if its
+            delivery is not confirmed by then.
+        queue_size: the largest number of spans held, including those being sent. Further spans are
+            dropped. Default: ``OTEL_BSP_MAX_QUEUE_SIZE``, else 2048.
+        batch_size: the largest number of spans per export. Default:
+            ``OTEL_BSP_MAX_EXPORT_BATCH_SIZE``, else 512, or the queue's size if that is less.
+        delay: the longest wait of a span for its batch to fill, in seconds. Default:
             ``OTEL_BSP_SCHEDULE_DELAY`` (milliseconds), else 5.
 
     Raises:
-        ExportError: one of the variables is no whole number above 0.
+        ExportError: if one of the variables is not a whole number above 0.
     """
 
     def __init__(
@@ -87,11 +92,11 @@ class BoundedSpanProcessor(SpanProcessor):
     ) -> None:
         self._exporter = exporter
         self._within = within
-        self._size = queue_size or _whole(OTEL_BSP_MAX_QUEUE_SIZE, QUEUE_SIZE)
+        self._size = queue_size or _positive_integer(OTEL_BSP_MAX_QUEUE_SIZE, QUEUE_SIZE)
         self._batch = min(
-            batch_size or _whole(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, BATCH_SIZE), self._size
+            batch_size or _positive_integer(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, BATCH_SIZE), self._size
         )
-        self._delay = delay or _whole(OTEL_BSP_SCHEDULE_DELAY, int(DELAY * 1000)) / 1000
+        self._delay = delay or _positive_integer(OTEL_BSP_SCHEDULE_DELAY, int(DELAY * 1000)) / 1000
         self._drops = _Drops(name, meter_provider)
         self._closed = False
         self._start()
@@ -110,7 +115,7 @@ class BoundedSpanProcessor(SpanProcessor):
         ).start()
 
     def _after_fork(self) -> None:
-        """In the child: no thread came along, and the parent sends what was queued."""
+        """Restart in the child: it has no thread, and the parent sends the queued spans."""
         if not self._closed:
             self._drops.forget()
             self._start()
@@ -118,10 +123,10 @@ class BoundedSpanProcessor(SpanProcessor):
     # --- the SDK's side -------------------------------------------------------------------------
 
     def on_start(self, span: Span, parent_context: context.Context | None = None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Queue a sampled span, or count it as dropped. Never waits for the exporter."""
+        """Queue a sampled span, or count it as dropped. Never wait for the exporter."""
         if span.context is None or not span.context.trace_flags.sampled:
             return
         with self._changed:
@@ -134,10 +139,10 @@ class BoundedSpanProcessor(SpanProcessor):
             reason: semconv.DropReason = "shutdown" if self._closed else "queue_full"
             first = self._drops.add(1, reason)
         if first:
-            self._drops.tell_first(reason)
+            self._drops.log_first(reason)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Send what is queued; whether all was dealt with in time."""
+        """Send queued spans, and return whether all were processed in time."""
         with self._changed:
             self._flushing += 1
             self._changed.notify_all()
@@ -146,7 +151,7 @@ class BoundedSpanProcessor(SpanProcessor):
         return done
 
     def shutdown(self) -> None:
-        """Send what is queued, for at most ``within`` seconds; count the rest as dropped."""
+        """Send queued spans for at most ``within`` seconds, and count the rest as dropped."""
         with self._changed:
             if self._closed:
                 return
@@ -156,7 +161,7 @@ class BoundedSpanProcessor(SpanProcessor):
             left = self._pending
             self._given_up = True
             self._queue.clear()
-            self._pending = 0  # nobody deals with them any more: a flush has nothing to wait for
+            self._pending = 0  # a flush must not wait for them
             self._changed.notify_all()
             if left:
                 self._drops.add(left, "shutdown")
@@ -164,7 +169,7 @@ class BoundedSpanProcessor(SpanProcessor):
             self._exporter.shutdown()
         except Exception as error:  # noqa: BLE001 - whatever an exporter raises, at exit
             log_suppressed("shutting an exporter down", error)
-        self._drops.tell_sums()
+        self._drops.log_totals()
 
     # --- the thread's side ----------------------------------------------------------------------
 
@@ -176,21 +181,21 @@ class BoundedSpanProcessor(SpanProcessor):
         return hurry or self._closed or len(self._queue) >= self._batch
 
     def _work(self) -> None:
-        # An instrumented HTTP client would make a span of each export, and so on for ever.
+        # Otherwise an instrumented HTTP client would create a span for each export, without end.
         context.attach(context.set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))
         while batch := self._next():
             why = self._export(batch)
             with self._changed:
-                if self._given_up:  # They count as dropped already.
+                if self._given_up:  # These spans already count as dropped.
                     return
                 self._pending -= len(batch)
                 first = why is not None and self._drops.add(len(batch), why)
                 self._changed.notify_all()
             if why is not None and first:
-                self._drops.tell_first(why)
+                self._drops.log_first(why)
 
     def _next(self) -> list[ReadableSpan]:
-        """The next batch, waited for; empty when there will be none."""
+        """Wait for the next batch and return it. It is empty after shutdown."""
         with self._changed:
             while True:
                 self._changed.wait_for(self._due, self._delay)
@@ -199,7 +204,7 @@ class BoundedSpanProcessor(SpanProcessor):
                     return [self._queue.popleft() for _ in range(count)]
 
     def _export(self, batch: Sequence[ReadableSpan]) -> semconv.DropReason | None:
-        """Why the batch could not be delivered; None if it was."""
+        """Send the batch, and return the reason if that failed."""
         try:
             if self._exporter.export(batch) is SpanExportResult.SUCCESS:
                 return None
@@ -211,19 +216,20 @@ class BoundedSpanProcessor(SpanProcessor):
 
 
 class BoundedMetricReader(PeriodicExportingMetricReader):
-    """The SDK's periodic reader, whose shutdown takes at most ``METRICS_WITHIN`` seconds.
+    """The SDK's periodic reader with a shutdown of at most ``METRICS_WITHIN`` seconds.
 
-    Metrics are cumulative: what one export could not deliver, the next one carries.
+    Metrics are cumulative: the next export includes the values of a failed one.
     """
 
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: object) -> None:
-        """Export a last time, and stop."""
+        """Export a last time and stop."""
         super().shutdown(min(timeout_millis, METRICS_WITHIN * 1000), **kwargs)
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
-        """Export now; whether that was over in time. The SDK's own waits for the exporter's end.
+        """Export now, and return whether that ended in time.
 
-        Not for an exit: it needs a thread, and none can be started then (RuntimeError).
+        The SDK's own method waits for the exporter. Do not call this one at exit: Python cannot
+        start its thread then and raises RuntimeError.
         """
         flushing = threading.Thread(
             target=super().force_flush, args=(timeout_millis,), name="flush metrics", daemon=True
@@ -234,7 +240,7 @@ class BoundedMetricReader(PeriodicExportingMetricReader):
 
 
 class _Drops:
-    """How many spans an exporter dropped, and why. Its user holds a lock."""
+    """Number of spans that an exporter dropped, by reason. The caller holds a lock."""
 
     def __init__(self, exporter: str, meter_provider: metrics.MeterProvider | None) -> None:
         self.exporter = exporter
@@ -244,21 +250,23 @@ class _Drops:
             semconv.METRIC_EXPORT_DROPPED, "{span}", "Spans that could not be delivered."
         )
         self.forget()
-        for reason in semconv.DROP_REASONS:  # A counter born above 0 has no increase.
+        for (
+            reason
+        ) in semconv.DROP_REASONS:  # Prometheus sees no increase in a counter that starts above 0.
             self._count(0, reason)
 
     def forget(self) -> None:
-        """After a fork: what the parent dropped is the parent's to tell."""
+        """Reset the totals after a fork, because the parent reports its own drops."""
         self._sums: Counter[semconv.DropReason] = Counter()
 
     def add(self, spans: int, reason: semconv.DropReason) -> bool:
-        """Count; whether these are the first."""
+        """Count dropped spans, and return whether they are the first."""
         first = not self._sums
         self._sums[reason] += spans
         self._count(spans, reason)
         return first
 
-    def tell_first(self, reason: semconv.DropReason) -> None:
+    def log_first(self, reason: semconv.DropReason) -> None:
         logger.warning(
             "exporter %s drops spans (%s); replies go on, and %s counts what is lost",
             self.exporter,
@@ -266,7 +274,7 @@ class _Drops:
             semconv.METRIC_EXPORT_DROPPED,
         )
 
-    def tell_sums(self) -> None:
+    def log_totals(self) -> None:
         if sums := sorted(self._sums.items()):
             logger.warning(
                 "exporter %s dropped %d span(s): %s",
@@ -279,7 +287,7 @@ class _Drops:
         self._counter.add(spans, {semconv.EXPORTER: self.exporter, semconv.DROP_REASON: reason})
 
 
-def _whole(variable: str, default: int) -> int:
+def _positive_integer(variable: str, default: int) -> int:
     text = os.environ.get(variable, "").strip()
     if not text:
         return default

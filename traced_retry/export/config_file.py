@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenTelemetry's declarative configuration files, with errors that say what is wrong.
+"""Load OpenTelemetry's declarative configuration files, with errors that name file and key.
 
-The SDK's own loader (opentelemetry-configuration 0.66) names neither the file nor what is allowed,
-and only logs an instrumentor's bad options; a mistyped component passes until it is looked up.
-Messages of the loader are not passed on whole: they may quote the file, and so a key.
+The SDK's own loader (opentelemetry-configuration 0.66) names neither the file nor the allowed
+values, and only logs invalid options of an instrumentor. It accepts a mistyped component until the
+component is looked up. Its messages are not passed on whole, because they may quote a key from the
+file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
 
 from traced_retry.errors import UsageError
-from traced_retry.export.exporting import DELAY, BoundedSpanProcessor
+from traced_retry.export.processor import DELAY, BoundedSpanProcessor
 from traced_retry.livekit.instrumentor import RetryOptions
 
 if TYPE_CHECKING:
@@ -34,25 +35,25 @@ _COMPRESSIONS: Final = ("gzip", "deflate", "none")
 
 
 class ConfigurationFileError(UsageError):
-    """A configuration file that cannot be: file, key and what is allowed."""
+    """An invalid configuration file. The message names file, key and allowed values."""
 
 
 @dataclass(frozen=True)
-class Declared:
-    """A configuration file that was read, and holds."""
+class ConfigFile:
+    """A valid configuration file."""
 
     path: Path
     model: OpenTelemetryConfiguration
-    """What the SDK is to be set up from; our own options are taken out."""
+    """The SDK's part of the file, without our own options."""
     options: RetryOptions
-    """Our own."""
+    """Our own options."""
 
 
-def load(path: str | os.PathLike[str]) -> Declared:
-    """Read a file and check it whole.
+def load(path: str | os.PathLike[str]) -> ConfigFile:
+    """Read a file and check all of it.
 
     Raises:
-        ConfigurationFileError: it cannot be read, or something in it cannot be.
+        ConfigurationFileError: if the file cannot be read or holds an invalid value.
     """
     path = Path(path)
     try:
@@ -68,19 +69,21 @@ def load(path: str | os.PathLike[str]) -> Declared:
     try:
         model = load_config_file(path)
     except ConfigurationError as error:
-        raise ConfigurationFileError(f"{path}: {_explain(error)}") from None
+        raise ConfigurationFileError(f"{path}: {_describe_error(error)}") from None
     for problem in _problems(model, ""):
         raise ConfigurationFileError(f"{path}: {problem}")
-    return Declared(path, model, _take_options(path, model))
+    return ConfigFile(path, model, _extract_options(path, model))
 
 
-def take_batches(model: OpenTelemetryConfiguration) -> list[Callable[[], BoundedSpanProcessor]]:
-    """Take the ``batch`` processors out of the model; each that is returned starts ours instead.
+def extract_batch_processors(
+    model: OpenTelemetryConfiguration,
+) -> list[Callable[[], BoundedSpanProcessor]]:
+    """Remove the ``batch`` processors from the model, and return a factory of ours for each.
 
-    Left to the SDK are those of ``otlp_grpc`` and ``otlp_file/development``.
+    Leave the processors of ``otlp_grpc`` and ``otlp_file/development`` to the SDK.
 
     Raises:
-        OSError: a local store cannot be written.
+        OSError: if a local store cannot be written.
     """
     provider = model.tracer_provider
     if provider is None:
@@ -88,7 +91,7 @@ def take_batches(model: OpenTelemetryConfiguration) -> list[Callable[[], Bounded
     taken: list[Callable[[], BoundedSpanProcessor]] = []
     left = []
     for processor in provider.processors:
-        made = processor.batch and _batch_exporter(processor.batch.exporter)
+        made = processor.batch and _make_batch_exporter(processor.batch.exporter)
         if not processor.batch or not made:
             left.append(processor)
             continue
@@ -108,8 +111,8 @@ def take_batches(model: OpenTelemetryConfiguration) -> list[Callable[[], Bounded
     return taken
 
 
-def _batch_exporter(declared: Any) -> tuple[str, SpanExporter] | None:
-    """Name and exporter of one that ours can count for."""
+def _make_batch_exporter(declared: Any) -> tuple[str, SpanExporter] | None:
+    """Return the name and a new exporter, or None if our processor does not support it."""
     if declared.otlp_http is not None:
         return "otlp_http", _otlp_http(declared.otlp_http)
     if declared.console is not None:
@@ -121,7 +124,7 @@ def _batch_exporter(declared: Any) -> tuple[str, SpanExporter] | None:
 
 
 def _otlp_http(declared: OtlpHttpExporter) -> SpanExporter:
-    """Also with ``tls``, which the SDK leaves unheeded in a file (configuration 0.66)."""
+    """Create the exporter, with ``tls``, which the SDK ignores in a file (configuration 0.66)."""
     from opentelemetry.exporter.otlp.proto.http import Compression  # noqa: PLC0415 - takes a while
 
     from traced_retry.export.otlp import OtlpSpanExporter  # noqa: PLC0415
@@ -141,8 +144,8 @@ def _otlp_http(declared: OtlpHttpExporter) -> SpanExporter:
     )
 
 
-def _explain(error: Exception) -> str:
-    """What the loader found, without what the file holds."""
+def _describe_error(error: Exception) -> str:
+    """Describe the loader's finding without values from the file."""
     cause = error.__cause__
     mark = getattr(cause, "problem_mark", None)
     if mark is not None:
@@ -167,8 +170,10 @@ def _listed(names: list[str]) -> str:
 
 
 def _problems(node: object, at: str) -> Iterator[str]:
-    """What the schema lets pass, all the way down: components that neither the SDK nor an
-    installed package provides, and endpoints that are none for want of a variable.
+    """Find the mistakes that the schema accepts, in ``node`` and below.
+
+    These are components that neither the SDK nor an installed package provides, and endpoints that
+    are no URL, for example because a variable is not set.
     """
     if isinstance(node, list):
         for index, item in enumerate(node):
@@ -177,8 +182,8 @@ def _problems(node: object, at: str) -> Iterator[str]:
         return
     known = [field.name for field in fields(node)]
     for name in getattr(node, "additional_properties", None) or {}:
-        # At the top level nothing can be plugged in; elsewhere an entry point may provide it.
-        if not at or name not in _plugged_in():
+        # An entry point may provide a component, except at the top level.
+        if not at or name not in _plugin_names():
             where = at.removeprefix(".") or "the top level"
             allowed = sorted(word.replace("_development", "/development") for word in known)
             yield f"{name!r} at {where} is not known; allowed: {', '.join(allowed)}"
@@ -201,12 +206,12 @@ def _is_url(endpoint: str | None) -> bool:
     return endpoint is None or endpoint.startswith(("http://", "https://"))
 
 
-def _plugged_in() -> set[str]:
+def _plugin_names() -> set[str]:
     return {e.name for e in entry_points() if e.group.startswith("opentelemetry_")}
 
 
-def _take_options(path: Path, model: OpenTelemetryConfiguration) -> RetryOptions:
-    """Our own options out of the model, so that whoever set the SDK up instruments with them."""
+def _extract_options(path: Path, model: OpenTelemetryConfiguration) -> RetryOptions:
+    """Remove our own options from the model, and return them for the instrumentation."""
     section = model.instrumentation_development
     listed: dict[str, Any] = dict((section and section.python) or {})
     at = "instrumentation/development.python"
