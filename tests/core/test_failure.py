@@ -65,7 +65,6 @@ class TestExplain:
         ("error", "kind"),
         [
             (TimeoutError(), "timeout"),
-            (TimeoutError(), "timeout"),
             (ConnectionResetError(), "connection_lost"),
             (EOFError(), "connection_lost"),
             (OSError("no route"), "connection_lost"),
