@@ -25,7 +25,7 @@ from opentelemetry.trace import SpanKind
 
 import traced_retry
 from traced_retry import semconv
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.telemetry import Target, Telemetry
 
 CALLS = 2_000
 ROUNDS = 15

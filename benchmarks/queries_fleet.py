@@ -26,8 +26,8 @@ from opentelemetry.sdk.metrics import MeterProvider
 from prometheus_client import CollectorRegistry
 
 from traced_retry import semconv
-from traced_retry.failure import failure
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.failure import failure
+from traced_retry.core.telemetry import Target, Telemetry
 
 DASHBOARDS = Path(__file__).parents[1] / "dashboards"
 CACHE = Path.home() / ".cache/traced-retry/queries"

@@ -18,10 +18,11 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import Histogram, InMemoryMetricReader, Sum
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 
-from traced_retry import budget, semconv
+from traced_retry import semconv
+from traced_retry.core import budget
+from traced_retry.core.failure import failure
+from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.export.exporting import BoundedSpanProcessor
-from traced_retry.failure import failure
-from traced_retry.telemetry import Target, Telemetry
 
 
 def values(names: tuple[str, ...]) -> str:

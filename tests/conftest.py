@@ -9,7 +9,7 @@ import pytest
 from support.clock import VirtualClockLoop
 from support.recorder import Recorder
 
-from traced_retry import budget, guard
+from traced_retry.core import budget, guard
 
 
 def pytest_asyncio_loop_factories(config, item):

@@ -42,7 +42,7 @@ from support.kin import ENGINE, OPENAI, VOICELIVE  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
 
 import traced_retry  # noqa: E402
-from traced_retry.budget import RetryBudget  # noqa: E402
+from traced_retry.core.budget import RetryBudget  # noqa: E402
 from traced_retry.simulator.aws import AWSSimulator  # noqa: E402
 from traced_retry.simulator.google import GoogleSimulator  # noqa: E402
 from traced_retry.simulator.nvidia import PersonaPlexSimulator  # noqa: E402

@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from traced_retry._version import __version__
-from traced_retry.budget import RetryBudget
-from traced_retry.decorator import RetryingRealtimeSession, retry
-from traced_retry.failure import Failure
-from traced_retry.loop import FailedReply
-from traced_retry.policy import PolicyError, RetryPolicy
+from traced_retry.core.budget import RetryBudget
+from traced_retry.core.decorator import RetryingRealtimeSession, retry
+from traced_retry.core.failure import Failure
+from traced_retry.core.loop import FailedReply
+from traced_retry.core.policy import PolicyError, RetryPolicy
 
 if TYPE_CHECKING:
     from traced_retry.export.enable import enable

@@ -67,7 +67,7 @@ async def _call(job):
     from livekit.agents import Agent, AgentSession
 
     import traced_retry
-    from traced_retry.budget import RetryBudget
+    from traced_retry.core.budget import RetryBudget
 
     budget = RetryBudget(job.budget) if job.budget else None
     policy = traced_retry.RetryPolicy(attempt_timeout=job.patience, budget=budget, **POLICY)

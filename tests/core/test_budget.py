@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.scripted import HANG, ProviderError, Scripted
 
-from traced_retry import PolicyError, RetryBudget, RetryPolicy, budget
-from traced_retry.decorator import CallRequest
-from traced_retry.loop import Reply
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry import PolicyError, RetryBudget, RetryPolicy
+from traced_retry.core import budget
+from traced_retry.core.decorator import CallRequest
+from traced_retry.core.loop import Reply
+from traced_retry.core.telemetry import Target, Telemetry
 
 DOWN = ProviderError("server_error")
 GAUGE = "traced_retry.budget.remaining"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.scripted import ProviderError
 
-from traced_retry.failure import CODES, KNOWN_ERROR_TYPES, RECOVERABLE, explain, failure
+from traced_retry.core.failure import CODES, KNOWN_ERROR_TYPES, RECOVERABLE, explain, failure
 
 
 class StatusError(Exception):

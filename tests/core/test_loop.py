@@ -11,9 +11,9 @@ import pytest
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, retry
-from traced_retry.decorator import CallRequest
-from traced_retry.loop import Reply
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.decorator import CallRequest
+from traced_retry.core.loop import Reply
+from traced_retry.core.telemetry import Target, Telemetry
 
 SERVER_ERROR = ProviderError("server_error")
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traced_retry import Failure, PolicyError, RetryPolicy
-from traced_retry.failure import failure
+from traced_retry.core.failure import failure
 
 FAILURE = failure(Exception(), "unknown")
 

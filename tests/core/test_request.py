@@ -9,11 +9,11 @@ import pytest
 from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import RetryPolicy
-from traced_retry.decorator import CallRequest
-from traced_retry.failure import failure
-from traced_retry.loop import Reply
-from traced_retry.request import Delivery
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.decorator import CallRequest
+from traced_retry.core.failure import failure
+from traced_retry.core.loop import Reply
+from traced_retry.core.request import Delivery
+from traced_retry.core.telemetry import Target, Telemetry
 
 
 class Request(CallRequest):

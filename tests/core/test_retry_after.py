@@ -9,10 +9,10 @@ import pytest
 from support.scripted import ProviderError, Scripted
 
 from traced_retry import RetryPolicy
-from traced_retry.decorator import CallRequest
-from traced_retry.failure import failure
-from traced_retry.loop import Reply, RetryAfter
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.decorator import CallRequest
+from traced_retry.core.failure import failure
+from traced_retry.core.loop import Reply, RetryAfter
+from traced_retry.core.telemetry import Target, Telemetry
 
 
 def limited(seconds):

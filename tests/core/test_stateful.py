@@ -27,12 +27,13 @@ from support.recorder import Recorder
 from support.scripted import ProviderError
 from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, play, seen_alike
 
-from traced_retry import RetryPolicy, guard, semconv
-from traced_retry.budget import RetryBudget
-from traced_retry.failure import explain, failure
-from traced_retry.loop import Reply, RetryAfter
-from traced_retry.request import Delivery
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry import RetryPolicy, semconv
+from traced_retry.core import guard
+from traced_retry.core.budget import RetryBudget
+from traced_retry.core.failure import explain, failure
+from traced_retry.core.loop import Reply, RetryAfter
+from traced_retry.core.request import Delivery
+from traced_retry.core.telemetry import Target, Telemetry
 
 ERRORS = st.sampled_from(
     [

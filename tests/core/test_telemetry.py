@@ -15,9 +15,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, semconv
-from traced_retry.decorator import CallRequest
-from traced_retry.loop import Reply
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.decorator import CallRequest
+from traced_retry.core.loop import Reply
+from traced_retry.core.telemetry import Target, Telemetry
 
 TARGET = Target("openai", "gpt-realtime", "api.openai.com", 443)
 KNOWN = {

@@ -9,10 +9,11 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from prometheus_client import REGISTRY
 
-from traced_retry import budget, semconv
+from traced_retry import semconv
+from traced_retry.core import budget
+from traced_retry.core.failure import failure
+from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.export.exporting import BoundedSpanProcessor
-from traced_retry.failure import failure
-from traced_retry.telemetry import Target, Telemetry
 
 
 class _Nowhere:

@@ -9,8 +9,8 @@ import prometheus_client
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 
-from traced_retry.failure import failure
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.failure import failure
+from traced_retry.core.telemetry import Target, Telemetry
 
 
 class Traffic:

@@ -20,10 +20,10 @@ from support.fresh import INSTRUMENTED, program
 from support.receiver import receiver
 
 from traced_retry import semconv
+from traced_retry.core.policy import ENV
 from traced_retry.export import files
 from traced_retry.export.declarative import ConfigurationFileError, load
 from traced_retry.livekit.instrumentor import RetryOptions
-from traced_retry.policy import ENV
 
 TESTS = Path(__file__).parents[1]
 INSTRUMENT = str(Path(sys.executable).with_name("opentelemetry-instrument"))

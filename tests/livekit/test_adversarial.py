@@ -14,10 +14,10 @@ from support.conversation import codes, ended, now
 from support.kin import gpt, grok
 from support.steered import SteeredServer
 
-from traced_retry import failure
+from traced_retry.core import failure
+from traced_retry.core.loop import Reply
 from traced_retry.livekit.adapter import Adapter, plain_provider
 from traced_retry.livekit.openai import OpenAIAdapter
-from traced_retry.loop import Reply
 
 
 def steered(_):

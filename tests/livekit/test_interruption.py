@@ -25,13 +25,13 @@ from support.without_ids import a_nova_sonic, a_phonic, an_ultravox
 
 import traced_retry
 from traced_retry import semconv
+from traced_retry.core.loop import Reply
+from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.livekit.adapter import ObservedRequest
 from traced_retry.livekit.speech import when_interrupted
-from traced_retry.loop import Reply
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.google import GoogleSimulator
 from traced_retry.simulator.ultravox import UltravoxSimulator
-from traced_retry.telemetry import Target, Telemetry
 
 SOON = 0.05
 """Seconds within which an interruption has taken effect."""

@@ -40,7 +40,8 @@ from support.steered import SteeredServer
 from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, play, seen_alike
 
 import traced_retry
-from traced_retry import guard, semconv
+from traced_retry import semconv
+from traced_retry.core import guard
 
 SETTLED = 0.01
 """Seconds in which all that is on its way arrives; no timer of anybody's is as short."""

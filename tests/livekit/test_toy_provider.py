@@ -17,11 +17,11 @@ from livekit.agents.utils import aio
 
 import traced_retry
 from traced_retry import RetryPolicy
+from traced_retry.core.telemetry import Target
 from traced_retry.livekit import registry
 from traced_retry.livekit.adapter import Adapter, ObservedRequest
 from traced_retry.simulator import Request, ScriptError, Simulator
 from traced_retry.simulator.server import Connection
-from traced_retry.telemetry import Target
 
 # --- the plugin, as a third party would publish it ----------------------------------------------
 

@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from traced_retry import semconv
-from traced_retry.failure import failure
+from traced_retry.core.failure import failure
+from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.report import ReportError, as_dict, read, summarize, write_html
 from traced_retry.report.sentence import overview, sentence
 from traced_retry.report.terminal import render
-from traced_retry.telemetry import Target, Telemetry
 
 from .conftest import HEARD
 

@@ -14,9 +14,9 @@ from support.clock import VirtualClockLoop
 from support.scripted import ProviderError
 
 from traced_retry import RetryPolicy
-from traced_retry.decorator import CallRequest
-from traced_retry.loop import Reply
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.decorator import CallRequest
+from traced_retry.core.loop import Reply
+from traced_retry.core.telemetry import Target, Telemetry
 
 DOWN = 600.0
 """Seconds that every request fails: half of them at once, half after five seconds of silence."""

@@ -8,8 +8,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
+from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
 from traced_retry.doctor.check import Check, is_url, place
-from traced_retry.policy import ENV, PolicyError, RetryPolicy
 
 
 def policy() -> Iterator[Check]:

@@ -11,8 +11,8 @@ import os
 import sys
 from multiprocessing import util
 
+from traced_retry.core.guard import logger
 from traced_retry.errors import UsageError
-from traced_retry.guard import logger
 
 
 def pre_instrument() -> None:

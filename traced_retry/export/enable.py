@@ -23,12 +23,12 @@ from livekit.agents import telemetry as livekit_telemetry
 from livekit.agents.telemetry import traces as livekit_traces
 from opentelemetry import metrics, trace
 
-from traced_retry import telemetry
+from traced_retry.core import telemetry
+from traced_retry.core.guard import harmless, logger
+from traced_retry.core.policy import RetryPolicy
 from traced_retry.export.sdk import SetUp, file_policy, set_up
-from traced_retry.guard import harmless, logger
 from traced_retry.livekit import hook
 from traced_retry.livekit.hook import OnExhausted
-from traced_retry.policy import RetryPolicy
 
 FLUSH_WITHIN: Final = 1.5
 """Seconds that the end of a job waits for telemetry to be delivered."""

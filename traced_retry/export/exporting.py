@@ -30,8 +30,8 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from traced_retry import semconv
 from traced_retry._version import __version__
+from traced_retry.core.guard import log_swallowed, logger
 from traced_retry.errors import UsageError
-from traced_retry.guard import log_swallowed, logger
 
 SPANS_WITHIN: Final = 2.0
 """Seconds that spans have at exit. With a second each for a local store and for metrics, an exit

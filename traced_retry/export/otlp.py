@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from traced_retry import semconv
-from traced_retry.guard import log_once
+from traced_retry.core.guard import log_once
 
 _STATUS: Final[dict[int, semconv.DropReason]] = {
     429: "rate_limited",

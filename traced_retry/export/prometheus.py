@@ -24,8 +24,8 @@ from opentelemetry.util.types import Attributes
 from prometheus_client import Counter, Gauge, Histogram, values
 
 from traced_retry import semconv
+from traced_retry.core.telemetry import Telemetry
 from traced_retry.export.exporting import ExportError
-from traced_retry.telemetry import Telemetry
 
 _UNITS: Final = {"s": "seconds", "ms": "milliseconds", "By": "bytes"}
 

@@ -21,6 +21,8 @@ from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter
 
+from traced_retry.core.guard import logger
+from traced_retry.core.policy import RetryPolicy
 from traced_retry.export import files
 from traced_retry.export.exporting import (
     METRICS_WITHIN,
@@ -30,8 +32,6 @@ from traced_retry.export.exporting import (
 )
 from traced_retry.export.local import StoreExporter, new_store
 from traced_retry.export.store import store_processor
-from traced_retry.guard import logger
-from traced_retry.policy import RetryPolicy
 
 if TYPE_CHECKING:
     from traced_retry.export.declarative import Declared

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Protocol
 from livekit.agents import APIConnectionError, llm
 
 from traced_retry import semconv
-from traced_retry.decorator import CallRequest
-from traced_retry.failure import CODES, Failure, Kind, explain, failure, plain_code
-from traced_retry.policy import RetryPolicy
-from traced_retry.request import Delivery, Request
-from traced_retry.telemetry import Target
+from traced_retry.core.decorator import CallRequest
+from traced_retry.core.failure import CODES, Failure, Kind, explain, failure, plain_code
+from traced_retry.core.policy import RetryPolicy
+from traced_retry.core.request import Delivery, Request
+from traced_retry.core.telemetry import Target
 
 Generation = llm.GenerationCreatedEvent
 Call = Callable[[], "asyncio.Future[Generation]"]
@@ -87,8 +87,8 @@ class Adapter:
 class ObservedRequest:
     """A request to a provider of which nothing is known: traced, never sent again.
 
-    It is also what the adapters' requests derive from; see :class:`~traced_retry.request.Request`
-    for when the loop calls what.
+    It is also what the adapters' requests derive from. See
+    :class:`~traced_retry.core.request.Request` for when the loop calls which method.
     """
 
     def __init__(self, call: Call) -> None:

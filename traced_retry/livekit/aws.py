@@ -38,8 +38,10 @@ from typing import Any, ClassVar
 from livekit.agents import llm
 
 from traced_retry import semconv
-from traced_retry.failure import CODES, Failure, Kind, explain, failure, plain_code
-from traced_retry.guard import harmless
+from traced_retry.core.failure import CODES, Failure, Kind, explain, failure, plain_code
+from traced_retry.core.guard import harmless
+from traced_retry.core.request import Delivery
+from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
@@ -49,8 +51,6 @@ from traced_retry.livekit.adapter import (
     told,
 )
 from traced_retry.livekit.listening import Speaking, before
-from traced_retry.request import Delivery
-from traced_retry.telemetry import Target
 
 _REMEMBERED = 64
 """Requests given up whose replies are still watched for, at most."""

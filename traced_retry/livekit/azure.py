@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 
 from azure.ai.voicelive.models import ClientEventResponseCancel
 
-from traced_retry.failure import Failure, failure
+from traced_retry.core.failure import Failure, failure
+from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import Call
 from traced_retry.livekit.openai import OpenAIAdapter, OpenAIRequest
-from traced_retry.telemetry import Target
 
 PROVIDER: Final = "azure_voicelive"
 """The semantic conventions (0.66b2) name Azure OpenAI and Azure AI Inference, not VoiceLive."""

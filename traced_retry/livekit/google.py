@@ -32,8 +32,10 @@ from urllib.parse import urlsplit
 from livekit.agents import llm
 
 from traced_retry import semconv
-from traced_retry.failure import Failure, Kind, failure
-from traced_retry.guard import harmless
+from traced_retry.core.failure import Failure, Kind, failure
+from traced_retry.core.guard import harmless
+from traced_retry.core.request import Delivery
+from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
@@ -42,8 +44,6 @@ from traced_retry.livekit.adapter import (
     Replies,
     told,
 )
-from traced_retry.request import Delivery
-from traced_retry.telemetry import Target
 
 PLUGIN_TIMEOUT = 5.0
 SEND_WINDOW = PLUGIN_TIMEOUT - 0.05

@@ -25,16 +25,16 @@ from opentelemetry import metrics
 from opentelemetry import trace as otel_trace
 
 from traced_retry import semconv
-from traced_retry.failure import Failure
-from traced_retry.guard import harmless, log_once
+from traced_retry.core.failure import Failure
+from traced_retry.core.guard import harmless, log_once
+from traced_retry.core.loop import FailedReply, Reply, RetryAfter, with_own_error
+from traced_retry.core.policy import RetryPolicy
+from traced_retry.core.request import Request
+from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.livekit.adapter import Adapter, Generation, ObservedRequest, told
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.livekit.say import SayRequest, observed
 from traced_retry.livekit.speech import current_speech, tell, when_interrupted
-from traced_retry.loop import FailedReply, Reply, RetryAfter, with_own_error
-from traced_retry.policy import RetryPolicy
-from traced_retry.request import Request
-from traced_retry.telemetry import Target, Telemetry
 
 logger = logging.getLogger(semconv.SCOPE)
 

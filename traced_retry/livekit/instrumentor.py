@@ -13,9 +13,9 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
     BaseInstrumentor,
 )
 
+from traced_retry.core.policy import OnSilence, RetryPolicy, _budget
 from traced_retry.errors import UsageError
 from traced_retry.livekit.hook import instrument, uninstrument
-from traced_retry.policy import OnSilence, RetryPolicy, _budget
 
 
 class OptionsError(UsageError):

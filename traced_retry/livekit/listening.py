@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 from livekit.agents import llm
 
 from traced_retry import semconv
-from traced_retry.failure import Failure
-from traced_retry.guard import harmless
+from traced_retry.core.failure import Failure
+from traced_retry.core.guard import harmless
+from traced_retry.core.request import Delivery
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
@@ -28,7 +29,6 @@ from traced_retry.livekit.adapter import (
     Replies,
     unanswered,
 )
-from traced_retry.request import Delivery
 
 _AHEAD = 0.1
 """Seconds by which an attempt ends before the plugin's own time-out would empty the slot."""

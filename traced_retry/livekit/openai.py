@@ -28,8 +28,10 @@ from livekit.agents import APIConnectionError, llm
 from openai.types.realtime import ResponseCancelEvent
 
 from traced_retry import semconv
-from traced_retry.failure import CODES, Failure, explain, failure, plain_code
-from traced_retry.guard import harmless
+from traced_retry.core.failure import CODES, Failure, explain, failure, plain_code
+from traced_retry.core.guard import harmless
+from traced_retry.core.request import Delivery
+from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
@@ -40,8 +42,6 @@ from traced_retry.livekit.adapter import (
     unanswered,
 )
 from traced_retry.livekit.streams import Streams
-from traced_retry.request import Delivery
-from traced_retry.telemetry import Target
 
 _TRY_AGAIN = re.compile(r"try again in ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)")
 """OpenAI tells the wait only in words, as a Go duration: 200ms, 1.5s, 1m26.4s, 2h0m0s."""

@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 from livekit.agents import llm
 
 from traced_retry import semconv
-from traced_retry.failure import Failure
-from traced_retry.guard import harmless
+from traced_retry.core.failure import Failure
+from traced_retry.core.guard import harmless
 from traced_retry.livekit.adapter import Call, Generation, Replies, told
 from traced_retry.livekit.listening import (
     ListeningAdapter,

@@ -19,10 +19,10 @@ from dataclasses import replace
 from typing import Final
 
 from traced_retry import semconv
-from traced_retry.failure import Failure, failure
+from traced_retry.core.failure import Failure, failure
+from traced_retry.core.policy import RetryPolicy
 from traced_retry.livekit.adapter import Adapter, Call, Generation, ObservedRequest
 from traced_retry.livekit.listening import ListeningAdapter
-from traced_retry.policy import RetryPolicy
 
 _NEVER: Final = 86_400.0
 """Seconds; longer than any call."""

@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from traced_retry.guard import harmless, log_once
+from traced_retry.core.guard import harmless, log_once
 
 try:
     from livekit.agents.voice.agent import _get_activity_task_info

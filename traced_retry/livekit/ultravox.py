@@ -28,8 +28,8 @@ from typing import Any, ClassVar
 
 from livekit.agents import llm
 
-from traced_retry.failure import kind_of_status
-from traced_retry.guard import harmless
+from traced_retry.core.failure import kind_of_status
+from traced_retry.core.guard import harmless
 from traced_retry.livekit.adapter import Generation, Replies, told
 from traced_retry.livekit.listening import ListeningAdapter, Speaking
 

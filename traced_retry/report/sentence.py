@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from traced_retry import semconv
-from traced_retry.failure import CODES, KNOWN_ERROR_TYPES, RECOVERABLE
+from traced_retry.core.failure import CODES, KNOWN_ERROR_TYPES, RECOVERABLE
 from traced_retry.report.model import Attempt, Reply, Wait
 
 _TIMES: Final = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")

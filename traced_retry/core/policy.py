@@ -11,9 +11,9 @@ from typing import Any, Final, Literal, get_args
 
 import backoff
 
-from traced_retry.budget import RetryBudget, process_budget
+from traced_retry.core.budget import RetryBudget, process_budget
+from traced_retry.core.failure import Failure
 from traced_retry.errors import UsageError
-from traced_retry.failure import Failure
 
 OnSilence = Literal["restart", "listen", "resend"]
 

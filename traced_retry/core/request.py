@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from traced_retry import semconv
-from traced_retry.failure import Failure
+from traced_retry.core.failure import Failure
 
 T = TypeVar("T")
 

@@ -14,17 +14,19 @@ from typing import Any, Generic, TypeVar
 from opentelemetry import metrics, trace
 
 from traced_retry import semconv
-from traced_retry.failure import Failure, explain, failure
-from traced_retry.loop import Reply
-from traced_retry.policy import RetryPolicy
-from traced_retry.telemetry import Target, Telemetry
+from traced_retry.core.failure import Failure, explain, failure
+from traced_retry.core.loop import Reply
+from traced_retry.core.policy import RetryPolicy
+from traced_retry.core.telemetry import Target, Telemetry
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class CallRequest(Generic[T]):
-    """A plain callable as a :class:`~traced_retry.loop.Request`: sent again after each failure.
+    """A plain callable as a :class:`~traced_retry.core.request.Request`.
+
+    It is sent again after each failure.
 
     Args:
         call: returns a future, or a coroutine to run.

@@ -2,7 +2,7 @@
 """The loop: attempt, decide, wait, stop. Knows no LiveKit and no OpenTelemetry SDK.
 
 :class:`Reply` is one reply from the call to its outcome. What it repeats stands behind
-:class:`~traced_retry.request.Request`, which says what is safe to do next.
+:class:`~traced_retry.core.request.Request`, which says what is safe to do next.
 
 The loop is a generator (:meth:`Reply._life`) that yields the time until which it has nothing to
 do. It is resumed in the very call that changes something: when an attempt ends, a timer fires or
@@ -26,11 +26,11 @@ from typing import Any, Generic, TypeVar
 import backoff
 
 from traced_retry import semconv
-from traced_retry.failure import Failure, explain
-from traced_retry.guard import harmless, log_once
-from traced_retry.policy import Delays, RetryPolicy
-from traced_retry.request import Delivery, Request
-from traced_retry.telemetry import ReplyTrace
+from traced_retry.core.failure import Failure, explain
+from traced_retry.core.guard import harmless, log_once
+from traced_retry.core.policy import Delays, RetryPolicy
+from traced_retry.core.request import Delivery, Request
+from traced_retry.core.telemetry import ReplyTrace
 
 T = TypeVar("T")
 

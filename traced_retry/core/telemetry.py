@@ -19,10 +19,11 @@ from opentelemetry import metrics, trace
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.util.types import AttributeValue
 
-from traced_retry import budget, semconv
+from traced_retry import semconv
 from traced_retry._version import __version__
-from traced_retry.failure import Failure
-from traced_retry.guard import harmless, log_swallowed
+from traced_retry.core import budget
+from traced_retry.core.failure import Failure
+from traced_retry.core.guard import harmless, log_swallowed
 
 logger = logging.getLogger(semconv.SCOPE)
 
