@@ -539,7 +539,7 @@ class Reply(Generic[T]):
         error = self._last.error
         if note and self._last.kind != "bug":
             said = f"{_NOTE}{self._number} attempt(s), stopped by {stop}"
-            _add_note(error, f"{said}, trace id {self._trace.trace_id or 'none'}")
+            error.add_note(f"{said}, trace id {self._trace.trace_id or 'none'}")
         if not self._future.done():
             self._future.set_exception(error)
         if self._on_failed is not None:
@@ -588,10 +588,3 @@ def with_own_error(why: Failure) -> Failure:
     if notes := getattr(why.error, "__notes__", None):  # the copy would share the list
         copied.__notes__ = [note for note in notes if not note.startswith(_NOTE)]
     return replace(why, error=copied)
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:  # Python 3.10: PEP 678 by hand, as the exceptiongroup backport reads it
-        error.__notes__ = [*getattr(error, "__notes__", ()), note]
