@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -202,7 +202,9 @@ def _is_url(endpoint: str | None) -> bool:
 
 
 def _plugged_in() -> set[str]:
-    return {e.name for e in entry_points() if e.group.startswith("opentelemetry_")}
+    # Not entry_points() without arguments, which is deprecated on Python 3.11.
+    found = (entry for distribution in distributions() for entry in distribution.entry_points)
+    return {entry.name for entry in found if entry.group.startswith("opentelemetry_")}
 
 
 def _take_options(path: Path, model: OpenTelemetryConfiguration) -> RetryOptions:
