@@ -182,7 +182,7 @@ def process(*, retried):
     registry = CollectorRegistry()
     meters = MeterProvider([PrometheusMetricReader(registry=registry)])
     telemetry = Telemetry(meter_provider=meters)
-    telemetry.zero("openai", semconv.ACTIONS)
+    telemetry.initialize_counters("openai", semconv.ACTIONS)
     for number in range(10):
         second = retried and number == 0
         reply = telemetry.reply(Target("openai", MODELS[0]))

@@ -51,7 +51,7 @@ def last_scrape(prometheus, series):
     return at
 
 
-def settle(prometheus, service):
+def commit(prometheus, service):
     """Wait until all that was sent by now has been flushed, counted and scraped.
 
     A new count is 0 in one flush and right in the next.

@@ -155,7 +155,7 @@ class TestNews:
         asked = reply(Request(script))
         future = asked.start()
         await asyncio.sleep(0.5)
-        asked.interject(failure(ConnectionResetError(), "connection_lost"))
+        asked.report_failure(failure(ConnectionResetError(), "connection_lost"))
 
         assert "hello" == await future
         assert [0, 1.5] == script.times
@@ -168,7 +168,7 @@ class TestNews:
         future = asked.start()
         await asyncio.sleep(after)
         gone = ProviderError("account_deactivated")
-        asked.interject(failure(gone, "authentication", code=gone.code), "not_recoverable")
+        asked.report_failure(failure(gone, "authentication", code=gone.code), "not_recoverable")
 
         assert future.done()
         assert gone is future.exception()
@@ -181,7 +181,7 @@ class TestNews:
             __slots__ = ()
 
             def attempt(self, action):
-                asked.interject(failure(ProviderError(), "authentication"), "not_recoverable")
+                asked.report_failure(failure(ProviderError(), "authentication"), "not_recoverable")
                 return super().attempt(action)
 
         asked = reply(Dying(Scripted(HANG)))
@@ -194,7 +194,7 @@ class TestNews:
         asked = reply(Request(Scripted("hello")))
         future = asked.start()
         await future
-        asked.interject(failure(ProviderError(), "unknown"), "session_closed")
+        asked.report_failure(failure(ProviderError(), "unknown"), "session_closed")
         asked.interrupt()
 
         assert "hello" == await future
@@ -302,7 +302,7 @@ class TestDelivery:
     async def test_the_session_dies_while_it_speaks(self, delivered, recorder):
         """The rest is lost: that is told, and not counted as heard."""
         delivered[1].output()
-        delivered[0].interject(failure(ProviderError(), "quota"), "not_recoverable")
+        delivered[0].report_failure(failure(ProviderError(), "quota"), "not_recoverable")
 
         assert ("not_recoverable", "output_started") == (
             recorder.replies[0]["traced_retry.outcome"],
@@ -330,8 +330,8 @@ class TestDelivery:
         """What was begun was heard as far as the caller let it."""
         if words:
             delivered[1].output()
-        closed = failure(ProviderError(), "session_closed", provoked=True)
-        delivered[0].interject(closed, "session_closed")
+        closed = failure(ProviderError(), "session_closed", ended_locally=True)
+        delivered[0].report_failure(closed, "session_closed")
 
         assert outcome == recorder.replies[0]["traced_retry.outcome"]
         assert 0 == recorder.open_spans

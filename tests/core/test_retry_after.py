@@ -11,7 +11,7 @@ from support.scripted import ProviderError, Scripted
 from traced_retry import RetryPolicy
 from traced_retry.core.decorator import CallRequest
 from traced_retry.core.failure import failure
-from traced_retry.core.loop import Reply, RetryAfter
+from traced_retry.core.loop import Reply, SessionCooldown
 from traced_retry.core.telemetry import Target, Telemetry
 
 
@@ -23,7 +23,7 @@ def limited(seconds):
 @pytest.fixture
 def session(recorder):
     """``session(script, **policy)`` -> a Reply; all of them heed one another's ``retry_after``."""
-    telemetry, shared = Telemetry(**recorder.providers), RetryAfter()
+    telemetry, shared = Telemetry(**recorder.providers), SessionCooldown()
 
     def session(script, **policy):
         return Reply(
@@ -119,7 +119,7 @@ async def test_the_session_closes_before_it_was_asked(session, recorder):
     script = Scripted("hello")
     reply = session(script)
     waiting = reply.start()
-    reply.interject(failure(ProviderError("gone"), "session_closed"), "session_closed")
+    reply.report_failure(failure(ProviderError("gone"), "session_closed"), "session_closed")
 
     with pytest.raises(ProviderError) as caught:
         await waiting

@@ -413,15 +413,15 @@ class TestMetrics:
     async def test_the_start_leads_to_no_trace(self, recorder):
         """An exemplar of "exhausted" must not name the call that happened to be the first."""
         with recorder.tracer_provider.get_tracer("agent").start_as_current_span("call"):
-            Telemetry(**recorder.providers).zero("openai")
+            Telemetry(**recorder.providers).initialize_counters("openai")
 
         assert [] == recorder.exemplars("traced_retry.replies")
 
     async def test_zero_initialised(self, recorder):
         """Each outcome and stop reason starts at 0, so that its first count is an increase."""
         telemetry = Telemetry(**recorder.providers)
-        telemetry.zero("openai")
-        telemetry.zero("openai")
+        telemetry.initialize_counters("openai")
+        telemetry.initialize_counters("openai")
 
         replies = recorder.points("traced_retry.replies")
         assert {

@@ -162,7 +162,7 @@ class TestSubclass:
         await asyncio.sleep(0.5)
         await here.complete()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert 1 == len(talk.heard)
         assert [("succeeded", None)] == ended(recorder)
@@ -203,7 +203,7 @@ class TestTheUsersOwnLimit:
         await here.say()
         await here.finish(here.active, "incomplete", reason="max_output_tokens")
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert None is handle.exception()
         assert [("succeeded", None)] == ended(recorder)
@@ -254,7 +254,7 @@ class TestMemory:
         talk = await converse("ok")
         for _ in range(5):
             await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert [] == [reply for reply in replies() if reply not in before]
 

@@ -638,7 +638,7 @@ class TestContract:
         """Each of ``needs`` is there, and the model's time-out."""
         talk = await converse("ok", bare=True)
 
-        assert [] == AWSAdapter(talk.realtime, None).missing()
+        assert [] == AWSAdapter(talk.realtime, None).missing_attributes()
         assert 10.0 == talk.model._generate_reply_timeout
 
     async def test_target(self, converse, recorder):

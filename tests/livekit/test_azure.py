@@ -183,7 +183,7 @@ class TestEachFault:
         await talk.server.wait_for("connection_lost")
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 1", "reply 2"] == talk.heard
         assert [("succeeded", None)] * 2 == ended(recorder)
@@ -195,7 +195,7 @@ class TestExactlyOnce:
         talk = await converse("late:12,ok")
 
         await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 2"] == talk.heard
         (cancelled,) = talk.server.cancels
@@ -219,7 +219,7 @@ class TestExactlyOnce:
         talk = await converse("late:4,ok", attempt_timeout=2.0)
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 2"] == talk.heard
         assert ["timeout", None] == codes(recorder)
@@ -245,7 +245,7 @@ class TestExactlyOnce:
         first, second = talk.realtime.generate_reply(), talk.realtime.generate_reply()
 
         await asyncio.gather(first, second)
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 1", "reply 3"] == talk.server.completed
         assert [("succeeded", None), ("recovered", None)] == sorted(ended(recorder))[::-1]
@@ -283,7 +283,7 @@ class TestInterruption:
         handle.interrupt()
         await handle
         assert [] == talk.server.cancels
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert [] == talk.heard
@@ -300,7 +300,7 @@ class TestInterruption:
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert [("succeeded", None), ("interrupted", "interrupted")] == ended(recorder)
         assert 1 == len(talk.server.requests)
@@ -313,7 +313,7 @@ class TestInterruption:
 
         with pytest.raises(asyncio.CancelledError):
             await reply
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 1 == len(talk.server.cancels)
@@ -327,7 +327,7 @@ class TestInterruption:
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
@@ -366,7 +366,7 @@ class TestSessionEnds:
         talk.ask()
         await talk.server.wait_for(lambda: talk.server.requests)
         await talk.session.aclose()
-        await talk.settle()
+        await talk.commit()
 
         assert 1 == len(ended(recorder))
         assert [] == talk.heard
@@ -413,7 +413,7 @@ class TestContract:
         """A plugin version that moves one fails here, by its name."""
         talk = await converse("ok", bare=True)
 
-        assert [] == VoiceLiveAdapter(talk.realtime, None).missing()
+        assert [] == VoiceLiveAdapter(talk.realtime, None).missing_attributes()
 
     def test_module(self):
         """The registry finds the adapter by the module that the session's class comes from."""
@@ -445,7 +445,7 @@ class TestContract:
             reply.exception()
         await asyncio.sleep(0.5)
         assert [] == talk.server.cancels
-        await talk.settle()
+        await talk.commit()
 
         # One that was not sent yet when its future ended is never sent.
         sent = 0 if end == "at once" else 1

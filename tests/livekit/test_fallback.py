@@ -98,7 +98,7 @@ def converse(converse, how, order, second, recorder):
     traced_retry.uninstrument()
 
 
-def told(recorder):
+def failure_from_event(recorder):
     """Provider, outcome and stop reason of each reply."""
     names = ("gen_ai.provider.name", "traced_retry.outcome", "traced_retry.stop_reason")
     return [tuple(reply.get(name) for name in names) for reply in recorder.replies]
@@ -124,10 +124,10 @@ class TestWithoutASwap:
         talk = await converse("rate_limit,ok")
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 2"] == talk.heard
-        assert [(order[0], "recovered", None)] == told(recorder)
+        assert [(order[0], "recovered", None)] == failure_from_event(recorder)
         assert [(order[0], "rate_limit_exceeded"), (order[0], None)] == attempts(recorder)
         assert 0 == second.connections
 
@@ -143,19 +143,19 @@ class TestQuota:
 
         error = await talk.reply()
         took = asyncio.get_running_loop().time() - began
-        await talk.settle()
+        await talk.commit()
         assert "insufficient_quota" == error.code
         assert took <= 0.1
         assert [] == talk.heard
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 1"] == talk.heard == second.completed
         assert (1, 1) == (len(talk.server.requests), len(second.requests))
         assert [
             ("openai", "not_recoverable", "not_recoverable"),
             ("azure_voicelive", "succeeded", None),
-        ] == told(recorder)
+        ] == failure_from_event(recorder)
         assert [("openai", "insufficient_quota"), ("azure_voicelive", None)] == attempts(recorder)
         assert 0 == recorder.open_spans
 
@@ -169,7 +169,9 @@ class TestQuota:
 
         assert ["reply 1"] == talk.heard == second.completed
         assert (1, 1) == (len(talk.server.requests), len(second.requests))
-        assert ["not_recoverable", "succeeded"] == [outcome for _, outcome, _ in told(recorder)]
+        assert ["not_recoverable", "succeeded"] == [
+            outcome for _, outcome, _ in failure_from_event(recorder)
+        ]
 
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
     async def test_the_adapter_alone(self, converse, second):
@@ -177,7 +179,7 @@ class TestQuota:
         talk = await converse("quota")
 
         error = await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert "insufficient_quota" == error.code
         assert [] == talk.heard
@@ -196,7 +198,7 @@ class TestSwapWhileAReplyIsPending:
         await handle
         await talk.settle(30)
 
-        assert [(order[0], "interrupted", "interrupted")] == told(recorder)
+        assert [(order[0], "interrupted", "interrupted")] == failure_from_event(recorder)
         assert [] == talk.heard
         assert (1, 0) == (len(talk.server.requests), len(second.requests))
         assert 0 == recorder.open_spans
@@ -216,7 +218,7 @@ class TestSwapWhileAReplyIsPending:
             (order[0], "succeeded", None),
             (order[0], "interrupted", "interrupted"),
             (order[1], "succeeded", None),
-        ] == told(recorder)
+        ] == failure_from_event(recorder)
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
@@ -246,7 +248,9 @@ class TestSwapWhileAReplyIsPending:
         await talk.settle(30)
 
         assert ["reply", "reply 1"] == talk.heard
-        assert [(order[0], "succeeded", None), (order[1], "succeeded", None)] == told(recorder)
+        assert [(order[0], "succeeded", None), (order[1], "succeeded", None)] == failure_from_event(
+            recorder
+        )
 
 
 class TestAServerThatDies:
@@ -261,7 +265,7 @@ class TestAServerThatDies:
         took = asyncio.get_running_loop().time() - began
         await talk.settle(30)
 
-        assert [(order[0], "not_recoverable", "not_recoverable")] == told(recorder)
+        assert [(order[0], "not_recoverable", "not_recoverable")] == failure_from_event(recorder)
         assert [(order[0], "connection_lost")] == attempts(recorder)
         assert [] == talk.heard
         assert [] == second.requests
@@ -282,7 +286,7 @@ class TestAServerThatDies:
             (order[0], "succeeded", None),
             (order[0], "not_recoverable", "not_recoverable"),
             (order[1], "succeeded", None),
-        ] == told(recorder)
+        ] == failure_from_event(recorder)
         assert 0 == recorder.open_spans
 
 
@@ -310,4 +314,4 @@ class TestRefusedOnReconnect:
         assert [
             (order[0], "not_recoverable", "not_recoverable"),
             (order[1], "succeeded", None),
-        ] == told(recorder)[-2:]
+        ] == failure_from_event(recorder)[-2:]

@@ -125,7 +125,7 @@ class TestEachFault:
 
         error = await talk.reply(instructions="SECRET")
         took = now() - began
-        await talk.settle()
+        await talk.commit()
 
         assert heard == talk.heard
         assert [(outcome, stop_reason)] == ended(recorder)
@@ -145,7 +145,7 @@ class TestEachFault:
 
         error = await talk.reply(instructions="SECRET")
         took = now() - began
-        await talk.settle()
+        await talk.commit()
 
         assert heard == talk.heard
         assert told == isinstance(error, llm.RealtimeError)
@@ -178,7 +178,7 @@ class TestEachFault:
 
         with pytest.raises(llm.RealtimeError) as caught:
             await talk.realtime.generate_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert "401" == caught.value.code
         assert ["reply 1"] == talk.heard
@@ -204,7 +204,7 @@ class TestEachFault:
 
         with pytest.raises(llm.RealtimeError):
             await talk.realtime.generate_reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
 
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
         assert 1 == talk.server.connections
@@ -234,7 +234,7 @@ class TestRestart:
         await talk.reply(user_input="one")
 
         assert None is await talk.reply(user_input="two")
-        await talk.settle()
+        await talk.commit()
 
         assert [None, None] == talk.server.handles
         assert [("user", "one"), ("model", "reply 1"), ("user", "two"), ("user", ".")] == (
@@ -254,7 +254,7 @@ class TestRestart:
         talk.realtime._mark_restart_needed()
         with pytest.raises(llm.RealtimeError):
             await reply
-        await talk.settle()
+        await talk.commit()
 
         assert heard == talk.heard
 
@@ -272,7 +272,7 @@ class TestRestart:
         monkeypatch.setattr(talk.realtime, "_mark_restart_needed", mark_and_hear)
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert [None, "handle-2", None] == talk.server.handles
         assert ["reply 2"] == talk.heard
@@ -284,7 +284,7 @@ class TestRestart:
         talk = await converse(f"late:{at + off:.3f},ok")
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert 1 == len(talk.heard)
         assert talk.heard[0] in ("reply 1", "reply 2")
@@ -298,7 +298,7 @@ class TestRestart:
         talk = await converse(f"late:{RESTART + off:.3f}", max_retries=1)
 
         error = await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert (["reply 1"] if error is None else []) == talk.heard
         assert 0 == recorder.open_spans
@@ -319,7 +319,7 @@ class TestRestart:
         await connection.hang_up(1011)
         await talk.server.wait_for(lambda: asked)
         await asked[0]
-        await talk.settle()
+        await talk.commit()
 
         assert 2 == len(talk.server.requests)
 
@@ -331,7 +331,7 @@ class TestRestart:
         await asyncio.sleep(1)
         await talk.realtime.update_tools([_tool])
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert [("succeeded", None)] == ended(recorder)
         assert 2 == talk.server.connections
@@ -354,7 +354,7 @@ class TestOnSilence:
 
         assert isinstance(await talk.reply(), llm.RealtimeError)
         took = now() - began
-        await talk.settle()
+        await talk.commit()
 
         assert 20.0 == pytest.approx(took)
         assert [] == talk.heard
@@ -365,7 +365,7 @@ class TestOnSilence:
         talk = await converse("late:12,ok", on_silence="resend")
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 1", "reply 2"] == sorted(talk.heard)
         assert ["send", "listen", "send"] == actions(recorder)
@@ -384,7 +384,7 @@ class TestOnSilence:
         talk = await converse("late:7", max_retries=0)
 
         assert isinstance(await talk.reply(), llm.RealtimeError)
-        await talk.settle()
+        await talk.commit()
 
         assert [] == talk.heard
         assert [("exhausted", "max_attempts")] == ended(recorder)
@@ -411,7 +411,7 @@ class TestInterruption:
         await handle
 
         assert began == now()
-        await talk.settle()
+        await talk.commit()
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert [] == talk.heard
         assert 0 == recorder.open_spans
@@ -423,7 +423,7 @@ class TestInterruption:
         await talk.asked()
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 1"] == talk.heard
 
@@ -438,7 +438,7 @@ class TestInterruption:
         await talk.settle(0.01)
 
         assert None is await talk.reply(user_input="three")
-        await talk.settle()
+        await talk.commit()
         assert ["reply 1", "reply 3"] == talk.heard
         assert [
             ("user", "one"),
@@ -456,7 +456,7 @@ class TestInterruption:
         await talk.asked()
         await asyncio.sleep(after)
         reply.cancel()
-        await talk.settle()
+        await talk.commit()
 
         assert [None] == talk.server.cancels
         assert 1 == talk.server.connections
@@ -471,7 +471,7 @@ class TestInterruption:
 
         with pytest.raises(asyncio.CancelledError):
             await reply
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert [] == talk.heard
@@ -489,7 +489,7 @@ class TestInterruption:
         await asyncio.sleep(1)
         assert 1 == talk.server.connections
         await first
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 1"] == talk.heard
         assert [None, None] == talk.server.handles
@@ -546,7 +546,7 @@ class TestSessionEnds:
 
         with pytest.raises(llm.RealtimeError):
             await reply
-        await talk.settle()
+        await talk.commit()
         assert [("not_recoverable", "session_closed")] == ended(recorder)
         assert 0 == recorder.open_spans
 
@@ -556,7 +556,7 @@ class TestSessionEnds:
         talk.ask()
         await talk.asked()
         await talk.session.aclose()
-        await talk.settle()
+        await talk.commit()
 
         assert [] == talk.heard
         assert 1 == len(ended(recorder))
@@ -575,7 +575,7 @@ class TestAfterwards:
         else:
             await talk.reply()
             assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
         assert ["reply 3"] == talk.heard
         assert 0 == recorder.open_spans
 
@@ -592,7 +592,7 @@ class TestAfterwards:
 
         talk = await converse("tool:look_up,ok", agent=Helper(instructions="SECRET"))
         await talk.session.run(user_input="question")
-        await talk.settle()
+        await talk.commit()
 
         assert [True] == called
         assert ["reply 2"] == talk.heard
@@ -654,7 +654,7 @@ class TestContract:
         """A plugin version that moves one fails here, by its name."""
         talk = await converse("ok", bare=True)
 
-        assert [] == GoogleAdapter(talk.realtime, None).missing()
+        assert [] == GoogleAdapter(talk.realtime, None).missing_attributes()
 
     async def test_the_class_comes_from_the_module_we_register(self, converse):
         """By which a session gets this adapter."""
@@ -731,7 +731,7 @@ class TestContract:
         generation = talk.realtime._current_generation
         assert event.response_id == generation.response_id
         assert (False, None) == (generation._done, generation._completed_timestamp)
-        await talk.settle()
+        await talk.commit()
 
         assert generation._done
         assert [generation._completed_timestamp] == seen

@@ -114,7 +114,7 @@ class TestBeforeTheFirstWord:
         talk.realtime.on("generation_created", events.append)
 
         assert None is await talk.reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
 
         failed = RECOVERS[script]
         if kin is VOICELIVE:  # its plugin sends a dropped request again by itself
@@ -152,7 +152,7 @@ class TestBeforeTheFirstWord:
         talk = await converse(script)
 
         error = await talk.reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
 
         assert [(outcome, stop)] == ended(recorder)
         assert heard == talk.heard
@@ -167,7 +167,7 @@ class TestBeforeTheFirstWord:
         talk = await converse("failed_later,tool:look_up,ok", agent=helper(called))
 
         assert None is await talk.reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
 
         assert [True] == called
         assert ["reply 3"] == talk.heard
@@ -181,7 +181,7 @@ class TestAfterATool:
         talk = await converse("failed_tool:look_up,ok", agent=helper(called))
 
         error = await talk.reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
 
         assert [True] == called
         assert ["reply 2"] == talk.heard
@@ -200,7 +200,7 @@ class TestTheNextReply:
 
         first, second = talk.ask(instructions="SECRET"), talk.ask(instructions="SECRET")
         await asyncio.gather(first, second)
-        await talk.settle()
+        await talk.commit()
 
         assert heard == talk.heard
         assert [(outcome, stop), ("succeeded", None)] == ended(recorder)
@@ -251,7 +251,7 @@ class TestCutShort:
         fatal = "insufficient_quota"
         await connection.reject(None, fatal, "You exceeded your current quota.", fatal)
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply"] == talk.heard
         assert ["not_recoverable"] == [outcome for outcome, _ in ended(recorder)]
@@ -292,7 +292,7 @@ class TestCutShortWithoutIds:
         talk = await without_ids("drop_during,ok", on_exhausted=failed.append)
 
         error = await talk.reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
 
         assert isinstance(error, llm.RealtimeError)
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -328,7 +328,7 @@ class TestCutShortWithoutIds:
         talk = await without_ids("ok")
         error = await talk.reply(instructions="SECRET")
         await lose(talk.server)
-        await talk.settle()
+        await talk.commit()
 
         assert None is error
         assert [("succeeded", None)] == ended(recorder)
@@ -342,7 +342,7 @@ class TestCutShortWithoutIds:
         await asyncio.sleep(0.05)
         over = ended(recorder)
         await lose(talk.server)
-        await talk.settle()
+        await talk.commit()
 
         assert [("succeeded", None)] == over
         assert over == ended(recorder)
@@ -354,7 +354,7 @@ class TestCutShortWithoutIds:
         talk.ask(instructions="SECRET")
         await asyncio.sleep(1)
         await talk.realtime.aclose()
-        await talk.settle()
+        await talk.commit()
 
         assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
@@ -370,5 +370,5 @@ class TestCutShortWithoutIds:
         assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
         await lose(talk.server)
-        await talk.settle()
+        await talk.commit()
         assert 1 == len(ended(recorder))

@@ -540,7 +540,7 @@ class TestContract:
         """A plugin version that moves one fails here, by its name."""
         talk = await converse("ok", bare=True)
 
-        assert [] == OpenAIAdapter(talk.realtime, None).missing()
+        assert [] == OpenAIAdapter(talk.realtime, None).missing_attributes()
 
     async def test_a_request_shows_up_by_its_id(self, converse):
         """generate_reply adds exactly the sent event_id to _response_created_futures."""
@@ -561,7 +561,7 @@ class TestContract:
         talk.realtime._discarded_event_ids |= set(talk.realtime._response_created_futures)
         reply.set_exception(llm.RealtimeError("abandoned"))
         reply.exception()
-        await talk.settle()
+        await talk.commit()
 
         assert [] == surfaced
         assert 1 == len(talk.server.cancels)

@@ -27,7 +27,7 @@ import traced_retry
 from traced_retry import semconv
 from traced_retry.core.loop import Reply
 from traced_retry.core.telemetry import Target, Telemetry
-from traced_retry.livekit.adapter import ObservedRequest
+from traced_retry.livekit.adapter import PassthroughRequest
 from traced_retry.livekit.speech import when_interrupted
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.google import GoogleSimulator
@@ -281,7 +281,7 @@ class TestEndsAtOnce:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == recorder.open_spans
         assert handle.done()
-        await talk.settle()
+        await talk.commit()
         await interruption
         assert (asked, begun) == (len(talk.server.requests), len(talk.begun))
         assert [] == talk.heard
@@ -293,7 +293,7 @@ class TestEndsAtOnce:
         assert [] == our_tasks()
         if way not in CLOSE:
             await talk.reply(instructions="SECRET")
-            await talk.settle()
+            await talk.commit()
             assert [f"reply {asked + 1}"] == talk.heard
             assert asked + 1 == len(talk.server.requests)
             assert ("succeeded", None) == ended(recorder)[-1]
@@ -347,7 +347,7 @@ class TestEndsAtOnce:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == recorder.open_spans
         assert handle.done()
-        await talk.settle()
+        await talk.commit()
         await interruption
         assert {"interrupted": 1} == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
         assert len(talk.server.cancels) == len(talk.server.requests) - 1
@@ -369,7 +369,7 @@ class TestEndsAtOnce:
         assert 0 == recorder.open_spans
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert talk.server.cancels
-        await talk.settle()
+        await talk.commit()
         await interruptions[0]
         assert 1 == len(talk.server.requests)
 
@@ -389,13 +389,13 @@ class TestEndsAtOnce:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == recorder.open_spans
         assert [] == [message async for message in (await reply).message_stream][1:]
-        await talk.settle()
+        await talk.commit()
         assert (asked, begun) == (len(talk.server.requests), len(talk.begun))
 
     async def test_an_adapter_that_interrupts_the_session(self, recorder):
         """Which comes back to us while we interrupt the reply: it is counted once for all that."""
 
-        class Nosy(ObservedRequest):
+        class Nosy(PassthroughRequest):
             def cancel(self, attempt):
                 attempt.cancel()
                 reply.interrupt(cut=True)
@@ -425,7 +425,7 @@ class TestEndsAtOnce:
         assert first.done()
         assert second.done()
         assert [("interrupted", "interrupted")] == ended(recorder)
-        await talk.settle()
+        await talk.commit()
         await interruption
         assert 1 == len(talk.server.requests)
         assert [] == talk.heard
@@ -446,7 +446,7 @@ class TestEndsAtOnce:
         assert [("interrupted", "interrupted")] * 2 == ended(recorder)
         assert 0 == recorder.open_spans
         assert handle.done()
-        await talk.settle()
+        await talk.commit()
         await interruption
         assert 1 == len(talk.server.requests)
         assert [] == talk.heard
@@ -466,7 +466,7 @@ class TestEndsAtOnce:
         response = await connection.begin(None)
         await connection.begin_message(response)
         await connection.end_reply(request, response)
-        await talk.settle()
+        await talk.commit()
 
         assert [f" {request.number}"] == talk.heard
         assert [("interrupted", "interrupted")] == ended(recorder)
@@ -538,7 +538,7 @@ class TestHandOff:
         await handle
         told = ended(recorder)
         heard = list(talk.heard)
-        await talk.settle()
+        await talk.commit()
 
         assert not handle.interrupted
         assert [outcome] == told == ended(recorder)
@@ -547,7 +547,7 @@ class TestHandOff:
         assert new is talk.session.current_agent
         assert [] == our_tasks()
         await talk.reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
         assert [*heard, f"reply {len(talk.server.requests)}"] == talk.heard
 
     @pytest.mark.parametrize(("provider", "state"), HAND_OFF)
@@ -561,7 +561,7 @@ class TestHandOff:
 
         new = Agent(instructions="SECRET, too")
         talk.session.update_agent(new)
-        await talk.settle()
+        await talk.commit()
 
         assert not handle.interrupted
         if expected is None:

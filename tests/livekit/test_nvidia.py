@@ -95,7 +95,7 @@ class TestItsOwnSpeech:
         await talk.server.say("good morning")
         await asyncio.sleep(1)
         await talk.server.hang_up()
-        await talk.settle()
+        await talk.commit()
 
         assert ["good morning"] == talk.heard
         assert [] == recorder.replies

@@ -71,7 +71,7 @@ class TestEachFault:
 
         error = await talk.reply(instructions="SECRET")
         took = asyncio.get_running_loop().time() - began
-        await talk.settle()
+        await talk.commit()
 
         assert [(outcome, stop_reason)] == ended(recorder)
         assert requests == len(talk.server.requests)
@@ -91,7 +91,7 @@ class TestEachFault:
 
         assert None is await talk.reply(instructions="SECRET")
         took = asyncio.get_running_loop().time() - began
-        await talk.settle()
+        await talk.commit()
 
         assert [f"reply {requests}"] == talk.heard
         assert [("recovered" if failed else "succeeded", None)] == ended(recorder)
@@ -117,7 +117,7 @@ class TestNothingFollows:
         talk = await converse(script)
 
         await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         heard, *end = OK_IS_TOO_LATE[script]
         assert [tuple(end)] == ended(recorder)
@@ -131,7 +131,7 @@ class TestExactlyOnce:
         talk = await converse("late:12,ok")
 
         await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 2"] == talk.heard
         (cancelled,) = talk.server.cancels
@@ -142,7 +142,7 @@ class TestExactlyOnce:
         talk = await converse("late:12,ok", bare=True)
 
         error = await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert isinstance(error, llm.RealtimeError)
         assert [] == talk.heard
@@ -152,7 +152,7 @@ class TestExactlyOnce:
         talk = await converse("late:4,ok", attempt_timeout=2.0)
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 2"] == talk.heard
         assert ["timeout", None] == codes(recorder)
@@ -175,7 +175,7 @@ class TestExactlyOnce:
         await talk.server.wait_for("connection_lost")
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert 2 == len(talk.heard)
         assert [("succeeded", None), ("recovered", None)] == ended(recorder)
@@ -188,7 +188,7 @@ class TestExactlyOnce:
         await talk.server.wait_for("connection_lost")
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert 2 == len(talk.heard)
 
@@ -208,7 +208,7 @@ class TestExactlyOnce:
         talk = await converse(script, base_delay=0, attempt_timeout=2)
 
         await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert [("exhausted", "max_attempts")] == ended(recorder)
         assert [] == talk.heard
@@ -218,7 +218,7 @@ class TestExactlyOnce:
         talk = await converse("unauthorized,ok")
 
         assert None is await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert 1 == len(talk.heard)
         assert [None] == [stop for _, stop in ended(recorder)]
@@ -294,7 +294,7 @@ class TestInterruption:
         await talk.server.wait_for(lambda: talk.server.requests)
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert [] == talk.heard
@@ -308,7 +308,7 @@ class TestInterruption:
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert [] == talk.heard
@@ -322,7 +322,7 @@ class TestInterruption:
 
         with pytest.raises(asyncio.CancelledError):
             await reply
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 1 == len(talk.server.cancels)
@@ -336,7 +336,7 @@ class TestInterruption:
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans

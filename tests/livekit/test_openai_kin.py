@@ -109,7 +109,7 @@ class TestEachFault:
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert [] == talk.heard
@@ -123,7 +123,7 @@ class TestEachFault:
 
         with pytest.raises(asyncio.CancelledError):
             await reply
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 1 == len(talk.server.cancels)
@@ -146,7 +146,7 @@ class TestEachFault:
         talk = await converse("late:12,ok", bare=True)
 
         error = await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert isinstance(error, llm.RealtimeError)
         assert [] == talk.heard
@@ -158,7 +158,7 @@ class TestContract:
         talk = await converse("ok", bare=True)
 
         assert OpenAIAdapter is adapter_class(talk.realtime)
-        assert [] == OpenAIAdapter(talk.realtime, None).missing()
+        assert [] == OpenAIAdapter(talk.realtime, None).missing_attributes()
 
     async def test_raw_events_have_present_names(self, converse):
         """The engine translates the beta's names before it shows an event."""
@@ -180,7 +180,7 @@ class TestSay:
 
         await talk.session.say("good morning")
         await talk.reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["good morning", "reply 2"] == talk.heard
         assert [("recovered", None)] == ended(recorder)
@@ -192,7 +192,7 @@ class TestSay:
         await talk.server.wait_for(lambda: talk.server.requests)
         said = await talk.realtime.say("one moment")
         answered = await reply
-        await talk.settle()
+        await talk.commit()
 
         assert said.response_id != answered.response_id
         assert ["one moment", "reply 1"] == talk.server.completed

@@ -104,7 +104,7 @@ class TestCutShort:
         talk = await converse("slow:5")
         handle, _ = await self.speaking(talk)
         await talk.server.end_conversations()
-        await talk.settle()
+        await talk.commit()
 
         assert [] == talk.errors
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -139,7 +139,7 @@ class TestCutShort:
         await connection.reply(talk.server.requests[0])
         await connection.begin()
         await connection.hang_up(1011, by_script=True)
-        await talk.settle()
+        await talk.commit()
 
         assert [("succeeded", None)] == ended(recorder)
 
@@ -148,7 +148,7 @@ class TestCutShort:
         talk = await converse("slow:5,ok")
         await self.speaking(talk)
         await talk.asked()
-        await talk.settle()
+        await talk.commit()
 
         assert [("succeeded", None)] * 2 == ended(recorder)
 
@@ -172,7 +172,7 @@ class TestPolicy:
         talk = await converse(script, on_silence="resend", deadline=40.0)
 
         error, _ = await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert None is error
         assert heard == talk.heard
@@ -209,7 +209,7 @@ class TestNotReady:
         tasks, ensure = [], asyncio.ensure_future
 
         assert (None, 15.0) == await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 1"] == talk.heard
         assert [("recovered", None)] == ended(recorder)
@@ -221,7 +221,7 @@ class TestNotReady:
 
         error, _ = await talk.timed_reply()
         await talk.server.begin()
-        await talk.settle()
+        await talk.commit()
 
         assert isinstance(error, llm.RealtimeError)
         assert (["reply 1"] if bare else []) == talk.heard
@@ -235,7 +235,7 @@ class TestNotReady:
         await asyncio.sleep(12)
         reply.cancel()
         await talk.server.begin()
-        await talk.settle()
+        await talk.commit()
         assert [] == talk.server.requests
 
         await talk.timed_reply(instructions="go on")
@@ -259,7 +259,7 @@ class TestLateReplies:
             await connection.reply(talk.server.requests[0])
             await talk.settle(1)
             assert 1 == len(talk.heard)
-        await talk.settle()
+        await talk.commit()
 
         assert 0 == late(recorder)
 
@@ -282,7 +282,7 @@ class TestInterruption:
         (connection,) = talk.server._open
         await connection.send("user_started_speaking")
         await connection.reply(talk.server.requests[0])
-        await talk.settle()
+        await talk.commit()
 
         assert 1 == len(talk.heard)
         assert 1 == len(talk.server.requests)

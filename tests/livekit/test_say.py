@@ -132,7 +132,7 @@ class TestEachFault:
         talk = await converse(script)
 
         error, took = await say(talk)
-        await talk.settle()
+        await talk.commit()
 
         assert heard == len(talk.heard)
         assert [(outcome, stop, error_type)] == said(recorder)
@@ -153,7 +153,7 @@ class TestEachFault:
         talk = await converse(script, bare=True)
 
         error, took = await say(talk)
-        await talk.settle()
+        await talk.commit()
 
         assert heard == len(talk.heard)
         assert (TIMEOUT[provider] if seconds is None else seconds) == took
@@ -164,7 +164,7 @@ class TestEachFault:
         talk = await converse("drop_before,ok")
 
         await say(talk)
-        await talk.settle()
+        await talk.commit()
 
         (outcome, _, error_type) = said(recorder)[0]
         assert (
@@ -182,7 +182,7 @@ class TestEachFault:
         talk = await converse("error:rate_limit_exceeded,ok")
 
         error, _ = await say(talk)
-        await talk.settle()
+        await talk.commit()
 
         assert "rate_limit_exceeded" == error.code
         (attempt,) = recorder.spans(semconv.SPAN_SAY_ATTEMPT)
@@ -299,7 +299,7 @@ class TestWhatEndsIt:
 
         talk = await converse(deadline=1.0, attempt_timeout=0.5)
         error, took = await say(talk, text())
-        await talk.settle()
+        await talk.commit()
 
         assert None is error
         assert 3.0 == took
@@ -311,7 +311,7 @@ class TestWhatEndsIt:
         failed = []
         talk = await converse("silence", on_exhausted=failed.append)
         await say(talk)
-        await talk.settle()
+        await talk.commit()
 
         assert "exhausted" == said(recorder)[0][0]
         assert [] == failed
@@ -332,7 +332,7 @@ class TestBesideAReply:
         assert [("superseded", "superseded")] == ended(recorder)
         assert [("succeeded", None, None)] == said(recorder)
         assert None is not generation.message_stream
-        await talk.settle()
+        await talk.commit()
         assert 1 == len(talk.server.requests)
         assert ["good morning"] == talk.server.completed
 
@@ -356,7 +356,7 @@ class TestBesideAReply:
         await talk.server.wait_for(lambda: talk.server.requests)
         await talk.realtime.say("good morning")
         await reply
-        await talk.settle()
+        await talk.commit()
 
         assert ["good morning", "reply 1"] == talk.server.completed
         assert [("succeeded", None)] == ended(recorder)

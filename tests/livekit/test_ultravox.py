@@ -17,7 +17,7 @@ from livekit.agents import llm
 from support.conversation import actions, ended, late
 from support.without_ids import an_ultravox, an_ultravox_at, talk_over
 
-from traced_retry.livekit.adapter import told
+from traced_retry.livekit.adapter import failure_from_event
 from traced_retry.simulator.ultravox import UltravoxSimulator
 
 LISTENS = ["send", "listen", "listen", "listen"]
@@ -46,7 +46,7 @@ class TestEachFault:
         talk = await converse(script, thinks=thinks)
 
         await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 1"] == talk.heard
         assert heard_late == late(recorder)
@@ -66,7 +66,7 @@ class TestEachFault:
         up, start = [], server.start()
 
         error, took = await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
         await server.close()
 
         assert ["reply 1"] == talk.heard
@@ -94,7 +94,7 @@ class TestCutShort:
         talk = await converse("slow:5,ok")
         handle = await self.speaking(talk)
         talk.realtime._send_client_event({"unsendable": object()})
-        await talk.settle()
+        await talk.commit()
 
         assert (2, []) == (talk.server.connections, talk.errors)
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -107,7 +107,7 @@ class TestCutShort:
         talk = await converse("slow:5")
         handle = await self.speaking(talk)
         await talk.realtime.update_instructions("other")
-        await talk.settle()
+        await talk.commit()
 
         assert 2 == talk.server.connections
         assert [("succeeded", None)] == ended(recorder)
@@ -132,7 +132,7 @@ class TestPolicy:
         talk = await converse("late:18", max_retries=1)
 
         assert (None, 18.0) == await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert LISTENS[:2] == actions(recorder)
         assert ["reply 1"] == talk.heard
@@ -142,7 +142,7 @@ class TestPolicy:
         talk = await converse("late:7", attempt_timeout=2.0)
 
         assert (None, 7.0) == await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert LISTENS == actions(recorder)
         assert ["reply 1"] == talk.heard
@@ -155,7 +155,7 @@ class TestPolicy:
         talk = await converse(script, on_silence="resend")
 
         error, _ = await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert None is error
         assert heard == talk.heard
@@ -171,7 +171,7 @@ class TestPolicy:
         talk = await converse("ok")
         request = talk.realtime._traced_retry._adapter.request(None)
 
-        assert action == request.next_action(told(kind, "it failed"))
+        assert action == request.next_action(failure_from_event(kind, "it failed"))
 
 
 class TestLateReplies:
@@ -187,7 +187,7 @@ class TestLateReplies:
             await call.send("playback_clear_buffer")
             await talk.settle(1)
             await call.reply(talk.server.requests[0])
-        await talk.settle()
+        await talk.commit()
 
         assert 1 == len(talk.heard)
         assert 0 == late(recorder)
@@ -197,7 +197,7 @@ class TestLateReplies:
         talk = await converse("silence,late:3")
         await talk.timed_reply()
         (await talk.asked()).cancel()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 2"] == talk.heard
         assert 0 == late(recorder)
@@ -209,7 +209,7 @@ class TestLateReplies:
             pytest.skip("the plugin has no say() yet in 1.7.0")
         await talk.timed_reply()
         await talk.realtime.say("sorry")
-        await talk.settle()
+        await talk.commit()
 
         assert 0 == late(recorder)
 
@@ -224,7 +224,7 @@ class TestInterruption:
         await asyncio.sleep(after)
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert LISTENS[: 1 if after < 5 else 2] == actions(recorder)
@@ -241,7 +241,7 @@ class TestInterruption:
         await talk.server.wait_for(lambda: talk.server.requests)
         handle.interrupt()
         await handle
-        await talk.settle()
+        await talk.commit()
 
         assert 2 == len(talk.server.requests)
         assert [None] == talk.server.cancels
@@ -252,7 +252,7 @@ class TestInterruption:
         talk = await converse("late:7")
         reply = await talk.asked()
         reply.cancel()
-        await talk.settle()
+        await talk.commit()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == late(recorder)
@@ -312,7 +312,7 @@ class TestContract:
         await talk.server.wait_for("connected")
         (call,) = talk.server._open
         await call.begin()
-        await talk.settle()
+        await talk.commit()
 
         assert not slot.done()
 
@@ -322,7 +322,7 @@ class TestContract:
         theirs = await talk.asked()
         talk.realtime._pending_generation_fut = None
         theirs.cancel()
-        await talk.settle()
+        await talk.commit()
 
         assert [] == talk.server.cancels
 

@@ -48,7 +48,7 @@ class Conversation:
         error = await self.reply(**kwargs)
         return error, round(now() - began, 3)
 
-    async def settle(self, seconds=30.0):
+    async def commit(self, seconds=30.0):
         """Let time pass: whatever would be heard late is heard now."""
         await asyncio.sleep(seconds)
 

@@ -67,7 +67,7 @@ class CallRequest(Generic[T]):
     def timed_out(self, seconds: float) -> Failure:
         """A ``TimeoutError`` of ours."""
         error = TimeoutError(f"no answer within {seconds:.1f} s")
-        return failure(error, "timeout", provoked=True)
+        return failure(error, "timeout", ended_locally=True)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
         """Send again, unless the first may still be answered."""
@@ -136,7 +136,7 @@ def retry(
             raise TypeError(f"{function!r} is an async generator, which cannot be retried")
 
         def reply_to(args: Any, kwargs: Any) -> Reply[Any]:
-            telemetry.zero(provider)
+            telemetry.initialize_counters(provider)
             request: CallRequest[Any] = CallRequest(functools.partial(function, *args, **kwargs))
             return Reply(request, policy, telemetry.reply(target))
 
@@ -190,7 +190,7 @@ class RetryingRealtimeSession(ABC):
         target = Target(
             str(getattr(of, "provider", type(self).__name__)).lower(), getattr(of, "model", None)
         )
-        self.retry_telemetry.zero(target.provider)
+        self.retry_telemetry.initialize_counters(target.provider)
         request: CallRequest[Any] = CallRequest(
             functools.partial(self._do_generate_reply, *args, **kwargs),
             resend_after_timeout=self.resend_after_timeout,

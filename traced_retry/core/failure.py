@@ -132,7 +132,7 @@ class Failure:
     """The provider's own code, exact."""
     retry_after: float | None = None
     """Seconds the provider asks to wait; a floor that jitter never undercuts."""
-    provoked: bool = False
+    ended_locally: bool = False
     """True where we ended the attempt ourselves (its time was up). The agent is then given the
     provider's last own error, if there was one."""
 
@@ -156,10 +156,10 @@ def failure(
     *,
     code: str | None = None,
     retry_after: float | None = None,
-    provoked: bool = False,
+    ended_locally: bool = False,
 ) -> Failure:
     """Make a :class:`Failure` of ``kind`` with that kind's default recoverability."""
-    return Failure(error, kind, RECOVERABLE[kind], code, retry_after, provoked)
+    return Failure(error, kind, RECOVERABLE[kind], code, retry_after, ended_locally)
 
 
 def explain(error: BaseException) -> Failure:

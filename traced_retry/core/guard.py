@@ -24,7 +24,7 @@ def log_once(message: str) -> None:
             logger.error(message)
 
 
-def log_swallowed(what: str, error: BaseException) -> None:
+def log_suppressed(what: str, error: BaseException) -> None:
     """Log once that ``what`` raised ``error``: its class and place.
 
     Never its text: that may hold what a caller said, or an API key.
@@ -36,8 +36,8 @@ def log_swallowed(what: str, error: BaseException) -> None:
     log_once(f"{what} raised {type(error).__name__} at {where}; the reply goes on without it")
 
 
-class harmless:  # noqa: N801 - used as a statement, like contextlib.suppress
-    """``with harmless("what"):`` swallows an exception of the block and logs it once."""
+class suppress_and_log:  # noqa: N801 - used as a statement, like contextlib.suppress
+    """``with suppress_and_log("what"):`` swallows an exception of the block and logs it once."""
 
     __slots__ = ("_what",)
 
@@ -55,5 +55,5 @@ class harmless:  # noqa: N801 - used as a statement, like contextlib.suppress
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        log_swallowed(self._what, error)
+        log_suppressed(self._what, error)
         return True

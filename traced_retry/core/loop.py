@@ -27,7 +27,7 @@ import backoff
 
 from traced_retry import semconv
 from traced_retry.core.failure import Failure, explain
-from traced_retry.core.guard import harmless, log_once
+from traced_retry.core.guard import log_once, suppress_and_log
 from traced_retry.core.policy import Delays, RetryPolicy
 from traced_retry.core.request import Delivery, Request
 from traced_retry.core.telemetry import ReplyTrace
@@ -35,11 +35,11 @@ from traced_retry.core.telemetry import ReplyTrace
 T = TypeVar("T")
 
 _NOTE = "traced_retry: "
-_STALLED = 60.0
+_STALL_TIMEOUT = 60.0
 """Seconds without a sign of a reply that has begun to be heard, after which no end is expected."""
 
 
-class RetryAfter:
+class SessionCooldown:
     """Until when a session's provider wants not to be asked: its last ``retry_after``."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class RetryAfter:
         """The event loop's seconds."""
         self.why: Failure | None = None
 
-    def heed(self, why: Failure, now: float) -> None:
+    def update(self, why: Failure, now: float) -> None:
         """Take note of what ``why`` says."""
         if why.retry_after and now + why.retry_after > self.until:
             self.until, self.why = now + why.retry_after, why
@@ -130,7 +130,7 @@ class Reply(Generic[T]):
         trace: ReplyTrace,
         *,
         jitter: Callable[[float], float] = backoff.full_jitter,
-        retry_after: RetryAfter | None = None,
+        retry_after: SessionCooldown | None = None,
         on_failed: Callable[[FailedReply], None] | None = None,
         on_ended: Callable[[Reply[T], BaseException | None], None] | None = None,
     ) -> None:
@@ -138,7 +138,7 @@ class Reply(Generic[T]):
         self._policy = policy
         self._trace = trace
         self._jitter = jitter
-        self._retry_after = retry_after or RetryAfter()
+        self._retry_after = retry_after or SessionCooldown()
         self._on_failed = on_failed
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
@@ -194,7 +194,7 @@ class Reply(Generic[T]):
                 raise error
         return future
 
-    def interject(self, failure: Failure, stop: semconv.StopReason | None = None) -> None:
+    def report_failure(self, failure: Failure, stop: semconv.StopReason | None = None) -> None:
         """Tell the loop what the attempt's own future does not: that the request is lost.
 
         With ``stop``, nothing further is tried, be it in an attempt or in a wait.
@@ -228,11 +228,11 @@ class Reply(Generic[T]):
         self._end("interrupted")
         # The books are closed first: a plugin that is told of it may well interrupt us again.
         if attempt is not None and not (cut and attempt.done()):
-            with harmless("Request.cancel"):
+            with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt)
 
     @property
-    def handed_over(self) -> bool:
+    def resolved(self) -> bool:
         """Whether the agent holds its reply, or knows that it gets none."""
         return self._future.done()
 
@@ -284,7 +284,7 @@ class Reply(Generic[T]):
 
     def _life(self) -> Life:
         """Attempts with waits between them, until one is heard."""
-        if self._attempt is None and not (yield from self._left_alone()):
+        if self._attempt is None and not (yield from self._await_cooldown()):
             return
         while True:
             failure = yield from self._settled()
@@ -303,11 +303,11 @@ class Reply(Generic[T]):
                 return
             self._send(action, self._end_wait())
 
-    def _left_alone(self) -> Generator[float | None, None, bool]:
+    def _await_cooldown(self) -> Generator[float | None, None, bool]:
         """Do not ask before the provider wants to be asked; False where that takes too long."""
         why = self._retry_after.why
         assert why is not None
-        why = with_own_error(why)
+        why = copy_error(why)
         stop: semconv.StopReason | None = "deadline"
         if self._retry_after.until < self._deadline:
             stop = yield from self._wait_until_ready("send", 0.0)
@@ -370,14 +370,14 @@ class Reply(Generic[T]):
         if failure.kind == "rate_limit" and not self._policy.retry_rate_limits:
             failure = replace(failure, recoverable=False)
         if self._policy.classify is not None:
-            with harmless("RetryPolicy.classify"):
+            with suppress_and_log("RetryPolicy.classify"):
                 verdict = self._policy.classify(failure)
                 if isinstance(verdict, Failure):
                     failure = verdict
                 elif verdict is not None:
                     log_once("RetryPolicy.classify must return a Failure or None; it is ignored")
         if failure.recoverable:
-            self._retry_after.heed(failure, self._loop.time())
+            self._retry_after.update(failure, self._loop.time())
         return failure
 
     def _decide(
@@ -432,12 +432,14 @@ class Reply(Generic[T]):
         assert self._attempt is not None
         result = self._attempt.result()
         delivery = None
-        with harmless("Request.delivery"):  # the reply is there, whatever we can see of its end
+        with suppress_and_log(
+            "Request.delivery"
+        ):  # the reply is there, whatever we can see of its end
             delivery = self._request.delivery(result)
         self._delivery = delivery
         if self._result is None:
             self._result = result
-        if not (self._future.done() or (delivery is not None and delivery.failed_unheard)):
+        if not (self._future.done() or (delivery is not None and delivery.failed_before_output)):
             self._future.set_result(self._result)
         if delivery is None:
             self._succeed()
@@ -458,13 +460,13 @@ class Reply(Generic[T]):
                 meant = delivery.first_output and self._stop == "session_closed"
                 delivery.end(None if meant else self._news)
             elif delivery.first_output:
-                since = delivery.last_sign
+                since = delivery.last_activity
                 if since is None:
                     yield None
-                elif (now := self._loop.time()) >= since + _STALLED:
+                elif (now := self._loop.time()) >= since + _STALL_TIMEOUT:
                     delivery.end(self._request.timed_out(now - since))
                 else:
-                    yield since + _STALLED
+                    yield since + _STALL_TIMEOUT
             elif (now := self._loop.time()) >= limit:
                 delivery.end(self._request.timed_out(now - self._attempt_began))
             else:
@@ -474,7 +476,7 @@ class Reply(Generic[T]):
         """End the reply, or tell the failure of a reply of which nothing was heard."""
         if delivery.failure is not None:
             failure = self._judge(delivery.failure)
-            if delivery.failed_unheard:
+            if delivery.failed_before_output:
                 return failure
             # A second try would be heard as a second reply.
             self._give_up(failure, "output_started")
@@ -492,13 +494,13 @@ class Reply(Generic[T]):
         assert self._attempt is not None
         self._remember(failure)
         self._codes.append(failure.code or failure.error_type)
-        with harmless("Request.abandon"):
+        with suppress_and_log("Request.abandon"):
             self._request.abandon(self._attempt, then)
         self._close_attempt("failed", failure, then, delay)
 
     def _remember(self, failure: Failure) -> None:
         """The agent is told the last that the provider said, rather than that our time was up."""
-        if self._last is None or self._last.provoked or not failure.provoked:
+        if self._last is None or self._last.ended_locally or not failure.ended_locally:
             self._last = failure
 
     def _close_attempt(
@@ -543,7 +545,7 @@ class Reply(Generic[T]):
         if not self._future.done():
             self._future.set_exception(error)
         if self._on_failed is not None:
-            with harmless("on_exhausted"):
+            with suppress_and_log("on_exhausted"):
                 self._on_failed(self._report(stop))
 
     def _end(self, stop: semconv.StopReason | None, failure: Failure | None = None) -> None:
@@ -579,7 +581,7 @@ class Reply(Generic[T]):
         )
 
 
-def with_own_error(why: Failure) -> Failure:
+def copy_error(why: Failure) -> Failure:
     """``why`` with a copy of its error: another reply's agent may hold that one, and its note."""
     try:
         copied = copy.copy(why.error)

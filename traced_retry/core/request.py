@@ -64,7 +64,7 @@ class Delivery:
     def __init__(self) -> None:
         self.first_output: tuple[float, int] | None = None
         """When the first word came: the loop's seconds, and Unix nanoseconds."""
-        self.last_sign: float | None = None
+        self.last_activity: float | None = None
         """When the provider last sent anything of it, in the loop's seconds; None: not told."""
         self.ended = False
         self.failure: Failure | None = None
@@ -73,18 +73,18 @@ class Delivery:
         self.on_end: Callable[[], None] = lambda: None
 
     @property
-    def failed_unheard(self) -> bool:
+    def failed_before_output(self) -> bool:
         """Whether it failed before its first word."""
         return self.failure is not None and self.first_output is None
 
-    def output(self) -> None:
+    def mark_output(self) -> None:
         """Something was said, or a tool called."""
         if self.first_output is None:
             self.first_output = (asyncio.get_running_loop().time(), time.time_ns())
 
-    def sign(self) -> None:
+    def mark_activity(self) -> None:
         """The provider sent something of it. Whoever tells of one tells of all."""
-        self.last_sign = asyncio.get_running_loop().time()
+        self.last_activity = asyncio.get_running_loop().time()
 
     def end(self, failure: Failure | None = None, *, cancelled: bool = False) -> None:
         """The provider is done: with a ``failure``, because it was ``cancelled``, or well."""

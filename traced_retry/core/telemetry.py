@@ -23,7 +23,7 @@ from traced_retry import semconv
 from traced_retry._version import __version__
 from traced_retry.core import budget
 from traced_retry.core.failure import Failure
-from traced_retry.core.guard import harmless, log_swallowed
+from traced_retry.core.guard import log_suppressed, suppress_and_log
 
 logger = logging.getLogger(semconv.SCOPE)
 
@@ -141,7 +141,7 @@ class Telemetry:
         """The telemetry of one reply."""
         return ReplyTrace(self, target)
 
-    def zero(
+    def initialize_counters(
         self,
         provider: str,
         actions: tuple[semconv.Action, ...] = ("send",),
@@ -159,7 +159,7 @@ class Telemetry:
         # Outside of any span: an exemplar would lead from "exhausted" to a call that was not. (An
         # empty context would not do: the SDK takes that for none.)
         nowhere = trace.set_span_in_context(trace.INVALID_SPAN, otel_context.Context())
-        with harmless("zero-initialising the counters"):
+        with suppress_and_log("zero-initialising the counters"):
             self.late_replies.add(0, target.labels, nowhere)
             for outcome in ("succeeded", "recovered"):
                 self.replies.add(0, {**target.labels, semconv.OUTCOME: outcome}, nowhere)
@@ -172,11 +172,11 @@ class Telemetry:
                 of = {**of, semconv.RESULT: "failed", semconv.RECOVERABLE: True}
                 for kind in ("timeout", "connection_lost", "server_error", "rate_limit_exceeded"):
                     self.attempts.add(0, {**of, semconv.ERROR_TYPE: kind}, nowhere)
-            for tell in when_zeroed:
+            for tell in on_counters_initialized:
                 tell()
 
 
-when_zeroed: list[Callable[[], None]] = []
+on_counters_initialized: list[Callable[[], None]] = []
 """Called after counters were started at 0, before the first reply they count: to export that."""
 
 
@@ -191,7 +191,7 @@ def _seconds(meter: metrics.Meter, name: str, description: str) -> metrics.Histo
     )
 
 
-def _harmless(method: M) -> M:
+def _suppress_and_log(method: M) -> M:
     """A failure inside telemetry is logged once and never changes the reply's result."""
 
     @functools.wraps(method)
@@ -199,7 +199,7 @@ def _harmless(method: M) -> M:
         try:
             return method(*args)
         except Exception as error:  # noqa: BLE001 - whatever an SDK, exporter or sampler raises
-            log_swallowed(f"telemetry ({method.__name__})", error)
+            log_suppressed(f"telemetry ({method.__name__})", error)
             return None
 
     return guarded  # type: ignore[return-value]
@@ -292,7 +292,7 @@ class ReplyTrace:
         context = self._reply.get_span_context()
         return trace.format_trace_id(context.trace_id) if self._live else None
 
-    @_harmless
+    @_suppress_and_log
     def begin(self) -> None:
         """The agent asked for a reply."""
         if self._silent:
@@ -308,7 +308,7 @@ class ReplyTrace:
             self._reply_context = trace.set_span_in_context(self._reply)
         self._telemetry.in_flight.add(1, self.target.labels, self._reply_context)
 
-    @_harmless
+    @_suppress_and_log
     def attempt_began(self, number: int, action: semconv.Action, delay: float) -> None:
         """An attempt begins, after ``delay`` seconds of waiting."""
         self._action = action
@@ -344,7 +344,7 @@ class ReplyTrace:
         finally:
             otel_context.detach(token)
 
-    @_harmless
+    @_suppress_and_log
     def attempt_ended(
         self,
         result: semconv.Result,
@@ -375,13 +375,13 @@ class ReplyTrace:
         finally:
             self._attempt.end(at)
 
-    @_harmless
+    @_suppress_and_log
     def waited(self, seconds: float) -> None:
         """A wait between two attempts ended (or was cut short)."""
         if not self._silent:
             self._telemetry.delay.record(seconds, self.target.labels, self._reply_context)
 
-    @_harmless
+    @_suppress_and_log
     def end(
         self,
         stop: semconv.StopReason | None,
@@ -415,7 +415,7 @@ class ReplyTrace:
         finally:
             self._reply.end(at)
 
-    @_harmless
+    @_suppress_and_log
     def late(self) -> None:
         """The reply was heard after the agent was told that it had failed."""
         if not self._silent:
@@ -431,7 +431,7 @@ class ReplyTrace:
 
     # --- log records ---------------------------------------------------------------------------
 
-    @_harmless
+    @_suppress_and_log
     def _log_retry(self, failure: Failure, then: semconv.Action, next_delay: float) -> None:
         with _current(self._attempt_context):
             logger.info(
@@ -449,7 +449,7 @@ class ReplyTrace:
                 },
             )
 
-    @_harmless
+    @_suppress_and_log
     def _log_failed(
         self,
         failure: Failure,

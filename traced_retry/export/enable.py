@@ -24,7 +24,7 @@ from livekit.agents.telemetry import traces as livekit_traces
 from opentelemetry import metrics, trace
 
 from traced_retry.core import telemetry
-from traced_retry.core.guard import harmless, logger
+from traced_retry.core.guard import logger, suppress_and_log
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.export.sdk import SetUp, file_policy, set_up
 from traced_retry.livekit import hook
@@ -134,7 +134,7 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
     if existing is None:
         done = set_up(preset, service_name)
         _give_to_livekit()
-        telemetry.when_zeroed.append(_export_zeroes)
+        telemetry.on_counters_initialized.append(_export_zeroes)
     else:
         done = SetUp(existing, file_policy())
     _tracing, _ours, _file_policy = Tracing(done.destination), existing is None, done.policy
@@ -211,7 +211,7 @@ def _export_zeroes() -> None:
     if flush is not None:
 
         def work() -> None:
-            with harmless("exporting the counters' start"):
+            with suppress_and_log("exporting the counters' start"):
                 flush()
 
         threading.Thread(target=work, name="traced_retry zeroes", daemon=True).start()
@@ -243,7 +243,7 @@ def _within(seconds: float, actions: list[Callable[[], Any]]) -> bool:
 
     def work() -> None:
         for action in actions:
-            with harmless("delivering telemetry"):
+            with suppress_and_log("delivering telemetry"):
                 results.append(action())
 
     thread = threading.Thread(target=work, name="traced_retry flush", daemon=True)

@@ -30,7 +30,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from traced_retry import semconv
 from traced_retry._version import __version__
-from traced_retry.core.guard import log_swallowed, logger
+from traced_retry.core.guard import log_suppressed, logger
 from traced_retry.errors import UsageError
 
 SPANS_WITHIN: Final = 2.0
@@ -163,7 +163,7 @@ class BoundedSpanProcessor(SpanProcessor):
         try:
             self._exporter.shutdown()
         except Exception as error:  # noqa: BLE001 - whatever an exporter raises, at exit
-            log_swallowed("shutting an exporter down", error)
+            log_suppressed("shutting an exporter down", error)
         self._drops.tell_sums()
 
     # --- the thread's side ----------------------------------------------------------------------
@@ -204,7 +204,7 @@ class BoundedSpanProcessor(SpanProcessor):
             if self._exporter.export(batch) is SpanExportResult.SUCCESS:
                 return None
         except Exception as error:  # noqa: BLE001 - whatever an exporter raises
-            log_swallowed("exporting spans", error)
+            log_suppressed("exporting spans", error)
             return "failed"
         why: semconv.DropReason = getattr(self._exporter, "reason", "failed")
         return why

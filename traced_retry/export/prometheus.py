@@ -48,7 +48,7 @@ def _set_up(providers: tuple[str, ...], _process: object) -> None:
     install()
     telemetry = Telemetry()
     for provider in providers:
-        telemetry.zero(provider, semconv.ACTIONS)
+        telemetry.initialize_counters(provider, semconv.ACTIONS)
 
 
 def install() -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hook needs to know of a provider: :class:`Adapter`, one per session.
+"""The provider-specific half of a session: :class:`Adapter`, one per session.
 
-An adapter says what was sent, how it can fail, and what is safe to do next. It alone touches
-private attributes of its plugin, names them in :attr:`Adapter.needs`, and is replaced by plain
-:class:`Adapter`, which observes, where one of them is gone.
+An adapter reports which requests were sent, how they failed, and the next safe action. Only an
+adapter touches private attributes of its plugin. It names them in
+:attr:`Adapter.required_attributes`. If one of them is missing, the plain :class:`Adapter`, which
+only observes, takes its place.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class Replies(Protocol):
         """The policy in force."""
 
     def wake(self) -> None:
-        """Have each look again at :meth:`ObservedRequest.ready`."""
+        """Have each look again at :meth:`PassthroughRequest.ready`."""
 
-    def interject(
+    def report_failure(
         self,
         why: Failure,
         stop: semconv.StopReason | None = None,
@@ -55,36 +56,36 @@ class Adapter:
     base class): it may subscribe to events then, and touch nothing else of the session.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    required_attributes: ClassVar[tuple[str, ...]] = ()
     """Private attributes of the session that it relies on."""
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
     """What its requests may do; their counters start at zero."""
-    losses = 0
+    connection_losses = 0
     """Connections lost so far, where the plugin comes back and the adapter can tell."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         self.session = session
         self.replies = replies
 
-    def missing(self) -> list[str]:
-        """Those of :attr:`needs` that this plugin's session does not have."""
-        return [name for name in self.needs if not hasattr(self.session, name)]
+    def missing_attributes(self) -> list[str]:
+        """Those of :attr:`required_attributes` that this plugin's session does not have."""
+        return [name for name in self.required_attributes if not hasattr(self.session, name)]
 
     def target(self) -> Target:
         """Whom a reply is asked of."""
         model = self.session.realtime_model
         return Target(plain_provider(model.provider), model.model)
 
-    def request(self, call: Call) -> ObservedRequest:
+    def request(self, call: Call) -> PassthroughRequest:
         """One reply's request; ``call`` is the plugin's own ``generate_reply``, arguments bound."""
-        return ObservedRequest(call)
+        return PassthroughRequest(call)
 
-    def why(self, event: llm.RealtimeModelError) -> Failure:
+    def classify_event(self, event: llm.RealtimeModelError) -> Failure:
         """What an ``error`` event of the session means."""
-        return of_event(event)
+        return classify_event(event)
 
 
-class ObservedRequest:
+class PassthroughRequest:
     """A request to a provider of which nothing is known: traced, never sent again.
 
     It is also what the adapters' requests derive from. See
@@ -93,11 +94,11 @@ class ObservedRequest:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.late: Callable[[], None] = lambda: None
+        self.on_late: Callable[[], None] = lambda: None
         """To be called when the reply is heard after the agent was told that it had failed."""
         self.speech: Any = None
         """The ``SpeechHandle`` on whose behalf it is asked, if there is one."""
-        self.unwatch: Callable[[], None] = lambda: None
+        self.stop_watching: Callable[[], None] = lambda: None
         """To be called when that one's interruption means nothing to the reply any more."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
@@ -117,7 +118,7 @@ class ObservedRequest:
 
     def timed_out(self, seconds: float) -> Failure:
         """A ``RealtimeError``, for LiveKit catches nothing else."""
-        return unanswered(seconds)
+        return timeout_failure(seconds)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
         """Nothing is known to be safe."""
@@ -143,57 +144,61 @@ class ObservedRequest:
         """The reply is over, whatever its outcome."""
 
 
-class SeedAdapter(Adapter):
+class OwnRetryAdapter(Adapter):
     """A session on our own ``RetryingRealtimeSession``, whose author said what is safe."""
 
-    def request(self, call: Call) -> SeedRequest:
+    def request(self, call: Call) -> OwnRetryRequest:
         """One reply's request."""
-        return SeedRequest(call, self.session.resend_after_timeout)  # type: ignore[attr-defined]
+        return OwnRetryRequest(call, self.session.resend_after_timeout)  # type: ignore[attr-defined]
 
 
-class SeedRequest(ObservedRequest):
+class OwnRetryRequest(PassthroughRequest):
     """The author's ``_do_generate_reply``, repeated as without the hook."""
 
     def __init__(self, call: Call, resend_after_timeout: bool) -> None:
         super().__init__(call)
-        self._seed: CallRequest[Generation] = CallRequest(
+        self._inner: CallRequest[Generation] = CallRequest(
             call, resend_after_timeout=resend_after_timeout
         )
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Call it; it may be ``async``."""
-        return self._seed.attempt(action)
+        return self._inner.attempt(action)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
         """As the author says."""
-        return self._seed.next_action(why)
+        return self._inner.next_action(why)
 
 
-def unanswered(seconds: float, kind: Kind = "timeout") -> Failure:
+def timeout_failure(seconds: float, kind: Kind = "timeout") -> Failure:
     """The failure of an attempt that we ended ourselves."""
     error = llm.RealtimeError(f"generate_reply got no answer within {seconds:.1f} s")
-    return failure(error, kind, provoked=True)
+    return failure(error, kind, ended_locally=True)
 
 
-def told(kind: Kind, what: str, code: str | None = None, *, provoked: bool = False) -> Failure:
+def failure_from_event(
+    kind: Kind, what: str, code: str | None = None, *, ended_locally: bool = False
+) -> Failure:
     """A failure that only an event told of, with an error LiveKit catches and no foreign text."""
     error = llm.RealtimeError(f"{what} ({code or kind})", code=code)
-    return failure(error, kind, code=code, provoked=provoked)
+    return failure(error, kind, code=code, ended_locally=ended_locally)
 
 
-def of_event(event: llm.RealtimeModelError) -> Failure:
+def classify_event(event: llm.RealtimeModelError) -> Failure:
     """What a session's ``error`` event means, by the provider's code or an HTTP status."""
     what, error = "the realtime session failed", event.error
     body = getattr(error, "body", None)
     code = plain_code(getattr(body, "code", None)) or plain_code(getattr(body, "type", None))
     if code is not None:
-        return told(CODES.get(code, "unknown"), what, code)
+        return failure_from_event(CODES.get(code, "unknown"), what, code)
     source: BaseException | None = error
     while source is not None:  # a plugin's error may wrap its SDK's, and that one HTTP's
         if (kind := explain(source).kind) not in ("unknown", "bug"):
-            return told(kind, what)
+            return failure_from_event(kind, what)
         source = source.__cause__
-    return told("connection_lost" if isinstance(error, APIConnectionError) else "unknown", what)
+    return failure_from_event(
+        "connection_lost" if isinstance(error, APIConnectionError) else "unknown", what
+    )
 
 
 def plain_provider(provider: str) -> str:

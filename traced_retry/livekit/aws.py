@@ -39,18 +39,18 @@ from livekit.agents import llm
 
 from traced_retry import semconv
 from traced_retry.core.failure import CODES, Failure, Kind, explain, failure, plain_code
-from traced_retry.core.guard import harmless
+from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
     Generation,
-    ObservedRequest,
+    PassthroughRequest,
     Replies,
-    told,
+    failure_from_event,
 )
-from traced_retry.livekit.listening import Speaking, before
+from traced_retry.livekit.single_slot import SlotDelivery, before
 
 _REMEMBERED = 64
 """Requests given up whose replies are still watched for, at most."""
@@ -63,13 +63,13 @@ _GRACE = 2.0
 class AWSAdapter(Adapter):
     """One session's requests, in the order they were asked; replies come in the same."""
 
-    needs: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         "_pending_generation_fut",
         "_response_task",
         "_main_atask",
         "_close_current_generation",
         "_restart_session",
-        *Speaking.needs,
+        *SlotDelivery.required_attributes,
     )
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "listen")
 
@@ -79,7 +79,7 @@ class AWSAdapter(Adapter):
         """Requests asked and not yet answered, the oldest first."""
         self.given_up: deque[AWSRequest] = deque(maxlen=_REMEMBERED)
         """Those of which the agent was told that they failed."""
-        self.speaking = Speaking(session)
+        self.speaking = SlotDelivery(session)
         self._newest: str | None = None
         self._unasked = False
         self._reader: asyncio.Task[Any] | None = None
@@ -110,11 +110,11 @@ class AWSAdapter(Adapter):
         """Take up a request just sent; it fails where nobody reads the stream, now or later."""
         self.open.append(request)
         if self._reader is None:
-            before(self.session, "_close_current_generation", self.speaking.over)
+            before(self.session, "_close_current_generation", self.speaking.end)
             before(self.session, "_restart_session", self._on_restarting)
         self._watch_reader()
         if self._lost is not None:
-            self.replies.interject(self._lost, "not_recoverable", only=request)
+            self.replies.report_failure(self._lost, "not_recoverable", only=request)
 
     def _watch_reader(self) -> bool:
         """Have the end of what reads the stream, or will, told to us; False if we had already."""
@@ -127,7 +127,7 @@ class AWSAdapter(Adapter):
         return True
 
     def _on_reader_ended(self, reader: asyncio.Task[Any]) -> None:
-        with harmless("seeing the stream's reader end"):
+        with suppress_and_log("seeing the stream's reader end"):
             if self._watch_reader():
                 return  # it opened another stream, and that one's reader took its place
             failed = not reader.cancelled() and reader.exception() is not None
@@ -136,12 +136,12 @@ class AWSAdapter(Adapter):
             asyncio.get_running_loop().call_later(wait, self._on_nobody_reads, reader)
 
     def _on_nobody_reads(self, reader: asyncio.Task[Any]) -> None:
-        with harmless("seeing the stream end"):
+        with suppress_and_log("seeing the stream end"):
             if not self._watch_reader() and self._reader is reader:
                 error = None if reader.cancelled() else reader.exception()
                 self._lost = _why_lost(error)
                 self._cut_short(self._lost)
-                self.replies.interject(self._lost, "not_recoverable")
+                self.replies.report_failure(self._lost, "not_recoverable")
 
     def _on_restarting(self, error: BaseException) -> None:
         """The plugin opens another stream; only a user's message is answered there after all."""
@@ -150,18 +150,18 @@ class AWSAdapter(Adapter):
         if not asked_again:
             code = plain_code(type(error).__name__)
             kind: Kind = "rate_limit" if code == "ThrottlingException" else "server_error"
-            self._cut_short(told(kind, "the stream was lost during the reply", code))
+            self._cut_short(failure_from_event(kind, "the stream was lost during the reply", code))
 
     def _cut_short(self, why: Failure) -> None:
         """Tell of a reply that was being spoken, and close it.
 
         The plugin never does: the agent would wait for its end, and say nothing else, for ever.
         """
-        self.speaking.over(why)
+        self.speaking.end(why)
         self.session._close_current_generation()  # type: ignore[attr-defined]
 
     def _on_generation(self, event: Generation) -> None:
-        with harmless("reading a generation"):
+        with suppress_and_log("reading a generation"):
             if event.response_id != self._newest:
                 self._newest = event.response_id
                 self._unasked = not self.open
@@ -169,7 +169,7 @@ class AWSAdapter(Adapter):
             elif self._unasked and self.given_up:
                 # Announced again: it is being spoken, and no words of the user's came first.
                 self._unasked = False
-                self.given_up.popleft().late()
+                self.given_up.popleft().on_late()
 
     def _answer(self, event: Generation) -> None:
         """Give a reply to the oldest request, and to those that sent nothing of their own."""
@@ -183,7 +183,7 @@ class AWSAdapter(Adapter):
         self.given_up.clear()
 
 
-class AWSRequest(ObservedRequest):
+class AWSRequest(PassthroughRequest):
     """One reply's request to Nova Sonic."""
 
     def __init__(self, adapter: AWSAdapter, call: Call) -> None:
@@ -291,5 +291,5 @@ def _why_lost(error: BaseException | None) -> Failure:
     what = "the stream ended, and the plugin opens no other"
     kind = CODES.get(type(error).__name__)
     if kind is None:
-        return told("connection_lost", what)
-    return told(kind, what, plain_code(type(error).__name__))
+        return failure_from_event("connection_lost", what)
+    return failure_from_event(kind, what, plain_code(type(error).__name__))

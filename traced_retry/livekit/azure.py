@@ -43,7 +43,7 @@ _NAMES: Final = {
 class VoiceLiveAdapter(OpenAIAdapter):
     """What one session's server said, as far as its replies are concerned."""
 
-    needs: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_send")
+    required_attributes: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_send")
     raw_event: ClassVar[str] = "azure_server_event_received"
 
     def target(self) -> Target:

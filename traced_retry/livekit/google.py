@@ -33,16 +33,16 @@ from livekit.agents import llm
 
 from traced_retry import semconv
 from traced_retry.core.failure import Failure, Kind, failure
-from traced_retry.core.guard import harmless
+from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
     Generation,
-    ObservedRequest,
+    PassthroughRequest,
     Replies,
-    told,
+    failure_from_event,
 )
 
 PLUGIN_TIMEOUT = 5.0
@@ -65,7 +65,7 @@ _CLOSE_CODES = range(1000, 5000)
 class GoogleAdapter(Adapter):
     """The plugin's one slot, and who waits in it."""
 
-    needs: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         "_pending_generation_fut",
         "_session_resumption_handle",
         "_mark_restart_needed",
@@ -85,10 +85,10 @@ class GoogleAdapter(Adapter):
         self.plugin: Any = session
         self.asked: GoogleRequest | None = None
         """Whose attempt is under way."""
-        self._grave: asyncio.Future[Generation] | None = None
+        self._discard_future: asyncio.Future[Generation] | None = None
         """In the slot from a restart until the new connection: what the old one still says is
         buried here, instead of being spoken."""
-        self._buried: str | None = None
+        self._discarded_response: str | None = None
         self._renew_later = False
         self._delivery: tuple[str, Delivery] | None = None
         """The reply being spoken, if we asked for it, and its response id."""
@@ -116,7 +116,7 @@ class GoogleAdapter(Adapter):
         """One reply's request."""
         return GoogleRequest(self, call)
 
-    def why(self, event: llm.RealtimeModelError) -> Failure:
+    def classify_event(self, event: llm.RealtimeModelError) -> Failure:
         """By its close code, or the status of a message or of HTTP."""
         return _why(event.error)
 
@@ -136,7 +136,7 @@ class GoogleAdapter(Adapter):
     def free(self) -> bool:
         """Whether no one waits for the next generation."""
         waiting = self.plugin._pending_generation_fut
-        return waiting is None or waiting is self._grave or waiting.done()
+        return waiting is None or waiting is self._discard_future or waiting.done()
 
     def put(self, future: asyncio.Future[Generation] | None) -> None:
         """Have ``future`` resolved by the next generation."""
@@ -149,8 +149,8 @@ class GoogleAdapter(Adapter):
         self._withdraw()
         plugin._mark_restart_needed()
         if self.free:
-            self._grave = asyncio.get_running_loop().create_future()
-            self.put(self._grave)
+            self._discard_future = asyncio.get_running_loop().create_future()
+            self.put(self._discard_future)
 
     def interrupt(self) -> None:
         """What the plugin does, and not our hook: other replies are not meant."""
@@ -179,47 +179,51 @@ class GoogleAdapter(Adapter):
     # --- what the plugin says ------------------------------------------------------------------
 
     def _on_metrics(self, metrics: Any) -> None:
-        with harmless("reading a metrics event"):
+        with suppress_and_log("reading a metrics event"):
             if metrics.request_id == "":
                 self._on_connected()
 
     def _on_connected(self) -> None:
-        if self._grave is not None:
+        if self._discard_future is not None:
             if self.plugin._session_resumption_handle is not None:
                 # The old session's last word, read after we had dropped its handle; this
                 # connection may have been made with it.
                 self.renew()
                 return
-            if self.plugin._pending_generation_fut is self._grave:
+            if self.plugin._pending_generation_fut is self._discard_future:
                 self.put(None)
-            self._grave = None
+            self._discard_future = None
         # Right after this event the plugin makes the session the active one.
         asyncio.get_running_loop().call_soon(self.replies.wake)
 
     def _on_generation(self, event: Generation) -> None:
-        with harmless("reading a generation event"):
-            if self._grave is not None and self._grave.done() and not self._grave.cancelled():
-                self._buried = event.response_id
+        with suppress_and_log("reading a generation event"):
+            if (
+                self._discard_future is not None
+                and self._discard_future.done()
+                and not self._discard_future.cancelled()
+            ):
+                self._discarded_response = event.response_id
             elif event.user_initiated and event.response_id is not None:
                 # The plugin begins one with its first words (or a call, or the user's words).
                 delivery = Delivery()
-                delivery.output()
+                delivery.mark_output()
                 self._delivery = (event.response_id, delivery)
 
     def _on_generation_ended(self) -> None:
-        with harmless("reading the end of a generation"):
+        with suppress_and_log("reading the end of a generation"):
             # Emitted as the first step of ending it, also before a next one begins.
             generation = self.plugin._current_generation
             if generation is None:
                 return
-            if generation.response_id == self._buried:
+            if generation.response_id == self._discarded_response:
                 generation.output_text = ""  # else it becomes part of the chat context
             delivery = self.delivery(generation.response_id)
             if delivery is not None:
                 whole = generation._completed_timestamp or not generation.function_ch.empty()
                 lost = not whole and self.plugin._session_error is not None
                 what = "the connection was lost during the reply"
-                delivery.end(told("connection_lost", what) if lost else None)
+                delivery.end(failure_from_event("connection_lost", what) if lost else None)
             if self._renew_later:
                 self._renew_later = False
                 if self.free:
@@ -233,16 +237,16 @@ class GoogleAdapter(Adapter):
         return None
 
     def _on_error(self, event: llm.RealtimeModelError) -> None:
-        with harmless("reading an error event"):
-            why = self.why(event)
+        with suppress_and_log("reading an error event"):
+            why = self.classify_event(event)
             if not event.recoverable:
-                self.replies.interject(why, "not_recoverable")
+                self.replies.report_failure(why, "not_recoverable")
             elif self.asked is not None:
                 self.asked.lost = True
-                self.replies.interject(why, only=self.asked)
+                self.replies.report_failure(why, only=self.asked)
 
 
-class GoogleRequest(ObservedRequest):
+class GoogleRequest(PassthroughRequest):
     """One reply's request to Gemini Live."""
 
     def __init__(self, adapter: GoogleAdapter, call: Call) -> None:
@@ -358,8 +362,10 @@ def _why(error: BaseException) -> Failure:
         code = vars(error).get("code")
     what = "the realtime session failed"
     if not isinstance(code, int):
-        return told("unknown" if isinstance(error, ValueError) else "connection_lost", what)
+        return failure_from_event(
+            "unknown" if isinstance(error, ValueError) else "connection_lost", what
+        )
     kind = _STATUS.get(code, "connection_lost" if code in _CLOSE_CODES else "server_error")
     if kind == "connection_lost" and "quota" in str(error):
         kind = "quota"  # Gemini closes with 1011 and says so in words
-    return told(kind, what, str(code))
+    return failure_from_event(kind, what, str(code))

@@ -26,15 +26,15 @@ from opentelemetry import trace as otel_trace
 
 from traced_retry import semconv
 from traced_retry.core.failure import Failure
-from traced_retry.core.guard import harmless, log_once
-from traced_retry.core.loop import FailedReply, Reply, RetryAfter, with_own_error
+from traced_retry.core.guard import log_once, suppress_and_log
+from traced_retry.core.loop import FailedReply, Reply, SessionCooldown, copy_error
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.core.request import Request
 from traced_retry.core.telemetry import Target, Telemetry
-from traced_retry.livekit.adapter import Adapter, Generation, ObservedRequest, told
+from traced_retry.livekit.adapter import Adapter, Generation, PassthroughRequest, failure_from_event
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.livekit.say import SayRequest, observed
-from traced_retry.livekit.speech import current_speech, tell, when_interrupted
+from traced_retry.livekit.speech import current_speech, record_error, when_interrupted
 
 logger = logging.getLogger(semconv.SCOPE)
 
@@ -78,10 +78,10 @@ class SessionHook:
         self._interrupt = session.interrupt
         self._say = session.say
         self._says = type(session).say is not llm.RealtimeSession.say
-        self._open: dict[Reply[Generation], ObservedRequest] = {}
+        self._open: dict[Reply[Generation], PassthroughRequest] = {}
         self._callbacks: set[asyncio.Future[None]] = set()
-        self._dead: tuple[Failure, semconv.StopReason] | None = None
-        self._retry_after = RetryAfter()
+        self._closed_by: tuple[Failure, semconv.StopReason] | None = None
+        self._retry_after = SessionCooldown()
         self._checked = False
         self._adapter = adapter_class(session)(session, self)
         setattr(session, _HOOK, self)
@@ -91,12 +91,12 @@ class SessionHook:
         if self._says:
             session.say = self.say  # type: ignore[method-assign]
         session.on("error", self._on_error)
-        self._begin()
+        self._initialize_telemetry()
 
     def configure(self, config: _Config) -> None:
         """Use ``config`` from the next reply on."""
         self._config = config
-        self._begin()
+        self._initialize_telemetry()
 
     # --- what the session's user calls ---------------------------------------------------------
 
@@ -110,7 +110,7 @@ class SessionHook:
             self._config.policy,
             self._target,
             retry_after=self._retry_after,
-            on_failed=self._tell if self._config.on_exhausted is not None else None,
+            on_failed=self._schedule_callback if self._config.on_exhausted is not None else None,
         )
 
     def say(self, *args: Any, **kwargs: Any) -> asyncio.Future[Generation]:
@@ -123,15 +123,15 @@ class SessionHook:
 
     def _start(
         self,
-        request: ObservedRequest,
+        request: PassthroughRequest,
         policy: RetryPolicy,
         target: Target,
         *,
-        retry_after: RetryAfter | None = None,
+        retry_after: SessionCooldown | None = None,
         on_failed: Callable[[FailedReply], None] | None = None,
     ) -> asyncio.Future[Generation]:
         trace = self._config.telemetry.reply(target)
-        request.late = trace.late
+        request.on_late = trace.late
         reply = Reply(
             request,
             policy,
@@ -140,14 +140,14 @@ class SessionHook:
             on_failed=on_failed,
             on_ended=self._ended,
         )
-        if self._dead is not None:
-            why, stop = self._dead
-            reply.interject(with_own_error(why), stop)
+        if self._closed_by is not None:
+            why, stop = self._closed_by
+            reply.report_failure(copy_error(why), stop)
         self._open[reply] = request
         future = reply.start()
         if request.speech is not None and reply in self._open:
             # An agent that has no reply yet cancels its future; one that has, cannot.
-            request.unwatch = when_interrupted(
+            request.stop_watching = when_interrupted(
                 request.speech, lambda: future.add_done_callback(lambda _: reply.interrupt())
             )
         return future
@@ -156,13 +156,15 @@ class SessionHook:
         """Cut the present generation; a reply that waits for its first word ends with it."""
         self._interrupt()
         for reply in list(self._open):
-            if reply.handed_over:  # else the agent cancels the future
+            if reply.resolved:  # else the agent cancels the future
                 reply.interrupt(cut=True)
 
     async def aclose(self) -> None:
         """Close the session; what is still asked of it ends as ``session_closed``."""
-        closed = told("session_closed", "the realtime session was closed", provoked=True)
-        self._die(closed, "session_closed")
+        closed = failure_from_event(
+            "session_closed", "the realtime session was closed", ended_locally=True
+        )
+        self._close_with(closed, "session_closed")
         await self._aclose()
 
     # --- Replies, for the adapter --------------------------------------------------------------
@@ -177,7 +179,7 @@ class SessionHook:
         for reply in list(self._open):
             reply.wake()
 
-    def interject(
+    def report_failure(
         self,
         why: Failure,
         stop: semconv.StopReason | None = None,
@@ -187,76 +189,76 @@ class SessionHook:
         """Tell the open replies that their request is lost."""
         for reply, request in list(self._open.items()):
             if only is None or request is only:
-                reply.interject(with_own_error(why), stop)
+                reply.report_failure(copy_error(why), stop)
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _initialize_telemetry(self) -> None:
         """Have the session's metrics at their start, before its first reply."""
-        self._name()
+        self._identify_target()
         if self._config.policy.budget is not None:
             self._config.policy.budget.open(self._target.provider, time.monotonic)
 
-    def _name(self) -> None:
+    def _identify_target(self) -> None:
         """Find out whom replies are asked of; its counters start at zero."""
         self._target = Target("unknown")
-        with harmless("naming the provider"):
+        with suppress_and_log("naming the provider"):
             self._target = self._adapter.target()
-        self._config.telemetry.zero(self._target.provider, self._adapter.actions)
+        self._config.telemetry.initialize_counters(self._target.provider, self._adapter.actions)
         if self._says:
-            self._config.telemetry.zero(self._target.provider, say=True)
+            self._config.telemetry.initialize_counters(self._target.provider, say=True)
 
     def _adapter_in_force(self) -> Adapter:
         # Looked at with the first reply, once: when the hook is installed by instrument(), the
         # plugin's own __init__ has not run yet.
         if not self._checked:
             self._checked = True
-            if missing := self._adapter.missing():
+            if missing := self._adapter.missing_attributes():
                 log_once(
                     f"{type(self._session).__module__} has no {', '.join(missing)} any more: its "
                     "replies are traced and not retried; look for a newer traced-retry"
                 )
                 self._adapter = Adapter(self._session, self)
-            self._name()
+            self._identify_target()
         return self._adapter
 
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         if not event.recoverable:
-            with harmless("reading an error event"):
-                self._die(self._adapter.why(event), "not_recoverable")
+            with suppress_and_log("reading an error event"):
+                self._close_with(self._adapter.classify_event(event), "not_recoverable")
 
-    def _die(self, why: Failure, stop: semconv.StopReason) -> None:
-        if self._dead is None:
-            self._dead = (why, stop)
-        self.interject(why, stop)
+    def _close_with(self, why: Failure, stop: semconv.StopReason) -> None:
+        if self._closed_by is None:
+            self._closed_by = (why, stop)
+        self.report_failure(why, stop)
 
-    def _ended(self, reply: Reply[Generation], untold: BaseException | None) -> None:
+    def _ended(self, reply: Reply[Generation], unreported: BaseException | None) -> None:
         request = self._open.pop(reply, None)
         if request is None:
             return
-        request.unwatch()
-        with harmless("telling the speech"):
-            if untold is not None and request.speech is not None:
-                tell(request.speech, untold)
-        with harmless("ending a request"):
+        request.stop_watching()
+        with suppress_and_log("recording the error on the speech"):
+            if unreported is not None and request.speech is not None:
+                record_error(request.speech, unreported)
+        with suppress_and_log("ending a request"):
             request.ended()
 
-    def _tell(self, failed: FailedReply) -> None:
+    def _schedule_callback(self, failed: FailedReply) -> None:
         # Soon, not now: what asked for the reply is then told already, and may be asked anew.
-        asyncio.get_running_loop().call_soon(self._call_back, failed)
+        asyncio.get_running_loop().call_soon(self._run_callback, failed)
 
-    def _call_back(self, failed: FailedReply) -> None:
+    def _run_callback(self, failed: FailedReply) -> None:
         assert self._config.on_exhausted is not None
-        with harmless("on_exhausted"):
+        with suppress_and_log("on_exhausted"):
             result = self._config.on_exhausted(failed)
             if inspect.isawaitable(result):
-                task = asyncio.ensure_future(_harmlessly(result))
+                task = asyncio.ensure_future(_await_and_log(result))
                 self._callbacks.add(task)
                 task.add_done_callback(self._callbacks.discard)
 
 
-async def _harmlessly(awaitable: Awaitable[None]) -> None:
-    with harmless("on_exhausted"):
+async def _await_and_log(awaitable: Awaitable[None]) -> None:
+    with suppress_and_log("on_exhausted"):
         await awaitable
 
 
@@ -371,7 +373,7 @@ def instrument(
         self: llm.RealtimeSession[Any], *args: Any, **kwargs: Any
     ) -> None:
         original(self, *args, **kwargs)
-        with harmless("instrumenting a session"):
+        with suppress_and_log("instrumenting a session"):
             _install(self, config, explicit=False)
 
     llm.RealtimeSession.__init__ = __init__  # type: ignore[method-assign]

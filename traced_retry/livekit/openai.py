@@ -29,17 +29,17 @@ from openai.types.realtime import ResponseCancelEvent
 
 from traced_retry import semconv
 from traced_retry.core.failure import CODES, Failure, explain, failure, plain_code
-from traced_retry.core.guard import harmless
+from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
     Generation,
-    ObservedRequest,
+    PassthroughRequest,
     Replies,
-    told,
-    unanswered,
+    failure_from_event,
+    timeout_failure,
 )
 from traced_retry.livekit.streams import Streams
 
@@ -65,7 +65,10 @@ _REMEMBERED = 256
 class OpenAIAdapter(Adapter):
     """What one session's server said, as far as its replies are concerned."""
 
-    needs: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_discarded_event_ids")
+    required_attributes: ClassVar[tuple[str, ...]] = (
+        "_response_created_futures",
+        "_discarded_event_ids",
+    )
     raw_event: ClassVar[str] = "openai_server_event_received"
     """The session's event that carries each event of the server, before it is dealt with."""
 
@@ -144,7 +147,7 @@ class OpenAIAdapter(Adapter):
     # --- what the server says ------------------------------------------------------------------
 
     def _on_raw_event(self, event: Mapping[str, Any]) -> None:
-        with harmless("reading a server event"):
+        with suppress_and_log("reading a server event"):
             self._on_server_event(str(event.get("type")), event)
 
     def _on_server_event(self, kind: str, event: Mapping[str, Any]) -> None:
@@ -152,7 +155,7 @@ class OpenAIAdapter(Adapter):
             self._on_connected()
         asker = self._speaking.get(event.get("response_id", ""))
         if asker is not None and asker.delivered is not None:
-            asker.delivered.sign()
+            asker.delivered.mark_activity()
         if kind == "response.created":
             self._on_response_created(event["response"])
         elif kind in _OUTPUT and asker is not None:
@@ -202,8 +205,10 @@ class OpenAIAdapter(Adapter):
             # that one, and asking again is safe: should it be answered after all, that response
             # is cancelled by its id. An invalid request names its own event, or is not ours.
             code = plain_code(error.get("code")) or plain_code(error.get("type"))
-            why = told(CODES.get(code or "", "unknown"), "the provider reported an error", code)
-            self.replies.interject(why, only=self.open[0])
+            why = failure_from_event(
+                CODES.get(code or "", "unknown"), "the provider reported an error", code
+            )
+            self.replies.report_failure(why, only=self.open[0])
 
     def _on_connected(self) -> None:
         # A first connection that failed emits no session_reconnected when it comes up after all;
@@ -214,28 +219,28 @@ class OpenAIAdapter(Adapter):
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         if not (event.recoverable and isinstance(event.error, APIConnectionError)):
             return
-        with harmless("reading an error event"):
+        with suppress_and_log("reading an error event"):
             self.connected = False
             self._lose()
 
     def _on_reconnected(self, _: object) -> None:
         # Without an error before it where the plugin renews a connection that has become old.
-        with harmless("reading a reconnect"):
+        with suppress_and_log("reading a reconnect"):
             self._lose()
             self._on_connected()
 
     def _lose(self) -> None:
         """What was asked or begun on the connection before is not answered any more."""
-        self.losses += 1
+        self.connection_losses += 1
         self.active.clear()
         lost, self._speaking = self._speaking, {}
         for asker in lost.values():
             if asker.delivered is not None:
                 what = "the connection was lost during the reply"
-                asker.delivered.end(told("connection_lost", what))
+                asker.delivered.end(failure_from_event("connection_lost", what))
 
 
-class OpenAIRequest(ObservedRequest):
+class OpenAIRequest(PassthroughRequest):
     """One reply's request to an OpenAI-like server."""
 
     def __init__(self, adapter: OpenAIAdapter, call: Call) -> None:
@@ -255,7 +260,7 @@ class OpenAIRequest(ObservedRequest):
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send it, and learn its id."""
         before = self._adapter.pending()
-        self._losses = self._adapter.losses
+        self._losses = self._adapter.connection_losses
         attempt = self.call()
         self.ids = self._adapter.pending() - before
         self._current = attempt
@@ -275,7 +280,7 @@ class OpenAIRequest(ObservedRequest):
             code = plain_code(raw.get("code")) or plain_code(raw.get("type"))
             if code is not None:
                 why = failure(error, CODES.get(code, "unknown"), code=code)
-            elif self._adapter.losses > self._losses:
+            elif self._adapter.connection_losses > self._losses:
                 why = failure(error, "connection_lost")
             else:
                 why = failure(error, "timeout")
@@ -286,7 +291,7 @@ class OpenAIRequest(ObservedRequest):
 
     def timed_out(self, seconds: float) -> Failure:
         """Our own time-out; it was the connection's fault where that is down."""
-        return unanswered(seconds, "timeout" if self._adapter.connected else "connection_lost")
+        return timeout_failure(seconds, "timeout" if self._adapter.connected else "connection_lost")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
         """The id makes sending again safe; a subclass that sends later than asked hides it."""
@@ -321,7 +326,7 @@ class OpenAIRequest(ObservedRequest):
         if self._streams is None:
             self._streams = Streams(result)
         else:
-            self._streams.go_on(result)
+            self._streams.switch_to(result)
         self._flowing = True
         if self.delivered.first_output:
             self.heard()
@@ -330,9 +335,9 @@ class OpenAIRequest(ObservedRequest):
     def heard(self) -> None:
         """There is output: nothing may follow this generation any more."""
         if self.delivered is not None:
-            self.delivered.output()
+            self.delivered.mark_output()
         if self._streams is not None and self._flowing:
-            self._streams.settle()
+            self._streams.commit()
 
     def ended(self) -> None:
         """The agent waits for nothing."""
@@ -367,7 +372,7 @@ def _why_unfinished(response: Mapping[str, Any]) -> Failure:
     said = (error.get("code"), error.get("type"), details.get("reason"))
     code = next(filter(None, map(plain_code, said)), None)
     what = f"the response ended {response.get('status')}"
-    return told(CODES.get(code or "", "unknown"), what, code)
+    return failure_from_event(CODES.get(code or "", "unknown"), what, code)
 
 
 def _provider(model: llm.RealtimeModel) -> str:

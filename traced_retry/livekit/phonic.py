@@ -24,26 +24,26 @@ from livekit.agents import llm
 
 from traced_retry import semconv
 from traced_retry.core.failure import Failure
-from traced_retry.core.guard import harmless
-from traced_retry.livekit.adapter import Call, Generation, Replies, told
-from traced_retry.livekit.listening import (
-    ListeningAdapter,
-    ListeningRequest,
-    Speaking,
+from traced_retry.core.guard import suppress_and_log
+from traced_retry.livekit.adapter import Call, Generation, Replies, failure_from_event
+from traced_retry.livekit.single_slot import (
+    SingleSlotAdapter,
+    SingleSlotRequest,
+    SlotDelivery,
     before,
 )
 
 
-class PhonicAdapter(ListeningAdapter):
+class PhonicAdapter(SingleSlotAdapter):
     """One session with Phonic."""
 
-    needs: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         "_pending_generate_reply_fut",
         "_generate_reply_task",
         "_pending_user_text",
         "_main_atask",
         "_close_current_generation",
-        *Speaking.needs,
+        *SlotDelivery.required_attributes,
     )
     slot = "_pending_generate_reply_fut"
     window = 10.0
@@ -73,16 +73,16 @@ class PhonicAdapter(ListeningAdapter):
             self.session._main_atask.add_done_callback(self._on_over)  # type: ignore[attr-defined]
 
     def _on_over(self, _: asyncio.Task[None]) -> None:
-        with harmless("seeing the conversation end"):
-            self.die(self.dead or told("connection_lost", "the conversation is over"))
+        with suppress_and_log("seeing the conversation end"):
+            self.die(self.dead or failure_from_event("connection_lost", "the conversation is over"))
 
     def _on_closing(self, **_: bool) -> None:
         main: asyncio.Task[None] = self.session._main_atask  # type: ignore[attr-defined]
-        self.speaking.over(_cut_short() if asyncio.current_task() is main else None)
+        self.speaking.end(_cut_short() if asyncio.current_task() is main else None)
 
     def _on_generation(self, event: Generation) -> None:
         # Emitted after the slot was resolved: then somebody waited for it.
-        with harmless("reading a generation"):
+        with suppress_and_log("reading a generation"):
             if event.user_initiated:
                 self.watch_for(None)
             else:
@@ -93,13 +93,13 @@ class PhonicAdapter(ListeningAdapter):
         if getattr(event.error, "headers", None):
             event.error.headers = None  # type: ignore[attr-defined]
         if event.recoverable:
-            self.speaking.over(_cut_short())
-            self.die(told("connection_lost", "the connection was lost"))
+            self.speaking.end(_cut_short())
+            self.die(failure_from_event("connection_lost", "the connection was lost"))
         elif self.dead is None:
-            self.dead = self.why(event)
+            self.dead = self.classify_event(event)
 
 
-class PhonicRequest(ListeningRequest):
+class PhonicRequest(SingleSlotRequest):
     """One reply's request to Phonic."""
 
     _adapter: PhonicAdapter
@@ -123,4 +123,4 @@ class PhonicRequest(ListeningRequest):
 
 
 def _cut_short() -> Failure:
-    return told("connection_lost", "the conversation was lost during the reply")
+    return failure_from_event("connection_lost", "the conversation was lost during the reply")

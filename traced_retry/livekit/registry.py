@@ -24,7 +24,7 @@ ADAPTERS: Final = {
         "traced_retry.livekit.aws:AWSAdapter"
     ),
     "livekit.plugins.phonic.realtime.realtime_model": "traced_retry.livekit.phonic:PhonicAdapter",
-    "traced_retry.core.decorator": "traced_retry.livekit.adapter:SeedAdapter",
+    "traced_retry.core.decorator": "traced_retry.livekit.adapter:OwnRetryAdapter",
 }
 
 

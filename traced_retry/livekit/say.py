@@ -21,8 +21,8 @@ from typing import Final
 from traced_retry import semconv
 from traced_retry.core.failure import Failure, failure
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.livekit.adapter import Adapter, Call, Generation, ObservedRequest
-from traced_retry.livekit.listening import ListeningAdapter
+from traced_retry.livekit.adapter import Adapter, Call, Generation, PassthroughRequest
+from traced_retry.livekit.single_slot import SingleSlotAdapter
 
 _NEVER: Final = 86_400.0
 """Seconds; longer than any call."""
@@ -33,23 +33,27 @@ def observed(policy: RetryPolicy) -> RetryPolicy:
     return replace(policy, deadline=_NEVER, attempt_timeout=None, budget=None)
 
 
-class SayRequest(ObservedRequest):
+class SayRequest(PassthroughRequest):
     """One text to be spoken."""
 
     def __init__(self, adapter: Adapter, call: Call) -> None:
         super().__init__(call)
         self._adapter = adapter
-        self._losses = adapter.losses
+        self._losses = adapter.connection_losses
 
     def explain(self, error: BaseException) -> Failure:
         """What xAI's plugin drops at a reconnect it tells of in words alone."""
         why = super().explain(error)
-        if why.kind == "unknown" and why.code is None and self._adapter.losses > self._losses:
+        if (
+            why.kind == "unknown"
+            and why.code is None
+            and self._adapter.connection_losses > self._losses
+        ):
             return failure(error, "connection_lost")
         return why
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
         """The plugin has given up; where nothing stops the server, what it says next is late."""
         super().abandon(attempt, then)
-        if isinstance(self._adapter, ListeningAdapter):
+        if isinstance(self._adapter, SingleSlotAdapter):
             self._adapter.watch_for(self)

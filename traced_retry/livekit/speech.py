@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from traced_retry.core.guard import harmless, log_once
+from traced_retry.core.guard import log_once, suppress_and_log
 
 try:
     from livekit.agents.voice.agent import _get_activity_task_info
@@ -28,7 +28,7 @@ except ImportError:  # it has moved
 
 def current_speech() -> Any:
     """The speech whose task runs now; None outside of one, and in a tool."""
-    with harmless("looking for the speech"):
+    with suppress_and_log("looking for the speech"):
         task = asyncio.current_task()
         if task is None or _get_activity_task_info is None:
             return None
@@ -60,7 +60,7 @@ def when_interrupted(speech: Any, callback: Callable[[], None]) -> Callable[[], 
     return forget
 
 
-def tell(speech: Any, error: BaseException) -> None:
+def record_error(speech: Any, error: BaseException) -> None:
     """Have ``speech.exception()`` return ``error``."""
     if not hasattr(speech, "_error"):
         log_once("SpeechHandle has no _error any more: a reply that failed late is not told there")

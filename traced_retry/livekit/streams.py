@@ -20,13 +20,15 @@ from livekit.agents import llm, utils
 T = TypeVar("T")
 
 
-class _Turn:
+class _Generation:
     """One generation, and what follows it."""
 
     def __init__(self, event: llm.GenerationCreatedEvent) -> None:
         self.messages = aiter(event.message_stream)
         self.functions = event.function_stream
-        self.following: asyncio.Future[_Turn | None] = asyncio.get_running_loop().create_future()
+        self.following: asyncio.Future[_Generation | None] = (
+            asyncio.get_running_loop().create_future()
+        )
         """The next generation; None once it is known that there is none."""
         self.first: asyncio.Future[llm.MessageGeneration | None] | None = None
         """Its first message, where the agent has one already that goes on with it."""
@@ -44,22 +46,22 @@ class Streams:
 
     def __init__(self, event: llm.GenerationCreatedEvent) -> None:
         self._event = event
-        self._turn = turn = _Turn(event)
-        self._lent: llm.MessageGeneration | None = None
+        self._turn = turn = _Generation(event)
+        self._exposed: llm.MessageGeneration | None = None
         """A message that the agent was given before anything was said."""
-        event.message_stream = _Messages(turn, self._lend)
+        event.message_stream = _Messages(turn, self._expose)
         event.function_stream = _Relay(turn, event.function_stream, _functions)
 
-    def go_on(self, event: llm.GenerationCreatedEvent) -> None:
+    def switch_to(self, event: llm.GenerationCreatedEvent) -> None:
         """The generation before has failed unheard; go on with that of ``event``."""
-        turn = _Turn(event)
-        if self._lent is not None:
-            turn.first = asyncio.ensure_future(self._adopt(turn, self._lent))
+        turn = _Generation(event)
+        if self._exposed is not None:
+            turn.first = asyncio.ensure_future(self._attach(turn, self._exposed))
         self._event.response_id = event.response_id
         self._turn.following.set_result(turn)
         self._turn = turn
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """No other generation follows: there is output, or the reply is over."""
         if not self._turn.following.done():
             self._turn.following.set_result(None)
@@ -71,23 +73,25 @@ class Streams:
         """
         if self._turn.following.done():
             return
-        self.settle()
+        self.commit()
         for stream in self._turn.open:
             if isinstance(stream, utils.aio.Chan):
                 stream.close()
                 stream.send_nowait = _nowhere  # type: ignore[method-assign]
 
-    def _lend(self, turn: _Turn, message: llm.MessageGeneration) -> llm.MessageGeneration:
+    def _expose(self, turn: _Generation, message: llm.MessageGeneration) -> llm.MessageGeneration:
         """Let ``message`` of ``turn`` go on with a later generation, should that be needed."""
-        if self._lent is None and not turn.following.done():
-            self._lent = message
+        if self._exposed is None and not turn.following.done():
+            self._exposed = message
             turn.open += [message.text_stream, message.audio_stream]
             message.text_stream = _Relay(turn, message.text_stream, _text)
             message.audio_stream = _Relay(turn, message.audio_stream, _audio)
         return message
 
     @staticmethod
-    async def _adopt(turn: _Turn, lent: llm.MessageGeneration) -> llm.MessageGeneration | None:
+    async def _attach(
+        turn: _Generation, lent: llm.MessageGeneration
+    ) -> llm.MessageGeneration | None:
         message = await anext(turn.messages, None)
         if message is not None:
             turn.open += [message.text_stream, message.audio_stream]
@@ -101,9 +105,9 @@ class _Relay(Generic[T]):
 
     def __init__(
         self,
-        turn: _Turn,
+        turn: _Generation,
         source: AsyncIterable[T],
-        pick: Callable[[_Turn], Awaitable[AsyncIterable[T] | None]],
+        pick: Callable[[_Generation], Awaitable[AsyncIterable[T] | None]],
     ) -> None:
         self._turn = turn
         self._source: AsyncIterator[T] | None = aiter(source)
@@ -131,11 +135,11 @@ class _Messages:
 
     def __init__(
         self,
-        turn: _Turn,
-        lend: Callable[[_Turn, llm.MessageGeneration], llm.MessageGeneration],
+        turn: _Generation,
+        lend: Callable[[_Generation, llm.MessageGeneration], llm.MessageGeneration],
     ) -> None:
         self._turn = turn
-        self._lend = lend
+        self._expose = lend
 
     def __aiter__(self) -> AsyncIterator[llm.MessageGeneration]:
         return self
@@ -154,19 +158,19 @@ class _Messages:
                 self._turn = following
             else:
                 if not turn.over:
-                    return self._lend(turn, message)
+                    return self._expose(turn, message)
 
 
-async def _functions(turn: _Turn) -> AsyncIterable[llm.FunctionCall]:
+async def _functions(turn: _Generation) -> AsyncIterable[llm.FunctionCall]:
     return turn.functions
 
 
-async def _text(turn: _Turn) -> AsyncIterable[str] | None:
+async def _text(turn: _Generation) -> AsyncIterable[str] | None:
     message = await asyncio.shield(turn.first) if turn.first is not None else None
     return None if message is None else message.text_stream
 
 
-async def _audio(turn: _Turn) -> AsyncIterable[Any] | None:
+async def _audio(turn: _Generation) -> AsyncIterable[Any] | None:
     message = await asyncio.shield(turn.first) if turn.first is not None else None
     return None if message is None else message.audio_stream
 

@@ -29,22 +29,22 @@ from typing import Any, ClassVar
 from livekit.agents import llm
 
 from traced_retry.core.failure import kind_of_status
-from traced_retry.core.guard import harmless
-from traced_retry.livekit.adapter import Generation, Replies, told
-from traced_retry.livekit.listening import ListeningAdapter, Speaking
+from traced_retry.core.guard import suppress_and_log
+from traced_retry.livekit.adapter import Generation, Replies, failure_from_event
+from traced_retry.livekit.single_slot import SingleSlotAdapter, SlotDelivery
 
 _STATUS = re.compile(r"HTTP (\d{3})\b")
 """The plugin tells why a call was refused only in words: ``HTTP 401: Unauthorized``."""
 
 
-class UltravoxAdapter(ListeningAdapter):
+class UltravoxAdapter(SingleSlotAdapter):
     """What one call's server said, as far as its replies are concerned."""
 
-    needs: ClassVar[tuple[str, ...]] = (
+    required_attributes: ClassVar[tuple[str, ...]] = (
         "_pending_generation_fut",
         "_pending_generation_epoch",
         "_msg_ch",
-        *Speaking.needs,
+        *SlotDelivery.required_attributes,
     )
     slot = "_pending_generation_fut"
     window = 5.0
@@ -63,12 +63,12 @@ class UltravoxAdapter(ListeningAdapter):
         self.session._pending_generation_epoch = epoch  # type: ignore[attr-defined]
 
     def _on_server_event(self, event: dict[str, Any]) -> None:
-        with harmless("reading a server event"):
+        with suppress_and_log("reading a server event"):
             self.connected = True
             if event.get("type") == "call_started" or self._channel is None:
                 self._cut()
                 self._channel = self.session._msg_ch  # type: ignore[attr-defined]
-            asyncio.get_running_loop().call_soon(self.speaking.look)
+            asyncio.get_running_loop().call_soon(self.speaking.check)
             if event.get("state") == "speaking" or event.get("role") == "agent":
                 self.heard()
 
@@ -79,11 +79,11 @@ class UltravoxAdapter(ListeningAdapter):
             self.connected = False
         elif status := _STATUS.search(str(event.error)):
             # The hook stops at this event too, but cannot tell a wrong key from a lost call.
-            self.die(told(kind_of_status(int(status[1])), "the call was refused"))
+            self.die(failure_from_event(kind_of_status(int(status[1])), "the call was refused"))
 
     def _cut(self) -> None:
         """The call is gone, and with it the rest of what it was saying."""
-        self.speaking.look()
+        self.speaking.check()
         meant = self.session._msg_ch is not self._channel  # type: ignore[attr-defined]
-        why = told("connection_lost", "the call was lost during the reply")
-        self.speaking.over(None if meant else why)
+        why = failure_from_event("connection_lost", "the call was lost during the reply")
+        self.speaking.end(None if meant else why)

@@ -142,7 +142,7 @@ class TestEachFault:
         talk = await converse(script)
 
         error, took = await talk.timed_reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
 
         assert heard == len(talk.heard)
         assert [(outcome, stop)] == ended(recorder)
@@ -161,7 +161,7 @@ class TestEachFault:
         talk = await converse(script, bare=True)
 
         error, took = await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert heard == len(talk.heard)
         assert fails == isinstance(error, llm.RealtimeError)
@@ -173,7 +173,7 @@ class TestEachFault:
         talk = await converse(script)
 
         _, took = await talk.timed_reply(instructions="SECRET")
-        await talk.settle()
+        await talk.commit()
 
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
         assert [kind.fatal[script]] == [a["error.type"] for a in recorder.attempts]
@@ -202,7 +202,7 @@ class TestEachFault:
         talk = await converse("drop_during")
 
         error, _ = await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert isinstance(error, llm.RealtimeError)
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -216,7 +216,7 @@ class TestPolicy:
         talk = await converse(kind.late, max_retries=0)
 
         error, took = await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert "generate_reply timed out" in str(error)
         assert kind.gives_up == took
@@ -239,7 +239,7 @@ class TestLateReplies:
         talk = await converse("late:25")
 
         await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         (span,) = recorder.spans("generate_reply")
         assert [(span.context.trace_id, span.context.span_id)] == exemplars(recorder)
@@ -308,7 +308,7 @@ class TestWhatTheAgentSees:
 
         for _ in range(3):
             await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert ["reply 2", "reply 3"] == talk.heard
         assert ["exhausted", "succeeded", "recovered"] == [end for end, _ in ended(recorder)]
@@ -326,7 +326,7 @@ class TestWhatTheAgentSees:
 
         talk = await converse("tool:look_up,ok", agent=Helper(instructions="SECRET"))
         await talk.timed_reply()
-        await talk.settle()
+        await talk.commit()
 
         assert [True] == called
         assert ["reply 2"] == talk.heard
@@ -341,7 +341,7 @@ class TestWhatTheAgentSees:
         error, _ = await talk.timed_reply(instructions="SECRET instructions")
         with contextlib.suppress(llm.RealtimeError):
             await talk.realtime.generate_reply()
-        await talk.settle()
+        await talk.commit()
 
         told = [
             repr([s.to_json() for s in recorder.spans()]),
@@ -361,7 +361,7 @@ class TestContract:
         """A plugin version that moves one fails here, by its name."""
         talk = await converse("ok", bare=True)
 
-        assert [] == kind.adapter(talk.realtime, None).missing()
+        assert [] == kind.adapter(talk.realtime, None).missing_attributes()
 
     async def test_the_time_out_leaves_another_slot_alone(self, kind, converse):
         """The plugin's own future fails then, and ours in the slot waits on and is resolved."""

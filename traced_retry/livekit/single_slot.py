@@ -19,15 +19,15 @@ from livekit.agents import llm
 
 from traced_retry import semconv
 from traced_retry.core.failure import Failure
-from traced_retry.core.guard import harmless
+from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.livekit.adapter import (
     Adapter,
     Call,
     Generation,
-    ObservedRequest,
+    PassthroughRequest,
     Replies,
-    unanswered,
+    timeout_failure,
 )
 
 _AHEAD = 0.1
@@ -35,10 +35,10 @@ _AHEAD = 0.1
 _SLIVER = 1.0
 """Seconds before the deadline that are not worth a window of their own."""
 _LONGEST = 60.0
-"""Seconds from its first words after which a reply is taken for heard, its end untold."""
+"""Seconds from its first words after which a reply is taken for heard, its end unreported."""
 
 
-class Speaking:
+class SlotDelivery:
     """The reply that is being spoken, watched to its end; several, where they share one.
 
     Ultravox's, Phonic's and AWS's plugins keep what they speak in ``_current_generation``, and None
@@ -46,7 +46,7 @@ class Speaking:
     never are.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("_current_generation",)
+    required_attributes: ClassVar[tuple[str, ...]] = ("_current_generation",)
 
     def __init__(self, session: llm.RealtimeSession[Any]) -> None:
         self._session: Any = session
@@ -60,17 +60,17 @@ class Speaking:
             return None
         self._generation = generation
         delivery = Delivery()
-        delivery.output()  # it begins with its first words, or the next moment: never ask again
+        delivery.mark_output()  # It begins with its first words, so it is never sent again.
         timer = asyncio.get_running_loop().call_later(_LONGEST, delivery.end)
         self._open.append((delivery, timer))
         return delivery
 
-    def look(self) -> None:
+    def check(self) -> None:
         """See whether it is whole."""
         if self._open and self._session._current_generation is not self._generation:
-            self.over()
+            self.end()
 
-    def over(self, why: Failure | None = None) -> None:
+    def end(self, why: Failure | None = None) -> None:
         """It is whole, or was cut for the caller's sake; or it was cut short, and ``why``."""
         ended, self._open, self._generation = self._open, [], None
         for delivery, timer in ended:
@@ -84,14 +84,14 @@ def before(session: llm.RealtimeSession[Any], method: str, callback: Callable[..
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        with harmless(f"seeing {method}"):
+        with suppress_and_log(f"seeing {method}"):
             callback(*args, **kwargs)
         return original(*args, **kwargs)
 
     setattr(session, method, replacement)
 
 
-class ListeningAdapter(Adapter):
+class SingleSlotAdapter(Adapter):
     """One session of a plugin that has one slot for the request it waits for."""
 
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "listen")
@@ -106,8 +106,8 @@ class ListeningAdapter(Adapter):
         """Whether the plugin is not known to have lost its server."""
         self.dead: Failure | None = None
         """Why nothing can be asked of this session any more, where we know better than the hook."""
-        self.speaking = Speaking(session)
-        self._given_up: ObservedRequest | None = None
+        self.speaking = SlotDelivery(session)
+        self._given_up: PassthroughRequest | None = None
         session.on("input_speech_started", lambda _: self.watch_for(None))
         before(session, "emit", self._on_emit)
 
@@ -119,9 +119,9 @@ class ListeningAdapter(Adapter):
     def on_error(self, event: llm.RealtimeModelError) -> None:
         """Take note of an ``error`` event, before the hook and all others are told of it."""
 
-    def request(self, call: Call) -> ListeningRequest:
+    def request(self, call: Call) -> SingleSlotRequest:
         """One reply's request."""
-        return ListeningRequest(self, call)
+        return SingleSlotRequest(self, call)
 
     @property
     def waiting(self) -> asyncio.Future[Generation] | None:
@@ -143,9 +143,9 @@ class ListeningAdapter(Adapter):
     def die(self, why: Failure) -> None:
         """End what is asked of this session, now and later."""
         self.dead = why
-        self.replies.interject(why, "not_recoverable")
+        self.replies.report_failure(why, "not_recoverable")
 
-    def watch_for(self, request: ObservedRequest | None) -> None:
+    def watch_for(self, request: PassthroughRequest | None) -> None:
         """Count the server's next reply as the late one of ``request``.
 
         What it begins after another request, or after the caller spoke, is taken for an answer to
@@ -157,13 +157,13 @@ class ListeningAdapter(Adapter):
         """The server begins a reply."""
         request, self._given_up = self._given_up, None
         if request is not None and self.waiting is None:
-            request.late()
+            request.on_late()
 
 
-class ListeningRequest(ObservedRequest):
+class SingleSlotRequest(PassthroughRequest):
     """One reply's request: sent once, then listened for."""
 
-    def __init__(self, adapter: ListeningAdapter, call: Call) -> None:
+    def __init__(self, adapter: SingleSlotAdapter, call: Call) -> None:
         super().__init__(call)
         self._adapter = adapter
         self._attempts = 0
@@ -178,7 +178,7 @@ class ListeningRequest(ObservedRequest):
         self._action = action
         self._adapter.watch_for(None)
         if self._adapter.dead is not None:
-            self._adapter.replies.interject(self._adapter.dead, "not_recoverable", only=self)
+            self._adapter.replies.report_failure(self._adapter.dead, "not_recoverable", only=self)
         if action != "listen":
             return self.call()
         attempt: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
@@ -197,7 +197,7 @@ class ListeningRequest(ObservedRequest):
 
     def timed_out(self, seconds: float) -> Failure:
         """Our own time-out; it was the connection's fault where that is down."""
-        return unanswered(seconds, "timeout" if self._adapter.connected else "connection_lost")
+        return timeout_failure(seconds, "timeout" if self._adapter.connected else "connection_lost")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
         """After silence, listen; send again only where the user chose to hear a reply twice."""
