@@ -55,16 +55,11 @@ def load(path: str | os.PathLike[str]) -> Declared:
         ConfigurationFileError: it cannot be read, or something in it cannot be.
     """
     path = Path(path)
-    try:
-        from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
-            ConfigurationError,
-            load_config_file,
-        )
-    except ModuleNotFoundError:
-        raise ConfigurationFileError(
-            f"{path}: configuration files need opentelemetry-configuration: "
-            "pip install 'traced-retry[presets]'"
-        ) from None
+    from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
+        ConfigurationError,
+        load_config_file,
+    )
+
     try:
         model = load_config_file(path)
     except ConfigurationError as error:

@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 
 from traced_retry.core.guard import logger
 from traced_retry.core.policy import RetryPolicy
+from traced_retry.errors import missing_extra
 from traced_retry.export import files
 from traced_retry.export.exporting import (
     METRICS_WITHIN,
@@ -78,7 +79,7 @@ def set_up(preset: str | None, service_name: str | None) -> SetUp:
     if _said("TRACES") is not None or _said("METRICS") is not None:
         return _from_environment(service_name or SERVICE)
     if preset is not None:
-        declared = _load_file(known[preset])
+        declared = _load_file(known[preset], f"preset {preset!r}")
         if service_name is not None and not os.environ.get("OTEL_SERVICE_NAME"):
             _name(declared, service_name)
         return _declared(declared, f"preset {preset}")
@@ -94,10 +95,14 @@ def file_policy() -> RetryPolicy | None:
     return _load_file(Path(path)).options.policy() if path else None
 
 
-def _load_file(path: Path) -> Declared:
+def _load_file(path: Path, feature: str = "OTEL_CONFIG_FILE") -> Declared:
     # Imported late: half a second, in which the job's event loop stands still.
-    from traced_retry.export.declarative import load  # noqa: PLC0415
+    try:
+        import opentelemetry.configuration  # noqa: F401, PLC0415 - an extra of its own
 
+        from traced_retry.export.declarative import load  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ExportError(str(missing_extra(feature, error))) from None
     return load(path)
 
 
