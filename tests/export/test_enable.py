@@ -368,7 +368,7 @@ warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, on
 traced_retry.enable()
 trace.get_tracer("t").start_span("parent").end()
 context = multiprocessing.get_context("{method}")
-children = [context.Process(target=spans.child, args=(n,)) for n in range(3)]
+children = [context.Process(target=spans.child, args=(n,)) for n in range(2)]
 for child in children: child.start()
 for child in children: child.join(60)
 result = [child.exitcode for child in children]
@@ -376,8 +376,8 @@ result = [child.exitcode for child in children]
             **state,
         )
 
-        assert [0, 0, 0] == ended.result
-        assert ["child 0", "child 1", "child 2", "parent"] == sorted(names(stored(state)))
+        assert [0, 0] == ended.result
+        assert ["child 0", "child 1", "parent"] == sorted(names(stored(state)))
 
 
 def test_a_hanging_server_holds_up_neither_flush_nor_exit(state):

@@ -16,6 +16,7 @@ import pytest
 import trustme
 import yaml
 from support.converse import SECRET
+from support.fresh import INSTRUMENTED, program
 from support.receiver import receiver
 
 from traced_retry import semconv, shipped_files
@@ -27,21 +28,32 @@ TESTS = Path(__file__).parents[1]
 INSTRUMENT = str(Path(sys.executable).with_name("opentelemetry-instrument"))
 
 
-def instrumented(file, script, **environ):
-    """Run a conversation, which knows nothing of us, under opentelemetry-instrument."""
+def instrumented(file, script, *, fork=True, **environ):
+    """Run a conversation, which does not mention traced-retry, under opentelemetry-instrument.
+
+    Args:
+        file: OTEL_CONFIG_FILE.
+        script: of the simulator.
+        fork: False for the real command and the real end of an interpreter.
+        environ: variables.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         # requests lets the bundle variables win over OTEL_EXPORTER_OTLP_CERTIFICATE.
         if not name.startswith(("OTEL_", "LIVEKIT_", "TRACED_RETRY_", "REQUESTS_CA", "CURL_CA"))
     }
+    command = [str(TESTS / "support" / "converse.py"), script]
+    kept = {**kept, "PYTHONPATH": str(TESTS), "OTEL_CONFIG_FILE": str(file), **environ}
+    if fork:
+        return program(INSTRUMENTED, *command, environ=kept, timeout=120)
     return subprocess.run(
-        [INSTRUMENT, sys.executable, str(TESTS / "support" / "converse.py"), script],
+        [INSTRUMENT, sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
-        env={**kept, "PYTHONPATH": str(TESTS), "OTEL_CONFIG_FILE": str(file), **environ},
+        env=kept,
     )
 
 
@@ -155,7 +167,10 @@ class TestUnderOpentelemetryInstrument:
     def test_local(self, edited, tmp_path):
         """A store that `traced-retry report` reads."""
         done = instrumented(
-            edited("local", *RETRY_ONCE), "rate_limit", XDG_STATE_HOME=str(tmp_path / "state")
+            edited("local", *RETRY_ONCE),
+            "rate_limit",
+            fork=False,
+            XDG_STATE_HOME=str(tmp_path / "state"),
         )
         (store,) = (tmp_path / "state").rglob("*.jsonl")
 
@@ -212,7 +227,12 @@ class TestABackendThatMisbehaves:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
-            done = instrumented(edited(preset), "ok", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+            done = instrumented(
+                edited(preset),
+                "ok",
+                fork=preset != "jaeger",
+                OTEL_EXPORTER_OTLP_ENDPOINT=endpoint,
+            )
 
         assert {"requests": 1, "completed": 1} == json.loads(done.stdout)
         assert re.fullmatch(r"(connection (\d+))?(, )?(shutdown \d+)?", dropped(done))
@@ -224,7 +244,9 @@ class TestABackendThatMisbehaves:
         file.write_text(file.read_text().replace("timeout: 2000", "timeout: 600000"))
         with socket.create_server(("127.0.0.1", 0)) as mute:
             endpoint = f"http://127.0.0.1:{mute.getsockname()[1]}"
-            done = instrumented(file, "ok", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+            done = instrumented(
+                file, "ok", fork=preset != "jaeger", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
+            )
 
         assert {"requests": 1, "completed": 1} == json.loads(done.stdout)
         assert re.fullmatch(r"shutdown \d+", dropped(done))

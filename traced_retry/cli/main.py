@@ -12,17 +12,16 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from traced_retry.errors import UsageError, install_command, missing_extra
+
 try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as error:  # the core installs neither
-    raise SystemExit(
-        f"traced-retry's command line needs {error.name}: pip install 'traced-retry[demo]'"
-    ) from None
+    raise SystemExit(str(missing_extra("the command traced-retry", error))) from None
 
 from traced_retry import __version__
 from traced_retry.cli.files import dashboards, exporters
-from traced_retry.errors import UsageError
 
 app = typer.Typer(
     help="Retries for LiveKit realtime replies, traced: each is heard exactly once, or its "
@@ -47,14 +46,13 @@ def main() -> None:
     try:
         app()
     except UsageError as error:
-        print(f"traced-retry: {error}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
+        problem = str(error)
     except ModuleNotFoundError as error:
-        print(  # noqa: T201
-            f"traced-retry: this command needs {error.name}: pip install 'traced-retry[demo]'",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        problem = str(missing_extra("this command", error))
+    else:
+        return
+    print(f"traced-retry: {problem}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(2)
 
 
 def _version(wanted: bool) -> None:
@@ -195,7 +193,7 @@ def _describe_script() -> str:
     try:
         from traced_retry.simulator.script import describe_faults  # noqa: PLC0415
     except ModuleNotFoundError:
-        return "The known elements need aiohttp: pip install 'traced-retry[simulator]'"
+        return f"The list needs aiohttp: {install_command('simulator')}"
     return describe_faults()
 
 

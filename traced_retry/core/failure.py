@@ -225,12 +225,8 @@ def _attribute(error: BaseException, name: str, kind: type[T]) -> T | None:
     return value if isinstance(value, kind) else None
 
 
-_NOTE: Final = "traced_retry: "
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """Add a note of ours to ``error`` (PEP 678)."""
-    error.add_note(_NOTE + note)
+NOTE: Final = "traced_retry: "
+"""The start of each note that we add to an exception."""
 
 
 def copy_error(failure: Failure) -> Failure:
@@ -243,5 +239,5 @@ def copy_error(failure: Failure) -> Failure:
     except Exception:  # noqa: BLE001 - a provider's class may have an __init__ of its own
         return failure
     if notes := getattr(failure.error, "__notes__", None):  # The copy would share the list.
-        copied.__notes__ = [note for note in notes if not note.startswith(_NOTE)]
+        copied.__notes__ = [note for note in notes if not note.startswith(NOTE)]
     return replace(failure, error=copied)

@@ -23,7 +23,7 @@ from traced_retry import semconv
 from traced_retry.core.attempt import Attempt
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.driver import Driver, Steps
-from traced_retry.core.failure import Failure, add_note, copy_error, explain
+from traced_retry.core.failure import NOTE, Failure, copy_error, explain
 from traced_retry.core.guard import log_once, suppress_and_log
 from traced_retry.core.policy import Delays, RetryPolicy
 from traced_retry.core.request import Delivery, Request
@@ -486,11 +486,8 @@ class Reply(Generic[T]):
         self._end(stop, self._last)
         error = self._last.error
         if note and self._last.kind != "bug":
-            add_note(
-                error,
-                f"{self._number} attempt(s), stopped by {stop}, "
-                f"trace id {self._trace.trace_id or 'none'}",
-            )
+            said = f"{self._number} attempt(s), stopped by {stop}"
+            error.add_note(f"{NOTE}{said}, trace id {self._trace.trace_id or 'none'}")
         if not self._future.done():
             self._future.set_exception(error)
         if self._on_failed is not None:

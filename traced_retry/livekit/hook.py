@@ -24,7 +24,7 @@ from livekit.agents import telemetry as livekit_telemetry
 from opentelemetry import metrics
 from opentelemetry import trace as otel_trace
 
-from traced_retry import semconv
+from traced_retry import semconv, supported
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import Failure, copy_error
 from traced_retry.core.guard import log_once, suppress_and_log
@@ -50,6 +50,8 @@ class _Config:
     policy: RetryPolicy
     telemetry: Telemetry
     on_exhausted: OnExhausted | None = None
+    may_retry: bool = True
+    """False if the user does not want retries on this version of LiveKit."""
 
 
 def _config(
@@ -62,7 +64,8 @@ def _config(
     # set the global provider; without that call it follows the global one.
     tracer = livekit_telemetry.tracer if tracer_provider is None else None
     telemetry = Telemetry(tracer_provider, meter_provider, tracer=tracer, in_livekit=True)
-    return _Config(policy or RetryPolicy.from_env(), telemetry, on_exhausted)
+    may_retry = supported.check_livekit()
+    return _Config(policy or RetryPolicy.from_env(), telemetry, on_exhausted, may_retry)
 
 
 class SessionHook:
@@ -215,10 +218,13 @@ class SessionHook:
         if not self._checked:
             self._checked = True
             if missing := self._adapter.missing_attributes():
+                tested = supported.LIVEKIT
                 log_once(
                     f"{type(self._session).__module__} has no {', '.join(missing)} any more: its "
-                    "replies are traced and not retried; look for a newer traced-retry"
+                    "replies are traced and not retried. Install a tested version of the plugin, "
+                    f"{tested.oldest} to {tested.newest}, or a newer traced-retry."
                 )
+            if missing or not self._config.may_retry:
                 self._adapter = Adapter(self._session, self)
             self._identify_target()
         return self._adapter
