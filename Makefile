@@ -37,7 +37,7 @@ core: .venv/.core-fork $(if $(shell tools/find-python 3.10),.venv/.core-3.10)  #
 # inference's realtime model. Its AWS plugin cannot be pointed at a local server. With them the oldest
 # OpenTelemetry, whose Prometheus exporter is to give the names that dashboards and alerts ask for.
 oldest: .venv/.oldest  ## the adapters' tests on plugins 1.7.0; the dashboards' names on OpenTelemetry 1.39
-	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py held.py interruption.py stateful.py adversarial.py openai_kin.py google.py listening.py ultravox.py phonic.py nvidia.py) tests/dashboards/test_drift.py
+	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py failure_before_output.py interruption.py stateful.py regressions.py openai_compatible.py provider_contract.py google.py single_slot.py ultravox.py phonic.py nvidia.py) tests/dashboards/test_drift.py
 
 bench: .venv/.bench  ## what retrying and tracing cost, beside tenacity and stamina
 	$(BIN)/python benchmarks/overhead.py

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import trustme
 import yaml
-from support.converse import SECRET
 from support.receiver import receiver
+from support.run_conversation import SECRET
 
 from traced_retry import semconv
 from traced_retry.core.policy import ENV
@@ -37,7 +37,7 @@ def instrumented(file, script, **environ):
         if not name.startswith(("OTEL_", "LIVEKIT_", "TRACED_RETRY_", "REQUESTS_CA", "CURL_CA"))
     }
     return subprocess.run(
-        [INSTRUMENT, sys.executable, str(TESTS / "support" / "converse.py"), script],
+        [INSTRUMENT, sys.executable, str(TESTS / "support" / "run_conversation.py"), script],
         capture_output=True,
         text=True,
         timeout=120,

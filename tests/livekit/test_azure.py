@@ -9,7 +9,7 @@ import pytest
 from livekit.agents import Agent, function_tool, llm
 from livekit.plugins.azure import realtime as azure
 from support.conversation import codes, ended
-from support.kin import VOICELIVE, connected
+from support.providers import VOICELIVE
 
 from traced_retry.livekit.azure import VoiceLiveAdapter
 
@@ -17,18 +17,9 @@ HOME = "livekit.plugins.azure.realtime.realtime_model"
 
 
 @pytest.fixture
-def converse(converse):
-    """The shared ``converse``, over VoiceLive."""
-
-    async def converse_over_voicelive(script, **kwargs):
-        talk = await converse(
-            script, model=VOICELIVE.model, simulator=VOICELIVE.simulator, **kwargs
-        )
-        if not script.startswith("unauthorized"):
-            await connected(talk)
-        return talk
-
-    return converse_over_voicelive
+def provider():
+    """Return the provider of every conversation here."""
+    return VOICELIVE
 
 
 ALONE = {
@@ -95,10 +86,10 @@ BARE = {
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ALONE)
-    async def test_alone(self, script, converse, recorder):
+    async def test_alone(self, script, start_conversation, recorder):
         """A fault that lasts: the failure is known in time, with its code; nothing is heard."""
         heard, requests, outcome, stop_reason, code, (least, most) = ALONE[script]
-        talk = await converse(script)
+        talk = await start_conversation(script, ready="unauthorized" not in script)
         began = asyncio.get_running_loop().time()
 
         error = await talk.reply(instructions="SECRET")
@@ -116,10 +107,10 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", THEN_OK)
-    async def test_followed_by_ok(self, script, converse, recorder):
+    async def test_followed_by_ok(self, script, start_conversation, recorder):
         """A fault that passes: the reply is heard exactly once."""
         requests, failed, (least, most) = THEN_OK[script]
-        talk = await converse(script)
+        talk = await start_conversation(script, ready="unauthorized" not in script)
         began = asyncio.get_running_loop().time()
 
         assert None is await talk.reply(instructions="SECRET")
@@ -134,10 +125,10 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", BARE)
-    async def test_the_plugin_alone(self, script, converse):
+    async def test_the_plugin_alone(self, script, start_conversation):
         """What it is like without us."""
         heard, told, seconds = BARE[script]
-        talk = await converse(script, bare=True)
+        talk = await start_conversation(script, bare=True, ready="unauthorized" not in script)
         began = asyncio.get_running_loop().time()
 
         error = await talk.reply()
@@ -149,9 +140,9 @@ class TestEachFault:
         code = getattr(error, "code", None)
         assert told == (RuntimeError if error is not None and code is None else code)
 
-    async def test_dropped_for_ever(self, converse, recorder):
+    async def test_dropped_for_ever(self, start_conversation, recorder):
         """The plugin comes back and sends again every 0.1 s; the deadline ends it for us."""
-        talk = await converse("drop_before")
+        talk = await start_conversation("drop_before")
         began = asyncio.get_running_loop().time()
 
         error = await talk.reply()
@@ -163,11 +154,11 @@ class TestEachFault:
         assert pytest.approx(20) == took
         assert 2 == len({request.event_id for request in talk.server.requests})
 
-    async def test_a_server_that_does_not_come_back(self, converse, recorder):
+    async def test_a_server_that_does_not_come_back(self, start_conversation, recorder):
         """The plugin gives up after 1.1 s, and so do we; LiveKit closes the agent's session."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         reply = talk.realtime.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await talk.server.close()
 
         with pytest.raises(llm.RealtimeError):
@@ -176,9 +167,9 @@ class TestEachFault:
         assert ["connection_lost"] == codes(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_asked_while_the_socket_is_down(self, converse, recorder):
+    async def test_asked_while_the_socket_is_down(self, start_conversation, recorder):
         """The plugin keeps it until it is connected; it is sent once."""
-        talk = await converse("ok,drop_queued:1,ok")
+        talk = await start_conversation("ok,drop_queued:1,ok")
         await talk.reply()
         await talk.server.wait_for("connection_lost")
 
@@ -190,9 +181,9 @@ class TestEachFault:
 
 
 class TestExactlyOnce:
-    async def test_a_late_reply_is_cancelled_by_its_id(self, converse):
+    async def test_a_late_reply_is_cancelled_by_its_id(self, start_conversation):
         """After our retry was heard, the first request's response comes and is not."""
-        talk = await converse("late:12,ok")
+        talk = await start_conversation("late:12,ok")
 
         await talk.reply()
         await talk.settle()
@@ -201,9 +192,9 @@ class TestExactlyOnce:
         (cancelled,) = talk.server.cancels
         assert cancelled is not None
 
-    async def test_given_up_means_never_heard(self, converse):
+    async def test_given_up_means_never_heard(self, start_conversation):
         """After the agent was told of failure, late replies are cancelled by id, unspoken."""
-        talk = await converse("late:25")
+        talk = await start_conversation("late:25")
         spoken = []
         talk.realtime.on("generation_created", spoken.append)
 
@@ -214,9 +205,9 @@ class TestExactlyOnce:
         assert 2 == len(talk.server.cancels)
         assert None not in talk.server.cancels
 
-    async def test_our_own_timeout_is_harmless(self, converse, recorder):
+    async def test_our_own_timeout_is_harmless(self, start_conversation, recorder):
         """It sends nothing, and the late response is cancelled by its id."""
-        talk = await converse("late:4,ok", attempt_timeout=2.0)
+        talk = await start_conversation("late:4,ok", attempt_timeout=2.0)
 
         assert None is await talk.reply()
         await talk.settle()
@@ -225,9 +216,9 @@ class TestExactlyOnce:
         assert ["timeout", None] == codes(recorder)
         assert [True] == [cancelled is not None for cancelled in talk.server.cancels]
 
-    async def test_our_own_timeout_on_a_lost_connection(self, converse, recorder):
+    async def test_our_own_timeout_on_a_lost_connection(self, start_conversation, recorder):
         """What we abandoned is not sent again by the plugin."""
-        talk = await converse("ok,drop_queued:1,ok", attempt_timeout=0.4)
+        talk = await start_conversation("ok,drop_queued:1,ok", attempt_timeout=0.4)
         await talk.reply()
         await talk.server.wait_for("connection_lost")
 
@@ -239,9 +230,9 @@ class TestExactlyOnce:
         assert {"connection_lost", None} == set(codes(recorder))
         assert 2 == len(talk.server.requests)
 
-    async def test_two_replies_at_once(self, converse, recorder):
+    async def test_two_replies_at_once(self, start_conversation, recorder):
         """The server takes one at a time; the other waits for the end of the first."""
-        talk = await converse("slow:3,ok")
+        talk = await start_conversation("slow:3,ok")
         first, second = talk.realtime.generate_reply(), talk.realtime.generate_reply()
 
         await asyncio.gather(first, second)
@@ -251,7 +242,7 @@ class TestExactlyOnce:
         assert [("succeeded", None), ("recovered", None)] == sorted(ended(recorder))[::-1]
         assert [] == talk.server.cancels
 
-    async def test_tools(self, converse, recorder):
+    async def test_tools(self, start_conversation, recorder):
         """A tool call is a reply, and its result asks for another one, retried as well."""
         called = []
 
@@ -262,7 +253,7 @@ class TestExactlyOnce:
                 called.append(True)
                 return "found"
 
-        talk = await converse(
+        talk = await start_conversation(
             "rate_limit,tool:look_up,error:server_error,ok", agent=Helper(instructions="SECRET")
         )
         await talk.session.run(user_input="SECRET question")
@@ -274,11 +265,11 @@ class TestExactlyOnce:
 
 class TestInterruption:
     @pytest.mark.parametrize(("script", "late"), [("late:5,ok", 1), ("rate_limit:10,ok", 0)])
-    async def test_before_the_reply(self, script, late, converse, recorder):
+    async def test_before_the_reply(self, script, late, start_conversation, recorder):
         """Barge-in in an attempt or in a wait: over at once, and never heard."""
-        talk = await converse(script)
+        talk = await start_conversation(script, ready="unauthorized" not in script)
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
@@ -291,9 +282,9 @@ class TestInterruption:
         assert late == len(talk.server.cancels)
         assert None not in talk.server.cancels
 
-    async def test_on_a_lost_connection(self, converse, recorder):
+    async def test_on_a_lost_connection(self, start_conversation, recorder):
         """The plugin does not send again what nobody wants any more."""
-        talk = await converse("ok,drop_queued:3,ok")
+        talk = await start_conversation("ok,drop_queued:3,ok")
         await talk.reply()
         await talk.server.wait_for("connection_lost")
         handle = talk.ask()
@@ -305,9 +296,9 @@ class TestInterruption:
         assert [("succeeded", None), ("interrupted", "interrupted")] == ended(recorder)
         assert 1 == len(talk.server.requests)
 
-    async def test_as_the_reply_comes(self, converse, recorder):
+    async def test_as_the_reply_comes(self, start_conversation, recorder):
         """Cancelled in the very moment the response was created: the response is cancelled."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         talk.realtime.on("generation_created", lambda _: reply.cancel())
         reply = talk.realtime.generate_reply()
 
@@ -319,11 +310,11 @@ class TestInterruption:
         assert 1 == len(talk.server.cancels)
         assert [] == talk.server.completed
 
-    async def test_while_it_is_spoken(self, converse, recorder):
+    async def test_while_it_is_spoken(self, start_conversation, recorder):
         """What was begun was heard."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
@@ -335,11 +326,11 @@ class TestInterruption:
 
 class TestSessionEnds:
     @pytest.mark.parametrize("script", ["silence", "rate_limit:10"])
-    async def test_closed(self, script, converse, recorder):
+    async def test_closed(self, script, start_conversation, recorder):
         """Closing the realtime session ends a pending reply, in an attempt or in a wait."""
-        talk = await converse(script)
+        talk = await start_conversation(script, ready="unauthorized" not in script)
         reply = talk.realtime.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(1)
         await talk.realtime.aclose()
 
@@ -348,9 +339,9 @@ class TestSessionEnds:
         assert [("not_recoverable", "session_closed")] == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_asked_after_the_end(self, converse, recorder):
+    async def test_asked_after_the_end(self, start_conversation, recorder):
         """The plugin refuses by itself; the span says so."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         await talk.realtime.aclose()
 
         with pytest.raises(llm.RealtimeError):
@@ -360,11 +351,11 @@ class TestSessionEnds:
         assert ["session_closed"] == codes(recorder)
 
     @pytest.mark.parametrize("script", ["silence", "rate_limit:10"])
-    async def test_the_caller_closes(self, script, converse, recorder):
+    async def test_the_caller_closes(self, script, start_conversation, recorder):
         """The agent's session closes with a reply in mid-air: nothing stays open."""
-        talk = await converse(script)
+        talk = await start_conversation(script, ready="unauthorized" not in script)
         talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await talk.session.aclose()
         await talk.settle()
 
@@ -382,9 +373,9 @@ class TestNames:
             ("http://127.0.0.1:1", "127.0.0.1", 1),
         ],
     )
-    async def test_target(self, endpoint, address, port, converse):
+    async def test_target(self, endpoint, address, port, start_conversation):
         """A plain name, and the server's address from the model's endpoint."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         talk.model._opts.endpoint = endpoint
         target = VoiceLiveAdapter(talk.realtime, None).target()
 
@@ -392,9 +383,9 @@ class TestNames:
         assert (address, port) == (target.server_address, target.server_port)
 
     @pytest.mark.parametrize("script", ["error:server_error", "unauthorized", "malformed", "quota"])
-    async def test_no_content_and_no_key(self, script, converse, recorder, caplog):
+    async def test_no_content_and_no_key(self, script, start_conversation, recorder, caplog):
         """Neither instructions nor key are in spans, metrics or our log."""
-        talk = await converse(f"{script},{script},silence")
+        talk = await start_conversation(f"{script},{script},silence")
         error = await talk.reply(instructions="SECRET instructions")
 
         told = [
@@ -409,9 +400,9 @@ class TestNames:
 class TestContract:
     """What the VoiceLive adapter relies on, in the installed plugin. See CONTRIBUTING."""
 
-    async def test_private_attributes(self, converse):
+    async def test_private_attributes(self, start_conversation):
         """A plugin version that moves one fails here, by its name."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
 
         assert [] == VoiceLiveAdapter(talk.realtime, None).missing()
 
@@ -419,9 +410,9 @@ class TestContract:
         """The registry finds the adapter by the module that the session's class comes from."""
         assert HOME == azure.RealtimeSession.__module__
 
-    async def test_a_request_shows_up_by_its_id(self, converse):
+    async def test_a_request_shows_up_by_its_id(self, start_conversation):
         """generate_reply adds exactly the sent event_id to _response_created_futures."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         before = set(talk.realtime._response_created_futures)
         reply = talk.realtime.generate_reply()
         (ours,) = set(talk.realtime._response_created_futures) - before
@@ -430,14 +421,14 @@ class TestContract:
         assert ours == talk.server.requests[0].event_id
 
     @pytest.mark.parametrize("end", ["cancel", "exception", "at once"])
-    async def test_an_abandoned_request_is_cancelled_by_id(self, end, converse):
+    async def test_an_abandoned_request_is_cancelled_by_id(self, end, start_conversation):
         """Ending the future sends nothing; the late response is cancelled by id, not surfaced."""
-        talk = await converse("late:1", bare=True)
+        talk = await start_conversation("late:1", bare=True)
         surfaced = []
         talk.realtime.on("generation_created", surfaced.append)
         reply = talk.realtime.generate_reply()
         if end != "at once":
-            await talk.server.wait_for(lambda: talk.server.requests)
+            await talk.received()
         if end == "cancel":
             reply.cancel()
         else:
@@ -453,18 +444,18 @@ class TestContract:
         assert sent == len(talk.server.requests) == len(talk.server.cancels)
         assert None not in talk.server.cancels
 
-    async def test_a_dropped_request_is_sent_again(self, converse):
+    async def test_a_dropped_request_is_sent_again(self, start_conversation):
         """By the plugin itself, under its id; the same future resolves."""
-        talk = await converse("drop_before,ok", bare=True)
+        talk = await start_conversation("drop_before,ok", bare=True)
 
         await talk.realtime.generate_reply()
 
         assert 2 == len(talk.server.requests)
         assert 1 == len({request.event_id for request in talk.server.requests})
 
-    async def test_events_are_mappings(self, converse):
+    async def test_events_are_mappings(self, start_conversation):
         """Raw events read like JSON, with the beta's names of events."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         events = []
         talk.realtime.on("azure_server_event_received", lambda e: events.append({**e}))
         await talk.reply()
@@ -474,9 +465,9 @@ class TestContract:
         assert asked_by == talk.server.requests[0].event_id
         assert {"response.text.delta", "response.done"} <= {e["type"] for e in events}
 
-    async def test_a_refused_connection_shows_its_status(self, converse):
+    async def test_a_refused_connection_shows_its_status(self, start_conversation):
         """In the cause of the cause of the error event's error."""
-        talk = await converse("unauthorized", bare=True)
+        talk = await start_conversation("unauthorized", bare=True, ready=False)
         events = []
         talk.realtime.on("error", events.append)
         await talk.reply()

@@ -63,10 +63,10 @@ THEN_OK = {
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ALONE)
-    async def test_alone(self, script, converse, recorder):
+    async def test_alone(self, script, start_conversation, recorder):
         """A fault that lasts: the failure is known in time, with its code; nothing is heard."""
         heard, requests, outcome, stop_reason, code, seconds = ALONE[script]
-        talk = await converse(script)
+        talk = await start_conversation(script)
         began = asyncio.get_running_loop().time()
 
         error = await talk.reply(instructions="SECRET")
@@ -83,10 +83,10 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", THEN_OK)
-    async def test_followed_by_ok(self, script, converse, recorder):
+    async def test_followed_by_ok(self, script, start_conversation, recorder):
         """A fault that passes: the reply is heard exactly once."""
         requests, failed, seconds = THEN_OK[script]
-        talk = await converse(script)
+        talk = await start_conversation(script)
         began = asyncio.get_running_loop().time()
 
         assert None is await talk.reply(instructions="SECRET")
@@ -112,9 +112,9 @@ OK_IS_TOO_LATE = {
 
 class TestNothingFollows:
     @pytest.mark.parametrize("script", OK_IS_TOO_LATE)
-    async def test_although_the_server_would_answer(self, script, converse, recorder):
+    async def test_although_the_server_would_answer(self, script, start_conversation, recorder):
         """Final by its code, fatal to the session, or partly heard already."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
 
         await talk.reply()
         await talk.settle()
@@ -126,9 +126,9 @@ class TestNothingFollows:
 
 
 class TestExactlyOnce:
-    async def test_a_late_reply_is_cancelled_by_its_id(self, converse):
+    async def test_a_late_reply_is_cancelled_by_its_id(self, start_conversation):
         """After our retry was heard, the first request's response comes and is not."""
-        talk = await converse("late:12,ok")
+        talk = await start_conversation("late:12,ok")
 
         await talk.reply()
         await talk.settle()
@@ -137,9 +137,9 @@ class TestExactlyOnce:
         (cancelled,) = talk.server.cancels
         assert cancelled is not None
 
-    async def test_the_plugin_alone(self, converse):
+    async def test_the_plugin_alone(self, start_conversation):
         """What it is like without us: the reply is lost."""
-        talk = await converse("late:12,ok", bare=True)
+        talk = await start_conversation("late:12,ok", bare=True)
 
         error = await talk.reply()
         await talk.settle()
@@ -147,9 +147,9 @@ class TestExactlyOnce:
         assert isinstance(error, llm.RealtimeError)
         assert [] == talk.heard
 
-    async def test_our_own_timeout_sends_no_cancel(self, converse, recorder):
+    async def test_our_own_timeout_sends_no_cancel(self, start_conversation, recorder):
         """An id-less response.cancel would stop whatever response is active."""
-        talk = await converse("late:4,ok", attempt_timeout=2.0)
+        talk = await start_conversation("late:4,ok", attempt_timeout=2.0)
 
         assert None is await talk.reply()
         await talk.settle()
@@ -158,9 +158,9 @@ class TestExactlyOnce:
         assert ["timeout", None] == codes(recorder)
         assert None not in talk.server.cancels
 
-    async def test_given_up_means_never_heard(self, converse):
+    async def test_given_up_means_never_heard(self, start_conversation):
         """After the agent was told of failure, a late reply is not spoken."""
-        talk = await converse("late:25")
+        talk = await start_conversation("late:25")
 
         assert isinstance(await talk.reply(), llm.RealtimeError)
         await talk.settle(30)
@@ -168,9 +168,9 @@ class TestExactlyOnce:
         assert [] == talk.heard
         assert 2 == len(talk.server.cancels)
 
-    async def test_queued_while_the_socket_is_down(self, converse, recorder):
+    async def test_queued_while_the_socket_is_down(self, start_conversation, recorder):
         """The plugin sends the stale request after the reconnect; its reply is cancelled by id."""
-        talk = await converse("ok,drop_queued:1,ok")
+        talk = await start_conversation("ok,drop_queued:1,ok")
         await talk.reply()
         await talk.server.wait_for("connection_lost")
 
@@ -181,9 +181,9 @@ class TestExactlyOnce:
         assert [("succeeded", None), ("recovered", None)] == ended(recorder)
         assert [None, "connection_lost", None] == codes(recorder)
 
-    async def test_queued_over_two_lost_connections(self, converse):
+    async def test_queued_over_two_lost_connections(self, start_conversation):
         """Each reconnect empties the plugin's set of discarded ids; ours outlives it."""
-        talk = await converse("ok,drop_queued:1,drop_before,ok")
+        talk = await start_conversation("ok,drop_queued:1,drop_before,ok")
         await talk.reply()
         await talk.server.wait_for("connection_lost")
 
@@ -192,9 +192,9 @@ class TestExactlyOnce:
 
         assert 2 == len(talk.heard)
 
-    async def test_waits_for_the_active_response(self, converse):
+    async def test_waits_for_the_active_response(self, start_conversation):
         """Sent at once, the request would be rejected again; it goes out when that has ended."""
-        talk = await converse("active:6,ok")
+        talk = await start_conversation("active:6,ok")
 
         assert None is await talk.reply()
 
@@ -203,9 +203,11 @@ class TestExactlyOnce:
         assert ["reply 2"] == talk.heard
 
     @pytest.mark.parametrize("script", ["uncorrelated,failed", "late:4,failed"])
-    async def test_without_a_wait_the_attempts_are_not_mixed_up(self, script, converse, recorder):
+    async def test_without_a_wait_the_attempts_are_not_mixed_up(
+        self, script, start_conversation, recorder
+    ):
         """The end of an abandoned request is noted a turn late; the next is sent by then."""
-        talk = await converse(script, base_delay=0, attempt_timeout=2)
+        talk = await start_conversation(script, base_delay=0, attempt_timeout=2)
 
         await talk.reply()
         await talk.settle()
@@ -213,9 +215,9 @@ class TestExactlyOnce:
         assert [("exhausted", "max_attempts")] == ended(recorder)
         assert [] == talk.heard
 
-    async def test_refused_at_first(self, converse, recorder):
+    async def test_refused_at_first(self, start_conversation, recorder):
         """The request waits in the plugin, or (in 1.7.0) is discarded and asked again by us."""
-        talk = await converse("unauthorized,ok")
+        talk = await start_conversation("unauthorized,ok")
 
         assert None is await talk.reply()
         await talk.settle()
@@ -223,9 +225,9 @@ class TestExactlyOnce:
         assert 1 == len(talk.heard)
         assert [None] == [stop for _, stop in ended(recorder)]
 
-    async def test_two_replies_in_turn(self, converse, recorder):
+    async def test_two_replies_in_turn(self, start_conversation, recorder):
         """One conversation, several replies, each its own trace."""
-        talk = await converse("rate_limit,ok,error:server_error,ok")
+        talk = await start_conversation("rate_limit,ok,error:server_error,ok")
 
         await talk.reply()
         await talk.reply()
@@ -234,7 +236,7 @@ class TestExactlyOnce:
         assert [("recovered", None)] * 2 == ended(recorder)
         assert 2 == len({s.context.span_id for s in recorder.spans("generate_reply")})
 
-    async def test_tools(self, converse, recorder):
+    async def test_tools(self, start_conversation, recorder):
         """A tool call is a reply, and its result asks for another one, retried as well."""
         called = []
 
@@ -245,7 +247,7 @@ class TestExactlyOnce:
                 called.append(True)
                 return "found"
 
-        talk = await converse(
+        talk = await start_conversation(
             "rate_limit,tool:look_up,error:server_error,ok", agent=Helper(instructions="SECRET")
         )
         await talk.session.run(user_input="SECRET question")
@@ -254,9 +256,9 @@ class TestExactlyOnce:
         assert ["reply 4"] == talk.heard
         assert [("recovered", None)] * 2 == ended(recorder)
 
-    async def test_a_user_message_is_sent_once(self, converse):
+    async def test_a_user_message_is_sent_once(self, start_conversation):
         """The retry asks again; it does not say again."""
-        talk = await converse("rate_limit,ok")
+        talk = await start_conversation("rate_limit,ok")
 
         await talk.session.run(user_input="hello")
 
@@ -275,9 +277,9 @@ class TestRetryAfter:
             ("a while", None),
         ],
     )
-    async def test_is_read_from_the_words(self, said, seconds, converse):
+    async def test_is_read_from_the_words(self, said, seconds, start_conversation):
         """OpenAI's realtime errors carry no field for it."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         adapter = OpenAIAdapter(talk.realtime, None)
         error = llm.RealtimeError(
             f"Rate limit reached. Please try again in {said}", code="rate_limit_exceeded"
@@ -287,11 +289,11 @@ class TestRetryAfter:
 
 
 class TestInterruption:
-    async def test_in_the_attempt(self, converse, recorder):
+    async def test_in_the_attempt(self, start_conversation, recorder):
         """Barge-in while the server is silent: over at once, and never heard."""
-        talk = await converse("late:5,ok")
+        talk = await start_conversation("late:5,ok")
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         handle.interrupt()
         await handle
         await talk.settle()
@@ -300,11 +302,11 @@ class TestInterruption:
         assert [] == talk.heard
         assert 1 == len(talk.server.requests)
 
-    async def test_in_the_wait(self, converse, recorder):
+    async def test_in_the_wait(self, start_conversation, recorder):
         """Barge-in between two attempts: nothing is sent afterwards."""
-        talk = await converse("rate_limit:10,ok")
+        talk = await start_conversation("rate_limit:10,ok")
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
@@ -314,9 +316,9 @@ class TestInterruption:
         assert [] == talk.heard
         assert 1 == len(talk.server.requests)
 
-    async def test_as_the_reply_comes(self, converse, recorder):
+    async def test_as_the_reply_comes(self, start_conversation, recorder):
         """Cancelled in the very moment the response was created: the response is cancelled."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         talk.realtime.on("generation_created", lambda _: reply.cancel())
         reply = talk.realtime.generate_reply()
 
@@ -328,11 +330,11 @@ class TestInterruption:
         assert 1 == len(talk.server.cancels)
         assert [] == talk.server.completed
 
-    async def test_while_it_is_spoken(self, converse, recorder):
+    async def test_while_it_is_spoken(self, start_conversation, recorder):
         """What was begun was heard."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
@@ -344,11 +346,11 @@ class TestInterruption:
 
 class TestSessionEnds:
     @pytest.mark.parametrize("script", ["silence", "rate_limit:10"])
-    async def test_closed(self, script, converse, recorder):
+    async def test_closed(self, script, start_conversation, recorder):
         """Closing the realtime session ends a pending reply, in an attempt or in a wait."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
         reply = talk.realtime.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(1)
         await talk.realtime.aclose()
 
@@ -357,9 +359,9 @@ class TestSessionEnds:
         assert [("not_recoverable", "session_closed")] == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_asked_after_the_end(self, converse, recorder):
+    async def test_asked_after_the_end(self, start_conversation, recorder):
         """The plugin alone lets such a caller wait for ten seconds."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         await talk.realtime.aclose()
         began = asyncio.get_running_loop().time()
 
@@ -369,11 +371,11 @@ class TestSessionEnds:
         assert began == asyncio.get_running_loop().time()
         assert [("not_recoverable", "session_closed")] == ended(recorder)
 
-    async def test_no_task_is_left(self, converse, recorder):
+    async def test_no_task_is_left(self, start_conversation, recorder):
         """The agent's session closes with a reply in mid-air and nothing of ours stays."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await talk.session.aclose()
         await asyncio.sleep(0)
 
@@ -384,9 +386,9 @@ class TestSessionEnds:
 
 
 class TestWhatTheAgentSees:
-    async def test_run_raises_the_original_error(self, converse):
+    async def test_run_raises_the_original_error(self, start_conversation):
         """session.run() raises the provider's error: its code, and a note leading to the trace."""
-        talk = await converse("rate_limit", max_retries=1)
+        talk = await start_conversation("rate_limit", max_retries=1)
 
         with pytest.raises(llm.RealtimeError) as caught:
             await talk.session.run(user_input="hello")
@@ -394,17 +396,17 @@ class TestWhatTheAgentSees:
         assert "rate_limit_exceeded" == caught.value.code
         assert "2 attempt(s), stopped by max_attempts" in "".join(caught.value.__notes__)
 
-    async def test_the_handle_has_it_too(self, converse):
+    async def test_the_handle_has_it_too(self, start_conversation):
         """SpeechHandle.exception() is the same error."""
-        talk = await converse("error:invalid_value")
+        talk = await start_conversation("error:invalid_value")
 
         error = await talk.reply()
 
         assert (llm.RealtimeError, "invalid_value") == (type(error), error.code)
 
-    async def test_session_goes_on(self, converse):
+    async def test_session_goes_on(self, start_conversation):
         """One lost reply is not the end of the conversation."""
-        talk = await converse("rate_limit,rate_limit,ok", max_retries=1)
+        talk = await start_conversation("rate_limit,rate_limit,ok", max_retries=1)
 
         assert await talk.reply() is not None
         assert await talk.reply() is None
@@ -413,9 +415,9 @@ class TestWhatTheAgentSees:
 
 class TestNothingLeaks:
     @pytest.mark.parametrize("script", ["error:server_error", "unauthorized", "malformed", "quota"])
-    async def test_no_content_and_no_key(self, script, converse, recorder, caplog):
+    async def test_no_content_and_no_key(self, script, start_conversation, recorder, caplog):
         """Neither instructions nor key are in spans, metrics or our log."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
         error = await talk.reply(instructions="SECRET instructions")
 
         told = [

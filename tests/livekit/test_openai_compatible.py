@@ -8,26 +8,16 @@ import asyncio
 import pytest
 from livekit.agents import llm
 from support.conversation import codes, ended
-from support.kin import ENGINE
+from support.providers import PROVIDERS, SHARED_ENGINE
 
 from traced_retry.livekit.openai import OpenAIAdapter
 from traced_retry.livekit.registry import adapter_class
 
 
-@pytest.fixture(params=ENGINE)
-def kin(request):
-    """One of them."""
-    return ENGINE[request.param]
-
-
-@pytest.fixture
-def converse(converse, kin):
-    """The shared ``converse``, over one of them."""
-
-    async def converse_over_kin(script, **kwargs):
-        return await converse(script, model=kin.model, simulator=kin.simulator, **kwargs)
-
-    return converse_over_kin
+@pytest.fixture(params=SHARED_ENGINE)
+def provider(request):
+    """Return each provider that shares the engine of OpenAI's plugin."""
+    return PROVIDERS[request.param]
 
 
 ROWS = {
@@ -80,10 +70,10 @@ ROWS = {
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ROWS)
-    async def test_row(self, script, converse, kin, recorder):
+    async def test_row(self, script, start_conversation, provider, recorder):
         """They keep the promise as OpenAI does, under their own name."""
         heard, outcome, stop_reason, failed, code, (least, most) = ROWS[script]
-        talk = await converse(script)
+        talk = await start_conversation(script)
         began = asyncio.get_running_loop().time()
 
         error = await talk.reply(instructions="SECRET")
@@ -95,17 +85,17 @@ class TestEachFault:
         assert failed == codes(recorder)
         assert code == getattr(error, "code", None)
         assert least <= took <= most
-        assert {kin.provider} == {a["gen_ai.provider.name"] for a in recorder.attempts}
+        assert {provider.name} == {a["gen_ai.provider.name"] for a in recorder.attempts}
         assert {"send"} == {a["traced_retry.action"] for a in recorder.attempts}
         assert None not in talk.server.cancels
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", ["late:5,ok", "rate_limit:10,ok"])
-    async def test_barge_in(self, script, converse, recorder):
+    async def test_barge_in(self, script, start_conversation, recorder):
         """In an attempt or in a wait: over at once, and never heard."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(1)
         handle.interrupt()
         await handle
@@ -115,9 +105,9 @@ class TestEachFault:
         assert [] == talk.heard
         assert 1 == len(talk.server.requests)
 
-    async def test_barge_in_as_the_reply_comes(self, converse, recorder):
+    async def test_barge_in_as_the_reply_comes(self, start_conversation, recorder):
         """In the very moment the response was created: it is cancelled, and not spoken."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         talk.realtime.on("generation_created", lambda _: reply.cancel())
         reply = talk.realtime.generate_reply()
 
@@ -129,11 +119,11 @@ class TestEachFault:
         assert 1 == len(talk.server.cancels)
         assert [] == talk.server.completed
 
-    async def test_session_closed(self, converse, recorder):
+    async def test_session_closed(self, start_conversation, recorder):
         """A pending reply ends with its session."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         reply = talk.realtime.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await talk.realtime.aclose()
 
         with pytest.raises(llm.RealtimeError):
@@ -141,9 +131,9 @@ class TestEachFault:
         assert [("not_recoverable", "session_closed")] == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_the_plugin_alone(self, converse):
+    async def test_the_plugin_alone(self, start_conversation):
         """Without us a late reply is lost."""
-        talk = await converse("late:12,ok", bare=True)
+        talk = await start_conversation("late:12,ok", bare=True)
 
         error = await talk.reply()
         await talk.settle()
@@ -153,16 +143,16 @@ class TestEachFault:
 
 
 class TestContract:
-    async def test_private_attributes(self, converse):
+    async def test_private_attributes(self, start_conversation):
         """Found by the registry as OpenAI's; what the adapter needs is there."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
 
         assert OpenAIAdapter is adapter_class(talk.realtime)
         assert [] == OpenAIAdapter(talk.realtime, None).missing()
 
-    async def test_raw_events_have_present_names(self, converse):
+    async def test_raw_events_have_present_names(self, start_conversation):
         """The engine translates the beta's names before it shows an event."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         seen = set()
         talk.realtime.on("openai_server_event_received", lambda e: seen.add(e["type"]))
         await talk.reply()
@@ -170,13 +160,13 @@ class TestContract:
         assert {"response.created", "response.output_text.delta", "response.done"} <= seen
 
 
-@pytest.mark.parametrize("kin", ["xai"], indirect=True)
+@pytest.mark.parametrize("provider", ["xai"], indirect=True)
 class TestSay:
     """xAI speaks scripted text by itself: no request, and no id in its response."""
 
-    async def test_beside_retries(self, converse, recorder):
+    async def test_beside_retries(self, start_conversation, recorder):
         """What is said is heard once, is no reply of ours, and leaves the next one alone."""
-        talk = await converse("rate_limit,ok")
+        talk = await start_conversation("rate_limit,ok")
 
         await talk.session.say("good morning")
         await talk.reply()
@@ -185,11 +175,11 @@ class TestSay:
         assert ["good morning", "reply 2"] == talk.heard
         assert [("recovered", None)] == ended(recorder)
 
-    async def test_while_a_reply_is_awaited(self, converse, recorder):
+    async def test_while_a_reply_is_awaited(self, start_conversation, recorder):
         """It has a slot of its own among the plugin's futures; the reply keeps its."""
-        talk = await converse("late:3,ok")
+        talk = await start_conversation("late:3,ok")
         reply = talk.realtime.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         said = await talk.realtime.say("one moment")
         answered = await reply
         await talk.settle()

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import pytest
 from livekit.agents import Agent, function_tool, llm
 from support.conversation import actions, ended, late, now
-from support.without_ids import a_phonic, an_ultravox, talk_over
-
-from traced_retry.livekit.phonic import PhonicAdapter
-from traced_retry.livekit.ultravox import UltravoxAdapter
+from support.providers import PHONIC, ULTRAVOX, ProviderCase
 
 LISTENS = ["send", "listen", "listen", "listen"]
 
@@ -26,8 +23,7 @@ LISTENS = ["send", "listen", "listen", "listen"]
 class Kind:
     """One of the two, and what becomes of a reply there."""
 
-    make: object
-    adapter: type
+    provider: ProviderCase
     slot: str
     """Where the plugin keeps the future of the reply that it waits for."""
     gives_up: float
@@ -48,8 +44,7 @@ class Kind:
 
 KINDS = {
     "ultravox": Kind(
-        an_ultravox,
-        UltravoxAdapter,
+        ULTRAVOX,
         "_pending_generation_fut",
         gives_up=5.0,
         second=8.0,
@@ -76,8 +71,7 @@ KINDS = {
         },
     ),
     "phonic": Kind(
-        a_phonic,
-        PhonicAdapter,
+        PHONIC,
         "_pending_generate_reply_fut",
         gives_up=10.0,
         second=12.0,
@@ -123,23 +117,17 @@ LISTENING = pytest.mark.parametrize("listening", [False, True], ids=["in the att
 
 
 @pytest.fixture
-async def converse(kind, recorder):
-    """Of a script and a policy's settings makes a ``Talk``, closed after the test."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def converse(script, **kwargs):
-            server, model = await kind.make(stack, script)
-            return await talk_over(stack, recorder, server, model, **kwargs)
-
-        yield converse
+def provider(kind):
+    """Return the provider of the slot."""
+    return kind.provider
 
 
 class TestEachFault:
     @scripts(lambda kind: kind.rows)
-    async def test_with_us(self, kind, script, converse, recorder):
+    async def test_with_us(self, kind, script, start_conversation, recorder):
         """Heard once where the server answers in time; else the failure is known in time."""
         heard, outcome, stop, acts, seconds, lates, *_ = kind.rows[script]
-        talk = await converse(script)
+        talk = await start_conversation(script)
 
         error, took = await talk.timed_reply(instructions="SECRET")
         await talk.settle()
@@ -155,10 +143,10 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @scripts(lambda kind: kind.rows)
-    async def test_the_plugin_alone(self, kind, script, converse):
+    async def test_the_plugin_alone(self, kind, script, start_conversation):
         """A reply after its time-out is reported as failed, and heard nevertheless."""
         *_, heard, fails, seconds = kind.rows[script]
-        talk = await converse(script, bare=True)
+        talk = await start_conversation(script, bare=True)
 
         error, took = await talk.timed_reply()
         await talk.settle()
@@ -168,9 +156,9 @@ class TestEachFault:
         assert seconds == took
 
     @scripts(lambda kind: kind.fatal)
-    async def test_a_dead_session(self, kind, script, converse, recorder):
+    async def test_a_dead_session(self, kind, script, start_conversation, recorder):
         """The plugin has no way back to a connection that is lost, nor into one it was refused."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
 
         _, took = await talk.timed_reply(instructions="SECRET")
         await talk.settle()
@@ -184,9 +172,9 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @scripts(lambda kind: kind.fatal)
-    async def test_a_dead_session_tells_who_asked(self, script, converse):
+    async def test_a_dead_session_tells_who_asked(self, script, start_conversation):
         """Our error is one that LiveKit catches, at once; so is that of who asks again."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
 
         for _ in range(2):
             began = now()
@@ -197,9 +185,9 @@ class TestEachFault:
             assert began == now()
             await talk.settle(1)
 
-    async def test_dropped_in_the_middle(self, converse, recorder):
-        """The agent learns it before its session is closed. More of it is in test_held.py."""
-        talk = await converse("drop_during")
+    async def test_dropped_in_the_middle(self, start_conversation, recorder):
+        """The agent gets the failure before its session closes."""
+        talk = await start_conversation("drop_during")
 
         error, _ = await talk.timed_reply()
         await talk.settle()
@@ -211,9 +199,9 @@ class TestEachFault:
 
 
 class TestPolicy:
-    async def test_no_retry_is_the_plugin_alone(self, kind, converse, recorder):
+    async def test_no_retry_is_the_plugin_alone(self, kind, start_conversation, recorder):
         """Its own time-out, told after as many seconds; the late reply is counted."""
-        talk = await converse(kind.late, max_retries=0)
+        talk = await start_conversation(kind.late, max_retries=0)
 
         error, took = await talk.timed_reply()
         await talk.settle()
@@ -224,9 +212,9 @@ class TestPolicy:
         assert 1 == late(recorder)
 
     @pytest.mark.parametrize("on_silence", ["listen", "restart"])
-    async def test_there_is_no_restart(self, on_silence, kind, converse, recorder):
+    async def test_there_is_no_restart(self, on_silence, kind, start_conversation, recorder):
         """It cannot be done here; listening is what is left."""
-        talk = await converse("silence", on_silence=on_silence)
+        talk = await start_conversation("silence", on_silence=on_silence)
 
         await talk.timed_reply()
 
@@ -234,9 +222,9 @@ class TestPolicy:
 
 
 class TestLateReplies:
-    async def test_is_counted_and_linked(self, request, converse, recorder, caplog):
+    async def test_is_counted_and_linked(self, request, start_conversation, recorder, caplog):
         """Counted once, with one WARN record and an exemplar that lead to the failed reply."""
-        talk = await converse("late:25")
+        talk = await start_conversation("late:25")
 
         await talk.timed_reply()
         await talk.settle()
@@ -265,22 +253,22 @@ def exemplars(recorder):
 
 @LISTENING
 class TestSomethingComesBetween:
-    async def test_a_newer_request(self, listening, kind, converse, recorder):
+    async def test_a_newer_request(self, listening, kind, start_conversation, recorder):
         """It takes the slot: the older one's caller is cancelled, not left waiting."""
-        talk = await converse("silence,ok")
-        first = await talk.asked()
+        talk = await start_conversation("silence,ok")
+        first = await talk.ask_plugin()
         await asyncio.sleep(kind.second if listening else 0.0)
-        await (await talk.asked())
+        await (await talk.ask_plugin())
         await talk.settle(1)
 
         assert first.cancelled()
         assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
         assert [] == getattr(talk.server, "cancels", [])
 
-    async def test_the_end_of_the_session(self, listening, kind, converse, recorder):
+    async def test_the_end_of_the_session(self, listening, kind, start_conversation, recorder):
         """Closing the realtime session ends a pending reply."""
-        talk = await converse("silence")
-        reply = await talk.asked()
+        talk = await start_conversation("silence")
+        reply = await talk.ask_plugin()
         await asyncio.sleep(kind.second if listening else 1.0)
         await talk.realtime.aclose()
 
@@ -291,20 +279,20 @@ class TestSomethingComesBetween:
 
 
 class TestWhatTheAgentSees:
-    async def test_it_closes_the_session(self, kind, converse, recorder):
+    async def test_it_closes_the_session(self, kind, start_conversation, recorder):
         """The agent's session closes with a reply in mid-air, and nothing stays open."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         talk.session.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(kind.second)
         await talk.session.aclose()
 
         assert 1 == len(ended(recorder))
         assert 0 == recorder.open_spans
 
-    async def test_replies_in_turn(self, kind, converse, recorder):
+    async def test_replies_in_turn(self, kind, start_conversation, recorder):
         """A failed reply leaves the slot free for the next."""
-        talk = await converse(f"silence,ok,{kind.late}")
+        talk = await start_conversation(f"silence,ok,{kind.late}")
 
         for _ in range(3):
             await talk.timed_reply()
@@ -313,7 +301,7 @@ class TestWhatTheAgentSees:
         assert ["reply 2", "reply 3"] == talk.heard
         assert ["exhausted", "succeeded", "recovered"] == [end for end, _ in ended(recorder)]
 
-    async def test_tools(self, converse):
+    async def test_tools(self, start_conversation):
         """The server answers a tool's result by itself; nobody asks it to."""
         called = []
 
@@ -324,7 +312,7 @@ class TestWhatTheAgentSees:
                 called.append(True)
                 return "found"
 
-        talk = await converse("tool:look_up,ok", agent=Helper(instructions="SECRET"))
+        talk = await start_conversation("tool:look_up,ok", agent=Helper(instructions="SECRET"))
         await talk.timed_reply()
         await talk.settle()
 
@@ -332,12 +320,12 @@ class TestWhatTheAgentSees:
         assert ["reply 2"] == talk.heard
 
     @scripts(lambda kind: ["ok", "late:25", *kind.fatal])
-    async def test_nothing_leaks(self, script, converse, recorder, caplog):
+    async def test_nothing_leaks(self, script, start_conversation, recorder, caplog):
         """Neither instructions nor key are in spans, metrics, our log or any error event.
 
         Phonic's own logger writes the key; that we cannot help.
         """
-        talk = await converse(script)
+        talk = await start_conversation(script)
         error, _ = await talk.timed_reply(instructions="SECRET instructions")
         with contextlib.suppress(llm.RealtimeError):
             await talk.realtime.generate_reply()
@@ -357,16 +345,16 @@ class TestWhatTheAgentSees:
 class TestContract:
     """What both adapters rely on, in the installed plugins."""
 
-    async def test_private_attributes(self, kind, converse):
+    async def test_private_attributes(self, kind, start_conversation):
         """A plugin version that moves one fails here, by its name."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
 
-        assert [] == kind.adapter(talk.realtime, None).missing()
+        assert [] == kind.provider.adapter(talk.realtime, None).missing()
 
-    async def test_the_time_out_leaves_another_slot_alone(self, kind, converse):
+    async def test_the_time_out_leaves_another_slot_alone(self, kind, start_conversation):
         """The plugin's own future fails then, and ours in the slot waits on and is resolved."""
-        talk = await converse(kind.late, bare=True)
-        theirs = await talk.asked()
+        talk = await start_conversation(kind.late, bare=True)
+        theirs = await talk.ask_plugin()
         ours = asyncio.Future()
         setattr(talk.realtime, kind.slot, ours)
 
@@ -375,9 +363,9 @@ class TestContract:
         assert ours is getattr(talk.realtime, kind.slot)
         assert (await ours).user_initiated
 
-    async def test_what_is_being_spoken(self, converse):
+    async def test_what_is_being_spoken(self, start_conversation):
         """It is in ``_current_generation``, with the stream that the future brings, until whole."""
-        talk = await converse("slow:1", bare=True)
+        talk = await start_conversation("slow:1", bare=True)
         await talk.server.wait_for("connected")
         reply = await talk.realtime.generate_reply()
 
