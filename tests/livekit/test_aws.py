@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from typing import NamedTuple
 
 import pytest
 from livekit.agents import Agent, function_tool, llm
 from support.conversation import actions, ended, late, now
 from support.providers import NOVA_SONIC
 
-from traced_retry.livekit.aws import AWSAdapter
 from traced_retry.simulator import ScriptError
 
 plugin = pytest.importorskip(
@@ -48,24 +48,38 @@ DEAD = ("not_recoverable", "not_recoverable")
 CUT = ("not_recoverable", "output_started")
 ONCE, TWICE = ["send"], ["send", "listen"]
 
+
+class Row(NamedTuple):
+    """The expected result of one reply."""
+
+    heard: int
+    """The number of texts that the agent says."""
+    late: int
+    """The number of late replies."""
+    end: tuple[str, str | None]
+    """Outcome and stop reason."""
+    actions: list[str]
+    seconds: int
+
+
 ROWS = {
     # script: replies heard, late ones counted, outcome and stop reason, actions, seconds
-    "ok": (1, 0, OK, ONCE, 0),
-    "slow:3": (1, 0, OK, ONCE, 3),
-    "late:7": (1, 0, OK, ONCE, 7),
-    "late:12": (1, 0, AGAIN, TWICE, 12),
-    "silence": (0, 0, DEADLINE, TWICE, 20),
-    "silence,ok": (0, 0, DEADLINE, TWICE, 20),  # lost for good: nothing tells, nothing cancels
-    "late:25": (1, 1, DEADLINE, TWICE, 20),
-    "rate_limit": (0, 0, DEADLINE, TWICE, 20),  # a new stream, silently, and the text is lost
-    "error:modelTimeoutException,ok": (0, 0, DEADLINE, TWICE, 20),
-    "error:systemInstability,ok": (0, 0, DEADLINE, TWICE, 20),
-    "error:validationException": (0, 0, DEAD, ONCE, 0),
-    "error:internalServerException": (0, 0, DEAD, ONCE, 0),
-    "malformed": (0, 0, DEAD, ONCE, 0),
-    "drop_before": (0, 0, DEAD, ONCE, 2),
-    "drop_during": (1, 0, CUT, ONCE, 2),
-    "unauthorized": (0, 0, DEAD, ONCE, 0),
+    "ok": Row(1, 0, OK, ONCE, 0),
+    "slow:3": Row(1, 0, OK, ONCE, 3),
+    "late:7": Row(1, 0, OK, ONCE, 7),
+    "late:12": Row(1, 0, AGAIN, TWICE, 12),
+    "silence": Row(0, 0, DEADLINE, TWICE, 20),
+    "silence,ok": Row(0, 0, DEADLINE, TWICE, 20),  # lost for good: nothing tells, nothing cancels
+    "late:25": Row(1, 1, DEADLINE, TWICE, 20),
+    "rate_limit": Row(0, 0, DEADLINE, TWICE, 20),  # a new stream, silently, and the text is lost
+    "error:modelTimeoutException,ok": Row(0, 0, DEADLINE, TWICE, 20),
+    "error:systemInstability,ok": Row(0, 0, DEADLINE, TWICE, 20),
+    "error:validationException": Row(0, 0, DEAD, ONCE, 0),
+    "error:internalServerException": Row(0, 0, DEAD, ONCE, 0),
+    "malformed": Row(0, 0, DEAD, ONCE, 0),
+    "drop_before": Row(0, 0, DEAD, ONCE, 2),
+    "drop_during": Row(1, 0, CUT, ONCE, 2),
+    "unauthorized": Row(0, 0, DEAD, ONCE, 0),
 }
 
 BARE = {
@@ -88,19 +102,19 @@ class TestEachRow:
     @pytest.mark.parametrize("script", ROWS)
     async def test_with_us(self, script, start_conversation, recorder):
         """Heard at most once; the outcome, the attempts and the seconds are exact."""
-        heard, late_ones, outcome, did, seconds = ROWS[script]
+        row = ROWS[script]
         talk = await start_conversation(script)
 
         error, took = await talk.timed_reply()
         await asyncio.sleep(20)
 
-        assert heard == len(talk.heard)
-        assert late_ones == late(recorder)
-        assert [outcome] == ended(recorder)
-        assert did == actions(recorder)
-        assert seconds == took
+        assert row.heard == len(talk.heard)
+        assert row.late == late(recorder)
+        assert [row.end] == ended(recorder)
+        assert row.actions == actions(recorder)
+        assert row.seconds == took
         assert 0 == recorder.open_spans
-        if outcome[0] in ("exhausted", "not_recoverable") and script not in CLOSES_THE_AGENT:
+        if row.end[0] in ("exhausted", "not_recoverable") and script not in CLOSES_THE_AGENT:
             assert isinstance(error, llm.RealtimeError)
 
     @pytest.mark.parametrize("script", BARE)
@@ -543,17 +557,6 @@ class TestInterruption:
         assert isinstance(error, llm.RealtimeError)
         assert ([DEADLINE], [], []) == (ended(recorder), talk.server.requests, talk.heard)
 
-    async def test_the_caller_closes(self, start_conversation, recorder):
-        """The agent's session is closed with a reply in mid-air."""
-        talk = await start_conversation("silence")
-        talk.ask()
-        await asyncio.sleep(3)
-        await talk.session.aclose()
-
-        assert 1 == len(ended(recorder))
-        assert ended(recorder)[0][0] in ("interrupted", "not_recoverable")
-        assert 0 == recorder.open_spans
-
     @pytest.mark.parametrize("seconds", [3, 13])
     async def test_the_session_is_closed(self, seconds, start_conversation, recorder):
         """In ``send`` or ``listen``."""
@@ -589,39 +592,21 @@ class TestRawExceptions:
         assert "SECRET" not in repr(error)
         assert ([outcome], [cause]) == (ended(recorder), causes(recorder))
 
-    @pytest.mark.parametrize("script", ["rate_limit", "unauthorized", "silence", "drop_before"])
-    async def test_nothing_leaks(self, script, start_conversation, recorder, caplog):
-        """Instructions are not in our spans, metrics, log or error."""
-        error, _ = await (await start_conversation(script)).timed_reply()
-
-        told = [
-            repr([s.to_json() for s in recorder.spans() if s.name.startswith("generate_reply")]),
-            repr([recorder.points(m) for m in recorder.metric_names()]),
-            repr([vars(r) for r in caplog.records if r.name == "traced_retry"]),
-            repr(error),
-        ]
-        assert not [t for t in told if "SECRET" in t]
-
 
 class TestContract:
     """What the adapter relies on; each fails where a new version of the plugin moved it."""
 
-    async def test_attributes(self, start_conversation):
-        """Each of ``needs`` is there, and the model's time-out."""
+    async def test_model_has_timeout_of_ten_seconds(self, start_conversation):
+        """The adapter reads the model's timeout, which is 10 s by default."""
         talk = await start_conversation("ok", bare=True)
 
-        assert [] == AWSAdapter(talk.realtime, None).missing()
         assert 10.0 == talk.model._generate_reply_timeout
 
-    async def test_target(self, start_conversation, recorder):
-        """Semantic conventions' name for the provider."""
+    async def test_span_names_model(self, start_conversation, recorder):
+        """The reply's span carries the model that the plugin names."""
         await (await start_conversation("ok")).reply()
 
-        (reply,) = recorder.replies
-        assert ("aws.bedrock", "amazon.nova-2-sonic-v1:0") == (
-            reply["gen_ai.provider.name"],
-            reply["gen_ai.request.model"],
-        )
+        assert "amazon.nova-2-sonic-v1:0" == recorder.replies[0]["gen_ai.request.model"]
 
     async def test_slot(self, start_conversation):
         """One slot; without instructions its future is shared, else a fresh one is made."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import NamedTuple
 
 import aiohttp
 import pytest
@@ -33,35 +34,49 @@ RECOVERS = {
     "failed_later,slow:1": ["server_error"],
 }
 
+
+class Row(NamedTuple):
+    """The expected result of one reply."""
+
+    heard: list[str]
+    """The texts that the agent says."""
+    requests: int
+    """The number of requests that the server receives."""
+    outcome: str
+    stop_reason: str | None
+    code: str | None
+    """The code of the error that the agent gets."""
+
+
 TOLD = {
     # script: heard, requests, outcome, stop reason, the code the agent gets
-    "failed_later": ([], 4, "exhausted", "max_attempts", "server_error"),
-    "failed_message": ([], 4, "exhausted", "max_attempts", "server_error"),
-    "failed_later:insufficient_quota,ok": (
+    "failed_later": Row([], 4, "exhausted", "max_attempts", "server_error"),
+    "failed_message": Row([], 4, "exhausted", "max_attempts", "server_error"),
+    "failed_later:insufficient_quota,ok": Row(
         [],
         1,
         "not_recoverable",
         "not_recoverable",
         "insufficient_quota",
     ),
-    "failed_later,error:invalid_value,ok": (
+    "failed_later,error:invalid_value,ok": Row(
         [],
         2,
         "not_recoverable",
         "not_recoverable",
         "invalid_value",
     ),
-    "incomplete,ok": ([], 1, "not_recoverable", "not_recoverable", "content_filter"),
-    "failed_during,ok": (["reply"], 1, "not_recoverable", "output_started", "server_error"),
-    "failed_later,failed_during": (
+    "incomplete,ok": Row([], 1, "not_recoverable", "not_recoverable", "content_filter"),
+    "failed_during,ok": Row(["reply"], 1, "not_recoverable", "output_started", "server_error"),
+    "failed_later,failed_during": Row(
         ["reply"],
         2,
         "not_recoverable",
         "output_started",
         "server_error",
     ),
-    "drop_during,ok": (["reply"], 1, "not_recoverable", "output_started", None),
-    "stalled": ([], 1, "exhausted", "deadline", None),
+    "drop_during,ok": Row(["reply"], 1, "not_recoverable", "output_started", None),
+    "stalled": Row([], 1, "exhausted", "deadline", None),
 }
 
 
@@ -132,17 +147,17 @@ class TestBeforeTheFirstWord:
     @pytest.mark.parametrize("script", TOLD)
     async def test_it_is_told(self, script, start_conversation, recorder):
         """By span and metric, and by the handle's exception(), with the provider's code."""
-        heard, requests, outcome, stop, code = TOLD[script]
+        row = TOLD[script]
         talk = await start_conversation(script)
 
         error = await talk.reply(instructions="SECRET")
         await talk.settle()
 
-        assert [(outcome, stop)] == ended(recorder)
-        assert heard == talk.heard
-        assert requests == len(talk.server.requests)
+        assert [(row.outcome, row.stop_reason)] == ended(recorder)
+        assert row.heard == talk.heard
+        assert row.requests == len(talk.server.requests)
         assert isinstance(error, llm.RealtimeError)
-        assert code == error.code
+        assert row.code == error.code
         assert 0 == recorder.open_spans
 
     async def test_a_tool_is_called_by_the_next(self, start_conversation, recorder):

@@ -538,12 +538,6 @@ class TestRetryingRealtimeSession:
 class TestContract:
     """What the OpenAI adapter relies on, in the installed plugin. See CONTRIBUTING."""
 
-    async def test_private_attributes(self, start_conversation):
-        """A plugin version that moves one fails here, by its name."""
-        talk = await start_conversation("ok", bare=True)
-
-        assert [] == OpenAIAdapter(talk.realtime, None).missing()
-
     async def test_a_request_shows_up_by_its_id(self, start_conversation):
         """generate_reply adds exactly the sent event_id to _response_created_futures."""
         talk = await start_conversation("ok", bare=True)

@@ -307,13 +307,6 @@ class TestWhatTheAgentSees:
 
         assert KEY in str(talk.errors[0].error.error)
 
-    async def test_names(self, start_conversation, recorder):
-        """The provider's name is plain."""
-        talk = await start_conversation("ok")
-        await talk.timed_reply()
-
-        assert "phonic" == recorder.replies[0]["gen_ai.provider.name"]
-
 
 class TestContract:
     """What the adapter and the simulator rely on, in the installed plugin."""

@@ -8,6 +8,7 @@ import gc
 import logging
 import warnings
 from functools import partial
+from typing import NamedTuple
 
 import aiohttp
 import pytest
@@ -80,12 +81,27 @@ async def heard_by(talk, number):
 
 TIMEOUT = {"x_ai": 10.0, "ultravox": 5.0, "phonic": 10.0}
 
+
+class Row(NamedTuple):
+    """The expected result of one ``say``."""
+
+    heard: int
+    """The number of texts that the agent says."""
+    outcome: str
+    stop_reason: str | None
+    error_type: str | None
+    seconds: float | None
+    """None: the timeout of the plugin."""
+    late: int
+    """The number of late replies."""
+
+
 ROWS = {
     # script: texts heard, outcome, stop reason, error.type, seconds, late ones
-    "ok": (1, "succeeded", None, None, 0.0, 0),
-    "late:3": (1, "succeeded", None, None, 3.0, 0),
-    "silence": (0, "exhausted", "unsafe_to_resend", "timeout", None, 0),
-    "late:12": (1, "exhausted", "unsafe_to_resend", "timeout", None, 1),
+    "ok": Row(1, "succeeded", None, None, 0.0, 0),
+    "late:3": Row(1, "succeeded", None, None, 3.0, 0),
+    "silence": Row(0, "exhausted", "unsafe_to_resend", "timeout", None, 0),
+    "late:12": Row(1, "exhausted", "unsafe_to_resend", "timeout", None, 1),
 }
 
 
@@ -93,20 +109,20 @@ class TestEachFault:
     @pytest.mark.parametrize("script", ROWS)
     async def test_told_once_and_sent_once(self, script, start_saying, provider, recorder):
         """As the plugin alone would have it, in the trace as well."""
-        heard, outcome, stop, error_type, seconds, lates = ROWS[script]
-        if provider.name == "x_ai" and lates:
-            heard = lates = 0  # the plugin cancels it by its place in the order
+        row = ROWS[script]
+        if provider.name == "x_ai" and row.late:
+            row = row._replace(heard=0, late=0)  # the plugin cancels it by its place in the order
         talk = await start_saying(script)
 
         error, took = await say(talk)
         await talk.settle()
 
-        assert heard == len(talk.heard)
-        assert [(outcome, stop, error_type)] == said(recorder)
-        assert (TIMEOUT[provider.name] if seconds is None else seconds) == took
-        assert (outcome == "exhausted") == isinstance(error, llm.RealtimeError)
+        assert row.heard == len(talk.heard)
+        assert [(row.outcome, row.stop_reason, row.error_type)] == said(recorder)
+        assert (TIMEOUT[provider.name] if row.seconds is None else row.seconds) == took
+        assert (row.outcome == "exhausted") == isinstance(error, llm.RealtimeError)
         assert 1 == len(talk.server.say.heard)
-        assert ({(provider.name, "say"): lates} if lates else {}) == recorder.counted(
+        assert ({(provider.name, "say"): row.late} if row.late else {}) == recorder.counted(
             semconv.METRIC_LATE_REPLIES, semconv.PROVIDER, semconv.OPERATION
         )
         assert 0 == recorder.open_spans
@@ -114,17 +130,17 @@ class TestEachFault:
     @pytest.mark.parametrize("script", ROWS)
     async def test_the_plugin_alone(self, script, start_saying, provider):
         """The same is heard, and told at the same time."""
-        heard, outcome, _, _, seconds, lates = ROWS[script]
-        if provider.name == "x_ai" and lates:
-            heard = 0
+        row = ROWS[script]
+        if provider.name == "x_ai" and row.late:
+            row = row._replace(heard=0)
         talk = await start_saying(script, bare=True)
 
         error, took = await say(talk)
         await talk.settle()
 
-        assert heard == len(talk.heard)
-        assert (TIMEOUT[provider.name] if seconds is None else seconds) == took
-        assert (outcome == "exhausted") == isinstance(error, llm.RealtimeError)
+        assert row.heard == len(talk.heard)
+        assert (TIMEOUT[provider.name] if row.seconds is None else row.seconds) == took
+        assert (row.outcome == "exhausted") == isinstance(error, llm.RealtimeError)
 
     async def test_a_lost_connection(self, start_saying, provider, recorder):
         """Told; not sent again where the plugin comes back."""
