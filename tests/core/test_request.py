@@ -9,10 +9,9 @@ import pytest
 from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import RetryPolicy
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.failure import failure
 from traced_retry.core.loop import Reply
-from traced_retry.core.request import Delivery
+from traced_retry.core.request import CallRequest, Delivery
 from traced_retry.core.telemetry import Target, Telemetry
 
 
@@ -155,7 +154,7 @@ class TestNews:
         asked = reply(Request(script))
         future = asked.start()
         await asyncio.sleep(0.5)
-        asked.interject(failure(ConnectionResetError(), "connection_lost"))
+        asked.report_failure(failure(ConnectionResetError(), "connection_lost"))
 
         assert "hello" == await future
         assert [0, 1.5] == script.times
@@ -168,7 +167,7 @@ class TestNews:
         future = asked.start()
         await asyncio.sleep(after)
         gone = ProviderError("account_deactivated")
-        asked.interject(failure(gone, "authentication", code=gone.code), "not_recoverable")
+        asked.report_failure(failure(gone, "authentication", code=gone.code), "not_recoverable")
 
         assert future.done()
         assert gone is future.exception()
@@ -181,7 +180,7 @@ class TestNews:
             __slots__ = ()
 
             def attempt(self, action):
-                asked.interject(failure(ProviderError(), "authentication"), "not_recoverable")
+                asked.report_failure(failure(ProviderError(), "authentication"), "not_recoverable")
                 return super().attempt(action)
 
         asked = reply(Dying(Scripted(HANG)))
@@ -194,7 +193,7 @@ class TestNews:
         asked = reply(Request(Scripted("hello")))
         future = asked.start()
         await future
-        asked.interject(failure(ProviderError(), "unknown"), "session_closed")
+        asked.report_failure(failure(ProviderError(), "unknown"), "session_closed")
         asked.interrupt()
 
         assert "hello" == await future
@@ -218,9 +217,9 @@ class TestDelivery:
     async def test_heard(self, delivered, recorder):
         """The silence ends with the first word, not with the last."""
         await asyncio.sleep(0.5)
-        delivered[1].output()
+        delivered[1].mark_output()
         await asyncio.sleep(5)
-        delivered[1].output()
+        delivered[1].mark_output()
         delivered[1].end()
 
         assert "succeeded" == recorder.replies[0]["traced_retry.outcome"]
@@ -231,7 +230,7 @@ class TestDelivery:
 
     async def test_failed_after_a_word(self, delivered, recorder):
         """Told on span, metric and log, and to on_exhausted; never counted as heard."""
-        delivered[1].output()
+        delivered[1].mark_output()
         delivered[1].end(failure(ProviderError("server_error"), "server_error"))
 
         (told,) = recorder.replies
@@ -250,7 +249,7 @@ class TestDelivery:
         request.given = second = Delivery()
         first.end(failure(ProviderError("server_error"), "server_error"))
         await asyncio.sleep(1.5)
-        second.output()
+        second.mark_output()
         second.end()
 
         assert ["send", "abandon, then send", "send"] == request.asked
@@ -290,7 +289,7 @@ class TestDelivery:
         await asyncio.sleep(2.9)
         request.given = second = Delivery()
         await asyncio.sleep(1.2)
-        second.output()
+        second.mark_output()
         second.end()
 
         assert ["send", "abandon, then send", "send"] == request.asked
@@ -301,8 +300,8 @@ class TestDelivery:
 
     async def test_the_session_dies_while_it_speaks(self, delivered, recorder):
         """The rest is lost: that is told, and not counted as heard."""
-        delivered[1].output()
-        delivered[0].interject(failure(ProviderError(), "quota"), "not_recoverable")
+        delivered[1].mark_output()
+        delivered[0].report_failure(failure(ProviderError(), "quota"), "not_recoverable")
 
         assert ("not_recoverable", "output_started") == (
             recorder.replies[0]["traced_retry.outcome"],
@@ -311,7 +310,7 @@ class TestDelivery:
 
     async def test_it_may_be_slow_once_it_speaks(self, delivered, recorder):
         """The deadline is for the first word."""
-        delivered[1].output()
+        delivered[1].mark_output()
         await asyncio.sleep(60)
         delivered[1].end()
 
@@ -329,9 +328,9 @@ class TestDelivery:
     async def test_the_session_closes(self, delivered, recorder, words, outcome):
         """What was begun was heard as far as the caller let it."""
         if words:
-            delivered[1].output()
-        closed = failure(ProviderError(), "session_closed", provoked=True)
-        delivered[0].interject(closed, "session_closed")
+            delivered[1].mark_output()
+        closed = failure(ProviderError(), "session_closed", ended_locally=True)
+        delivered[0].report_failure(closed, "session_closed")
 
         assert outcome == recorder.replies[0]["traced_retry.outcome"]
         assert 0 == recorder.open_spans

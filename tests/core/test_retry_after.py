@@ -7,11 +7,12 @@ import asyncio
 
 import pytest
 from support.scripted import ProviderError, Scripted
+from traced_retry.core.cooldown import SessionCooldown
 
 from traced_retry import RetryPolicy
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.failure import failure
-from traced_retry.core.loop import Reply, RetryAfter
+from traced_retry.core.loop import Reply
+from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
 
 
@@ -23,7 +24,7 @@ def limited(seconds):
 @pytest.fixture
 def session(recorder):
     """``session(script, **policy)`` -> a Reply; all of them heed one another's ``retry_after``."""
-    telemetry, shared = Telemetry(**recorder.providers), RetryAfter()
+    telemetry, shared = Telemetry(**recorder.providers), SessionCooldown()
 
     def session(script, **policy):
         return Reply(
@@ -31,7 +32,7 @@ def session(recorder):
             RetryPolicy(**policy),
             telemetry.reply(Target("openai")),
             jitter=lambda bound: bound,
-            retry_after=shared,
+            cooldown=shared,
         )
 
     return session
@@ -119,7 +120,7 @@ async def test_the_session_closes_before_it_was_asked(session, recorder):
     script = Scripted("hello")
     reply = session(script)
     waiting = reply.start()
-    reply.interject(failure(ProviderError("gone"), "session_closed"), "session_closed")
+    reply.report_failure(failure(ProviderError("gone"), "session_closed"), "session_closed")
 
     with pytest.raises(ProviderError) as caught:
         await waiting

@@ -26,12 +26,13 @@ from hypothesis.stateful import (
 from support.recorder import Recorder
 from support.scripted import ProviderError
 from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, play, seen_alike
+from traced_retry.core.cooldown import SessionCooldown
 
 from traced_retry import RetryPolicy, semconv
 from traced_retry.core import guard
 from traced_retry.core.budget import RetryBudget
 from traced_retry.core.failure import explain, failure
-from traced_retry.core.loop import Reply, RetryAfter
+from traced_retry.core.loop import Reply
 from traced_retry.core.request import Delivery
 from traced_retry.core.telemetry import Target, Telemetry
 
@@ -68,7 +69,7 @@ class Sent:
         if self.discarded:
             return
         if self.delivery is not None:
-            self.delivery.output()
+            self.delivery.mark_output()
         future = self.asked.future
         if future.done() and not future.cancelled() and future.exception() is None:
             self.asked.heard.append(self.number)
@@ -128,7 +129,7 @@ class Asked:
         return explain(error)
 
     def timed_out(self, seconds):
-        return failure(TimeoutError("ours"), "timeout", provoked=True)
+        return failure(TimeoutError("ours"), "timeout", ended_locally=True)
 
     def next_action(self, why):
         actions = self.provider.actions
@@ -224,7 +225,7 @@ class Machine(RuleBasedStateMachine):
         budget = None if budget is None else RetryBudget(budget)
         self.policy = RetryPolicy(**policy, budget=budget)
         self.telemetry = Telemetry(**self.recorder.providers)
-        self.retry_after = RetryAfter()
+        self.retry_after = SessionCooldown()
 
     # --- what the agent does -------------------------------------------------------------------
 
@@ -249,16 +250,16 @@ class Machine(RuleBasedStateMachine):
                 self.policy,
                 self.telemetry.reply(Target("somebody")),
                 jitter=lambda bound: bound,
-                retry_after=self.retry_after,
+                cooldown=self.retry_after,
                 on_failed=on_failed,
                 on_ended=on_ended,
             )
             asked.future = asked.reply._future
             if self.provider.dead is not None:
-                asked.reply.interject(*self.provider.dead)
+                asked.reply.report_failure(*self.provider.dead)
             with contextlib.suppress(TypeError):  # a programming error passes through
                 assert asked.reply.start() is asked.future
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
@@ -269,7 +270,7 @@ class Machine(RuleBasedStateMachine):
         asked.shut()
         with self.stepped.standing():
             asked.future.cancel()
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
@@ -280,21 +281,21 @@ class Machine(RuleBasedStateMachine):
         asked.shut()
         with self.stepped.standing():
             asked.reply.interrupt()
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(then=THEN)
-    @precondition(lambda self: self.impatient and self.handed_over)
+    @precondition(lambda self: self.impatient and self.resolved)
     def interrupt(self, then):
         """The user starts to speak: what has begun is cut."""
         with self.stepped.standing():
-            for asked in self.handed_over:
+            for asked in self.resolved:
                 asked.interrupted = True
                 asked.shut()
                 for sent in asked.sent:
                     if sent.answered and not sent.discarded:
                         sent.over = sent.discarded = True
                 asked.reply.interrupt(cut=True)
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     # --- what the provider does ----------------------------------------------------------------
 
@@ -304,7 +305,7 @@ class Machine(RuleBasedStateMachine):
         """Begin to answer a request, be it wanted or not."""
         with self.stepped.standing():
             self.provider.answer(self.unanswered[which % len(self.unanswered)])
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.unanswered)
@@ -317,7 +318,7 @@ class Machine(RuleBasedStateMachine):
             if sent.delivery is not None:
                 sent.delivery.end()
         sent.over = True
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, words=st.integers(1, 2), then=THEN)
     @precondition(lambda self: self.answering)
@@ -327,7 +328,7 @@ class Machine(RuleBasedStateMachine):
         with self.stepped.standing():
             for _ in range(words):
                 sent.say()
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.answering)
@@ -337,7 +338,7 @@ class Machine(RuleBasedStateMachine):
         with self.stepped.standing():
             sent.say()
         self.end(sent, None)
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, words=st.sampled_from([1, 0]), error=ERRORS, then=THEN)
     @precondition(lambda self: self.answering)
@@ -348,7 +349,7 @@ class Machine(RuleBasedStateMachine):
             for _ in range(words):
                 sent.say()
         self.end(sent, explain(error()))
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.answering)
@@ -361,7 +362,7 @@ class Machine(RuleBasedStateMachine):
             sent.asked.shut()
         with self.stepped.standing():
             sent.delivery.end(cancelled=True)
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, error=ERRORS, then=THEN)
     @precondition(lambda self: self.unanswered)
@@ -372,7 +373,7 @@ class Machine(RuleBasedStateMachine):
         with self.stepped.standing():
             if not sent.future.done():
                 sent.future.set_exception(error())
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.unanswered)
@@ -384,7 +385,7 @@ class Machine(RuleBasedStateMachine):
             if not sent.future.done():
                 sent.asked.superseded = True
                 sent.future.cancel()
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(next_time=ERRORS | st.just("answer"))
     @precondition(lambda self: self.open and self.provider.next_time is None)
@@ -405,8 +406,8 @@ class Machine(RuleBasedStateMachine):
             for sent in asked.sent:
                 sent.over = True
             with self.stepped.standing():
-                asked.reply.interject(lost)
-        self.stepped.go_on(then)
+                asked.reply.report_failure(lost)
+        self.stepped.switch_to(then)
 
     def come_back(self):
         """It can be asked again."""
@@ -419,12 +420,12 @@ class Machine(RuleBasedStateMachine):
     def die(self, stop, then):
         """The session is closed, or says that it cannot go on."""
         if self.provider.dead is None:
-            why = failure(ProviderError("gone"), "session_closed", provoked=True)
+            why = failure(ProviderError("gone"), "session_closed", ended_locally=True)
             self.provider.dead = (why, stop)
         with self.stepped.standing():
             for asked in self.open:
-                asked.reply.interject(*self.provider.dead)
-        self.stepped.go_on(then)
+                asked.reply.report_failure(*self.provider.dead)
+        self.stepped.switch_to(then)
 
     @rule(seconds=st.sampled_from([1.0, 3.0]))
     @precondition(lambda self: self.open or self.provider.dead)
@@ -532,9 +533,9 @@ class Machine(RuleBasedStateMachine):
         return [asked for asked in self.open if not asked.future.done()]
 
     @property
-    def handed_over(self):
+    def resolved(self):
         """Those whose agent has one, whether it speaks yet or not."""
-        return [asked for asked in self.open if asked.reply.handed_over and not asked.interrupted]
+        return [asked for asked in self.open if asked.reply.resolved and not asked.interrupted]
 
     @property
     def unanswered(self):

@@ -16,8 +16,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, semconv
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.loop import Reply
+from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
 
 TARGET = Target("openai", "gpt-realtime", "api.openai.com", 443)
@@ -424,15 +424,15 @@ class TestMetrics:
     async def test_the_start_leads_to_no_trace(self, recorder):
         """An exemplar of "exhausted" must not name the call that happened to be the first."""
         with recorder.tracer_provider.get_tracer("agent").start_as_current_span("call"):
-            Telemetry(**recorder.providers).zero("openai")
+            Telemetry(**recorder.providers).initialize_counters("openai")
 
         assert [] == recorder.exemplars("traced_retry.replies")
 
     async def test_zero_initialised(self, recorder):
         """Each outcome and stop reason starts at 0, so that its first count is an increase."""
         telemetry = Telemetry(**recorder.providers)
-        telemetry.zero("openai")
-        telemetry.zero("openai")
+        telemetry.initialize_counters("openai")
+        telemetry.initialize_counters("openai")
 
         replies = recorder.points("traced_retry.replies")
         assert {

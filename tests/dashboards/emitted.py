@@ -49,7 +49,7 @@ def emitted():
 
 def _play(telemetry):
     target = Target("openai", "gpt-realtime")
-    telemetry.zero("openai", semconv.ACTIONS)
+    telemetry.initialize_counters("openai", semconv.ACTIONS)
     failed = failure(RuntimeError(), "timeout")
     said = telemetry.reply(Target("openai", say=True))
     said.begin()

@@ -30,7 +30,7 @@ class Traffic:
     def go(self, replies, *, every):
         """From now on one reply of each ``every`` seconds: {provider: (stop, its seconds)}."""
         for provider in replies:
-            self._telemetry.zero(provider)
+            self._telemetry.initialize_counters(provider)
         self._replies, self._every = replies, every
 
     def _tell(self):

@@ -98,7 +98,7 @@ def start_with_fallback(start_conversation, how, order, second, recorder):
     traced_retry.uninstrument()
 
 
-def told(recorder):
+def failure_from_event(recorder):
     """Provider, outcome and stop reason of each reply."""
     names = ("gen_ai.provider.name", "traced_retry.outcome", "traced_retry.stop_reason")
     return [tuple(reply.get(name) for name in names) for reply in recorder.replies]
@@ -127,7 +127,7 @@ class TestWithoutASwap:
         await talk.settle()
 
         assert ["reply 2"] == talk.heard
-        assert [(order[0], "recovered", None)] == told(recorder)
+        assert [(order[0], "recovered", None)] == failure_from_event(recorder)
         assert [(order[0], "rate_limit_exceeded"), (order[0], None)] == attempts(recorder)
         assert 0 == second.connections
 
@@ -157,7 +157,7 @@ class TestQuota:
         assert [
             ("openai", "not_recoverable", "not_recoverable"),
             ("azure_voicelive", "succeeded", None),
-        ] == told(recorder)
+        ] == failure_from_event(recorder)
         assert [("openai", "insufficient_quota"), ("azure_voicelive", None)] == attempts(recorder)
         assert 0 == recorder.open_spans
 
@@ -171,7 +171,9 @@ class TestQuota:
 
         assert ["reply 1"] == talk.heard == second.completed
         assert (1, 1) == (len(talk.server.requests), len(second.requests))
-        assert ["not_recoverable", "succeeded"] == [outcome for _, outcome, _ in told(recorder)]
+        assert ["not_recoverable", "succeeded"] == [
+            outcome for _, outcome, _ in failure_from_event(recorder)
+        ]
 
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
     async def test_the_adapter_alone(self, start_with_fallback, second):
@@ -198,7 +200,7 @@ class TestSwapWhileAReplyIsPending:
         await handle
         await talk.settle(30)
 
-        assert [(order[0], "interrupted", "interrupted")] == told(recorder)
+        assert [(order[0], "interrupted", "interrupted")] == failure_from_event(recorder)
         assert [] == talk.heard
         assert (1, 0) == (len(talk.server.requests), len(second.requests))
         assert 0 == recorder.open_spans
@@ -218,7 +220,7 @@ class TestSwapWhileAReplyIsPending:
             (order[0], "succeeded", None),
             (order[0], "interrupted", "interrupted"),
             (order[1], "succeeded", None),
-        ] == told(recorder)
+        ] == failure_from_event(recorder)
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
@@ -248,7 +250,9 @@ class TestSwapWhileAReplyIsPending:
         await talk.settle(30)
 
         assert ["reply", "reply 1"] == talk.heard
-        assert [(order[0], "succeeded", None), (order[1], "succeeded", None)] == told(recorder)
+        assert [(order[0], "succeeded", None), (order[1], "succeeded", None)] == failure_from_event(
+            recorder
+        )
 
 
 class TestAServerThatDies:
@@ -263,7 +267,7 @@ class TestAServerThatDies:
         took = asyncio.get_running_loop().time() - began
         await talk.settle(30)
 
-        assert [(order[0], "not_recoverable", "not_recoverable")] == told(recorder)
+        assert [(order[0], "not_recoverable", "not_recoverable")] == failure_from_event(recorder)
         assert [(order[0], "connection_lost")] == attempts(recorder)
         assert [] == talk.heard
         assert [] == second.requests
@@ -284,7 +288,7 @@ class TestAServerThatDies:
             (order[0], "succeeded", None),
             (order[0], "not_recoverable", "not_recoverable"),
             (order[1], "succeeded", None),
-        ] == told(recorder)
+        ] == failure_from_event(recorder)
         assert 0 == recorder.open_spans
 
 
@@ -312,4 +316,4 @@ class TestRefusedOnReconnect:
         assert [
             (order[0], "not_recoverable", "not_recoverable"),
             (order[1], "succeeded", None),
-        ] == told(recorder)[-2:]
+        ] == failure_from_event(recorder)[-2:]

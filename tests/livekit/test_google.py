@@ -539,7 +539,6 @@ class TestSessionEnds:
         assert 0 == recorder.open_spans
 
 
-
 class TestAfterwards:
     @pytest.mark.parametrize("script", ["silence", "drop_before", "late:25"])
     async def test_the_session_goes_on(self, script, start_conversation, recorder):

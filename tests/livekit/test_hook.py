@@ -417,7 +417,9 @@ class TestUnknownPlugin:
         self, start_conversation, recorder, monkeypatch, caplog
     ):
         """A private attribute that is gone degrades to observing, with one clear message."""
-        monkeypatch.setattr(OpenAIAdapter, "needs", ("_response_created_futures", "_gone_one"))
+        monkeypatch.setattr(
+            OpenAIAdapter, "required_attributes", ("_response_created_futures", "_gone_one")
+        )
         with caplog.at_level(logging.ERROR, logger="traced_retry"):
             talk = await start_conversation("rate_limit,ok")
             await talk.reply()

@@ -25,7 +25,7 @@ import traced_retry
 from traced_retry import semconv
 from traced_retry.core.loop import Reply
 from traced_retry.core.telemetry import Target, Telemetry
-from traced_retry.livekit.adapter import ObservedRequest
+from traced_retry.livekit.adapter import PassthroughRequest
 from traced_retry.livekit.speech import when_interrupted
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.ultravox import UltravoxSimulator
@@ -314,7 +314,7 @@ class TestEndsAtOnce:
     async def test_an_adapter_that_interrupts_the_session(self, recorder):
         """Which comes back to us while we interrupt the reply: it is counted once for all that."""
 
-        class Nosy(ObservedRequest):
+        class Nosy(PassthroughRequest):
             def cancel(self, attempt):
                 attempt.cancel()
                 reply.interrupt(cut=True)

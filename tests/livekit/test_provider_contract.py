@@ -41,7 +41,7 @@ class TestAdapter:
         """A plugin version that moves a private attribute fails here with the attribute's name."""
         talk = await start_conversation("ok", bare=True)
 
-        assert [] == provider.adapter(talk.realtime, None).missing()
+        assert [] == provider.adapter(talk.realtime, None).missing_attributes()
 
     async def test_spans_and_metrics_name_provider(self, provider, start_conversation, recorder):
         """The reply, its attempt and the counts carry the provider's name."""

@@ -117,7 +117,7 @@ class Machine(RuleBasedStateMachine):
         budget = None if budget is None else traced_retry.RetryBudget(budget)
         self.policy = traced_retry.RetryPolicy(**policy, budget=budget)
         self.stepped.run(self.set_up())
-        self.stepped.go_on(SETTLED if settled else None)
+        self.stepped.switch_to(SETTLED if settled else None)
 
     async def set_up(self):
         """A server, and a session of the plugin's."""
@@ -159,14 +159,14 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.waiting) < 3 and self.in_vain < 2)
     def ask(self, then):
         """Ask for a reply."""
-        self.in_vain += self.hook._dead is not None
+        self.in_vain += self.hook._closed_by is not None
         name = str(len(self.asked))
         with self.stepped.standing():
             future = self.realtime.generate_reply(instructions=name)
             asked = Asked(name, self.stepped.now, future)
             self.asked.append(asked)
             future.add_done_callback(self.take)
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     def take(self, future):
         """Read what was asked for, as the agent does."""
@@ -207,7 +207,7 @@ class Machine(RuleBasedStateMachine):
         asked.shut()
         with self.stepped.standing():
             asked.future.cancel()
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.busy)
@@ -220,14 +220,14 @@ class Machine(RuleBasedStateMachine):
         self.stepped.wait(SETTLED)
         for asked in begun:
             asked.shut()
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.mortal and self.closing is None)
     def close(self, then):
         """The session is closed."""
         self.closing = self.stepped.loop.create_task(self.realtime.aclose())
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     # --- what the server does ------------------------------------------------------------------
 
@@ -309,7 +309,9 @@ class Machine(RuleBasedStateMachine):
         self.serve(self.server.drop(down if self.mortal else min(down, 0.7)), then)
 
     @rule(seconds=st.sampled_from([1.0, 3.0]))
-    @precondition(lambda self: self.busy or self.waiting or self.hook._dead or not self.in_session)
+    @precondition(
+        lambda self: self.busy or self.waiting or self.hook._closed_by or not self.in_session
+    )
     def wait(self, seconds):
         """Time passes."""
         self.stepped.wait(seconds)
@@ -318,7 +320,7 @@ class Machine(RuleBasedStateMachine):
         """Have the server do that."""
         with contextlib.suppress(ConnectionError):  # the client is about to leave
             self.stepped.run(coroutine)
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     # --- what must hold ------------------------------------------------------------------------
 
@@ -527,7 +529,7 @@ class AgentMachine(Machine):
         with self.stepped.standing(), contextlib.suppress(RuntimeError):  # it closes by itself
             handle = self.agent.generate_reply(instructions=name)
             self.asked.append(Asked(name, self.stepped.now, handle))
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
@@ -539,7 +541,7 @@ class AgentMachine(Machine):
             asked.future.interrupt()
         self.stepped.wait(SETTLED)
         asked.shut()
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.waiting and self.in_session)
@@ -552,7 +554,7 @@ class AgentMachine(Machine):
         self.stepped.wait(SETTLED)
         for asked in all_that:
             asked.shut()
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.mortal and not self.closing)
@@ -560,7 +562,7 @@ class AgentMachine(Machine):
         """The agent's session is closed."""
         self.interrupted = True
         self.closing = self.stepped.loop.create_task(self.agent.aclose())
-        self.stepped.go_on(then)
+        self.stepped.switch_to(then)
 
     # --- what must hold ------------------------------------------------------------------------
 
@@ -581,7 +583,7 @@ class AgentMachine(Machine):
         if hasattr(self, "realtime"):
             for reply in self.hook._open:
                 if self.stepped.now > reply._deadline:
-                    assert reply.handed_over
+                    assert reply.resolved
                     assert reply._delivery.first_output
 
     @invariant()

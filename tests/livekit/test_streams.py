@@ -85,7 +85,7 @@ async def _turns_to_the_first_word(*, relayed):
     text = generation.begin_message()
     await turns()
     if streams is not None:
-        streams.settle()
+        streams.commit()
     text.send_nowait("hello")
     count = 0
     while not agent.words:
@@ -117,7 +117,7 @@ class TestWhenAllIsWell:
         generation, streams, agent = given
         text = generation.begin_message()
         await turns()
-        streams.settle()
+        streams.commit()
         text.send_nowait("hello")
         text.close()
         generation.functions.send_nowait("call")
@@ -132,7 +132,7 @@ class TestWhenAllIsWell:
         """Nothing is wrapped that cannot be needed."""
         generation = Generation()
         streams = Streams(generation.event)
-        streams.settle()
+        streams.commit()
         text = generation.begin_message()
 
         assert text is (await anext(generation.event.message_stream)).text_stream
@@ -147,10 +147,10 @@ class TestAnother:
         await turns()
         assert 0 == agent.ended
         second = Generation("resp_2")
-        streams.go_on(second.event)
+        streams.switch_to(second.event)
         text = second.begin_message("item_2")
         await turns()
-        streams.settle()
+        streams.commit()
         text.send_nowait("hello")
         second.functions.send_nowait("call")
         second.end()
@@ -167,11 +167,11 @@ class TestAnother:
         await turns()
         generation.end()
         second = Generation()
-        streams.go_on(second.event)
+        streams.switch_to(second.event)
         await turns()
         first, other = second.begin_message("item_2"), second.begin_message("item_3")
         await turns()
-        streams.settle()
+        streams.commit()
         first.send_nowait("hello")
         first.close()
         other.send_nowait("world")
@@ -189,9 +189,9 @@ class TestAnother:
         await turns()
         generation.end()
         second = Generation()
-        streams.go_on(second.event)
+        streams.switch_to(second.event)
         await turns()
-        streams.settle()
+        streams.commit()
         second.functions.send_nowait("call")
         second.end()
         await turns()
@@ -205,7 +205,7 @@ class TestAnother:
         generation.begin_message("item_1")
         generation.end()
         second = Generation()
-        streams.go_on(second.event)
+        streams.switch_to(second.event)
         second.begin_message("item_2")
 
         assert "item_2" == (await anext(generation.event.message_stream)).message_id
@@ -218,10 +218,10 @@ class TestAnother:
             await turns()
             generation.end()
             generation = Generation()
-            streams.go_on(generation.event)
+            streams.switch_to(generation.event)
         text = generation.begin_message("item_4")
         await turns()
-        streams.settle()
+        streams.commit()
         text.send_nowait("hello")
         generation.end()
         await turns()
@@ -265,7 +265,7 @@ class TestNoOther:
         generation, streams, agent = given
         text = generation.begin_message()
         await turns()
-        streams.settle()
+        streams.commit()
         streams.close()
         text.send_nowait("hello")
         await turns()

@@ -19,7 +19,7 @@ import traced_retry
 from traced_retry import RetryPolicy
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit import registry
-from traced_retry.livekit.adapter import Adapter, ObservedRequest
+from traced_retry.livekit.adapter import Adapter, PassthroughRequest
 from traced_retry.simulator import Request, ScriptError, Simulator
 from traced_retry.simulator.server import Connection
 
@@ -113,7 +113,7 @@ class ToySession(llm.RealtimeSession):
 class ToyAdapter(Adapter):
     """ToyTalk's replies carry the id of their request, so that sending again is safe."""
 
-    needs = ("_waiting",)
+    required_attributes = ("_waiting",)
 
     def target(self):
         return Target("toytalk", self.session.realtime_model.model)
@@ -122,7 +122,7 @@ class ToyAdapter(Adapter):
         return ToyRequest(call)
 
 
-class ToyRequest(ObservedRequest):
+class ToyRequest(PassthroughRequest):
     def next_action(self, why):
         return "send"
 

@@ -19,7 +19,7 @@ from livekit.agents import llm
 from support.conversation import actions, ended, late
 from support.providers import ULTRAVOX
 
-from traced_retry.livekit.adapter import told
+from traced_retry.livekit.adapter import failure_from_event
 from traced_retry.simulator.ultravox import UltravoxSimulator
 
 LISTENS = ["send", "listen", "listen", "listen"]
@@ -170,7 +170,7 @@ class TestPolicy:
         talk = await start_conversation("ok")
         request = talk.realtime._traced_retry._adapter.request(None)
 
-        assert action == request.next_action(told(kind, "it failed"))
+        assert action == request.next_action(failure_from_event(kind, "it failed"))
 
 
 class TestLateReplies:

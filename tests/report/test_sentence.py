@@ -32,7 +32,7 @@ def heard(number, action="send"):
     return Attempt(number, 0.0, 1.0, action=action, result="succeeded")
 
 
-def unanswered(number, **how):
+def timeout_failure(number, **how):
     """An attempt without an answer."""
     return failed(number, None, error_type="timeout", **how)
 
@@ -53,7 +53,7 @@ class TestHeard:
     def test_retried(self):
         """How often, how long, and why."""
         assert "Heard after 2 retries and 3.4 s: rate_limit_exceeded, then timeout." == say(
-            "recovered", failed(1, "rate_limit_exceeded"), unanswered(2), heard(3)
+            "recovered", failed(1, "rate_limit_exceeded"), timeout_failure(2), heard(3)
         )
         assert "Heard after 1 retry and 3.4 s: server_error." == say(
             "recovered", failed(1, "server_error"), heard(2)
@@ -75,13 +75,16 @@ class TestHeard:
     def test_listened_on(self):
         """No request was sent again, so it is not called a retry."""
         assert "Heard late, after 3.4 s, without asking again: timeout." == say(
-            "recovered", unanswered(1), heard(2, "listen")
+            "recovered", timeout_failure(1), heard(2, "listen")
         )
 
     def test_restarted(self):
         """A new session is worth knowing."""
         assert "Heard in a new session after 2 retries and 3.4 s: timeout twice." == say(
-            "recovered", unanswered(1), unanswered(2, action="listen"), heard(3, "restart")
+            "recovered",
+            timeout_failure(1),
+            timeout_failure(2, action="listen"),
+            heard(3, "restart"),
         )
 
     def test_attempts_not_stored(self):
@@ -103,7 +106,11 @@ class TestLost:
     def test_exhausted(self, stop, why):
         """Of what the loop ran out."""
         assert f"Lost after 2 attempts and 20.0 s ({why}): no answer." == say(
-            "exhausted", unanswered(1), unanswered(2, decision="stop"), stop=stop, seconds=20.0
+            "exhausted",
+            timeout_failure(1),
+            timeout_failure(2, decision="stop"),
+            stop=stop,
+            seconds=20.0,
         )
 
     def test_unsafe_to_resend(self):
@@ -204,7 +211,7 @@ class TestUnknown:
 
     def test_an_outcome_from_the_future(self):
         """It is named."""
-        assert "Ended as handed_over after 3.4 s." == say("handed_over", heard(1))
+        assert "Ended as resolved after 3.4 s." == say("resolved", heard(1))
 
     @pytest.mark.parametrize("outcome", [*semconv.OUTCOMES, None, "odd"])
     @pytest.mark.parametrize("stop", [*semconv.STOP_REASONS, None, "odd"])
@@ -243,7 +250,7 @@ class TestParts:
             (heard(1), "heard"),
             (failed(1, "server_error"), "server_error -> retry"),
             (failed(1, "server_error", decision=None), "server_error"),
-            (unanswered(1, decision="stop"), "timeout -> stop"),
+            (timeout_failure(1, decision="stop"), "timeout -> stop"),
             (Attempt(1, 0, 1, result="superseded"), "superseded"),
             (Attempt(1, 0, 1), "no end stored"),
         ],
