@@ -17,10 +17,10 @@ sys.path.insert(0, {site!r})
 """
 CONVERSE = """
 import traced_retry
-from support.converse import converse
+from support.run_conversation import run_conversation
 traced_retry.enable()
 traced_retry.enable(policy=traced_retry.RetryPolicy(base_delay=0))
-result = asyncio.run(converse("rate_limit:0.01,ok"))["requests"]
+result = asyncio.run(run_conversation("rate_limit:0.01,ok"))["requests"]
 """
 EXAMINE = """
 import dataclasses

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import trustme
 import yaml
-from support.converse import SECRET
 from support.fresh import INSTRUMENTED, program
 from support.receiver import receiver
+from support.run_conversation import SECRET
 
 from traced_retry import semconv, shipped_files
 from traced_retry.core.policy import ENV
@@ -43,7 +43,7 @@ def instrumented(file, script, *, fork=True, **environ):
         # requests lets the bundle variables win over OTEL_EXPORTER_OTLP_CERTIFICATE.
         if not name.startswith(("OTEL_", "LIVEKIT_", "TRACED_RETRY_", "REQUESTS_CA", "CURL_CA"))
     }
-    command = [str(TESTS / "support" / "converse.py"), script]
+    command = [str(TESTS / "support" / "run_conversation.py"), script]
     kept = {**kept, "PYTHONPATH": str(TESTS), "OTEL_CONFIG_FILE": str(file), **environ}
     if fork:
         return program(INSTRUMENTED, *command, environ=kept, timeout=120)
