@@ -110,7 +110,7 @@ OLDEST += pytest pytest-asyncio pytest-randomly pytest-xdist hypothesis h2 trust
 	@echo "installing the oldest plugins and OpenTelemetry supported into .venv/oldest"
 	@$(call apart,oldest,$(BIN)/python,$(OLDEST))
 
-CORE_NEEDS := opentelemetry-api opentelemetry-sdk opentelemetry-instrumentation pytest pytest-asyncio pytest-randomly hypothesis
+CORE_NEEDS := opentelemetry-api opentelemetry-sdk opentelemetry-instrumentation pytest pytest-asyncio pytest-randomly hypothesis grimp
 
 .venv/.core-fork: .venv/pyvenv.cfg $(SOURCES)
 	@echo "installing python-backoff into .venv/core-fork"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from traced_retry import supported
+from traced_retry.core import supported
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -8,7 +8,7 @@ import json
 import pytest
 from support.fresh import fresh
 
-from traced_retry import supported
+from traced_retry.core import supported
 
 CODE = """
 import asyncio, json, sys

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
-from traced_retry import supported
+from traced_retry.core import supported
 from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
 from traced_retry.doctor.check import Check, is_url, redact_url
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from traced_retry import supported
+from traced_retry.core import supported
+from traced_retry.core.supported import LIVEKIT, installed
 from traced_retry.doctor.check import Check
 from traced_retry.errors import install_command
-from traced_retry.supported import LIVEKIT, installed
 
 _BASE_PLUGIN: Final = {"xai": "openai"}
 """Plugins whose session derives from another's."""

@@ -24,7 +24,8 @@ from livekit.agents import telemetry as livekit_telemetry
 from opentelemetry import metrics
 from opentelemetry import trace as otel_trace
 
-from traced_retry import semconv, supported
+from traced_retry import semconv
+from traced_retry.core import supported
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import Failure, copy_error
 from traced_retry.core.guard import log_once, suppress_and_log
