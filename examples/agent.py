@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A voice agent whose replies are retried, and traced from its first second.
 
-    pip install 'traced-retry[livekit,export]' livekit-plugins-openai
+    pip install '.[agent]'
     export OPENAI_API_KEY=... LIVEKIT_URL=... LIVEKIT_API_KEY=... LIVEKIT_API_SECRET=...
     python examples/agent.py dev
 

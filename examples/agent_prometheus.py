@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same agent, whose metrics Prometheus scrapes from http://127.0.0.1:9464/metrics.
 
-    pip install 'traced-retry[livekit,export]' livekit-plugins-openai
+    pip install '.[agent]'
     export OPENAI_API_KEY=... LIVEKIT_URL=... LIVEKIT_API_KEY=... LIVEKIT_API_SECRET=...
     python examples/agent_prometheus.py start
 

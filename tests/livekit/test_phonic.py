@@ -179,6 +179,7 @@ class TestPolicy:
     async def test_resend_says_what_the_caller_typed(self, start_conversation):
         """The plugin forgets it with the first request; the second says it again."""
         talk = await start_conversation("silence,ok", on_silence="resend", deadline=40.0)
+        await talk.realtime._ready_to_start.wait()  # before, the words go into the system prompt
 
         await talk.session.run(user_input="any news?")
 
@@ -188,6 +189,7 @@ class TestPolicy:
     async def test_what_was_typed_is_said_once(self, start_conversation):
         """Not again with the next reply."""
         talk = await start_conversation("ok,ok")
+        await talk.realtime._ready_to_start.wait()  # before, the words go into the system prompt
 
         await talk.session.run(user_input="any news?")
         await talk.timed_reply(instructions="go on")

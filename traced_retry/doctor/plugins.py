@@ -91,11 +91,19 @@ def session_names(module: str) -> set[str]:
     for folder in folders:
         path = Path(folder, *module.removeprefix(package + ".").split(".")).with_suffix(".py")
         if path.is_file():
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree = _parse(path.read_text(encoding="utf-8"))
             for node in tree.body:
                 if isinstance(node, ast.ClassDef) and node.name == "RealtimeSession":
                     return _names(node)
     return set()
+
+
+def _parse(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SystemError:
+        # Python 3.11 loses count of its recursion if a garbage collection parses too (gh-106905).
+        return ast.parse(source)
 
 
 def _names(session: ast.ClassDef) -> set[str]:
