@@ -26,6 +26,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from prometheus_client import CollectorRegistry
 
 from traced_retry import semconv
+from traced_retry.core.attempt import Attempt
 from traced_retry.core.failure import failure
 from traced_retry.core.telemetry import Target, Telemetry
 
@@ -188,12 +189,15 @@ def process(*, retried):
         reply = telemetry.reply(Target("openai", MODELS[0]))
         reply.begin()
         if second:
-            reply.attempt_began(1, "send", 0.0)
-            reply.attempt_ended("failed", 0.4, failure(RuntimeError(), "timeout"))
+            lost = Attempt(1, "send", 0.0, 0.0)
+            reply.attempt_began(lost)
+            lost.result, lost.failure = "failed", failure(RuntimeError(), "timeout")
+            reply.attempt_ended(lost, 0.4, None)
             reply.waited(0.1)
-        reply.attempt_began(1 + second, "send", 0.1 * second)
-        reply.attempt_ended("succeeded", 0.4, None)
-        reply.end(None, 1 + second, 0.1 * second, 0.4 + 0.5 * second, None)
+        heard = Attempt(1 + second, "send", 0.1 * second, 0.0)
+        reply.attempt_began(heard)
+        reply.attempt_ended(heard, 0.4, None)
+        reply.end(None, 0.4 + 0.5 * second, None, None)
     samples = [sample for family in registry.collect() for sample in family.samples]
     meters.shutdown()
     found = [(each.name, each.labels, each.value) for each in samples if "traced" in each.name]

@@ -8,6 +8,7 @@ import time
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from prometheus_client import REGISTRY
+from support.attempts import record_attempt
 
 from traced_retry import semconv
 from traced_retry.core import budget
@@ -53,18 +54,17 @@ def _play(telemetry):
     failed = failure(RuntimeError(), "timeout")
     said = telemetry.reply(Target("openai", say=True))
     said.begin()
-    said.attempt_began(1, "send", 0.0)
-    said.attempt_ended("failed", 0.1, failed)
+    record_attempt(said, "failed", 0.1, failed)
     said.waited(0.1)
-    said.end("deadline", 1, 0.1, 0.2, failed)
+    said.end("deadline", 0.2, failed, None)
     said.late()
     for stop in (None, *semconv.STOP_REASONS):
         for action in semconv.ACTIONS:
             for result in semconv.RESULTS:
                 reply = telemetry.reply(target)
                 reply.begin()
-                reply.attempt_began(1, action, 0.0)
-                reply.attempt_ended(result, 0.1, failed if result == "failed" else None)
+                failure_of = failed if result == "failed" else None
+                record_attempt(reply, result, 0.1, failure_of, action=action)
                 reply.waited(0.1)
-                reply.end(stop, 1, 0.1, 0.2, None)
+                reply.end(stop, 0.2, None, None)
                 reply.late()

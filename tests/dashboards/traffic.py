@@ -8,6 +8,7 @@ import threading
 import prometheus_client
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
+from support.attempts import record_attempt
 
 from traced_retry.core.failure import failure
 from traced_retry.core.telemetry import Target, Telemetry
@@ -39,11 +40,9 @@ class Traffic:
             for provider, (stop, seconds) in self._replies.items():
                 reply = self._telemetry.reply(Target(provider))
                 reply.begin()
-                reply.attempt_began(1, "send", 0.0)
-                reply.attempt_ended(
-                    "failed" if stop else "succeeded", seconds, failed if stop else None
-                )
-                reply.end(stop, 1, 0.0, seconds, failed if stop else None)
+                result, why = ("failed", failed) if stop else ("succeeded", None)
+                record_attempt(reply, result, seconds, why)
+                reply.end(stop, seconds, why, None)
 
     def close(self):
         """Stop both."""

@@ -146,7 +146,9 @@ FEATURES = {
     "wrap": "import traced_retry; traced_retry.wrap",
     "enable": "import traced_retry; traced_retry.enable()",
     "preset": "import traced_retry; traced_retry.enable(preset='console')",
-    "report": "import sys; sys.argv[1:] = ['--help']; from traced_retry.cli.main import main; main()",
+    "report": (
+        "import sys; sys.argv[1:] = ['--help']; from traced_retry.cli.main import main; main()"
+    ),
     "simulator": "from traced_retry.simulator import OpenAISimulator; OpenAISimulator('ok')",
 }
 WORKS = {

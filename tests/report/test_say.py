@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 from rich.console import Console
+from support.attempts import record_attempt
 
 from traced_retry import semconv
 from traced_retry.core.failure import failure
@@ -25,9 +26,8 @@ def said(store):
         failed = None if stop is None else failure(TimeoutError(), "timeout")
         told = telemetry.reply(Target("x_ai", "grok", say=True))
         told.begin()
-        told.attempt_began(1, "send", 0.0)
-        told.attempt_ended("succeeded" if failed is None else "failed", 0.1, failed)
-        told.end(stop, 1, 0.0, 0.1, failed)
+        record_attempt(told, "succeeded" if failed is None else "failed", 0.1, failed)
+        told.end(stop, 0.1, failed, None)
     return store
 
 

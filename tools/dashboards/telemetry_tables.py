@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerPro
 
 from traced_retry import semconv
 from traced_retry.core import budget
+from traced_retry.core.attempt import Attempt
 from traced_retry.core.failure import failure
 from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.export.processor import BoundedSpanProcessor
@@ -105,11 +106,14 @@ def _record(telemetry: Telemetry, target: Target) -> None:
     ):
         reply = telemetry.reply(target)
         reply.begin()
-        reply.attempt_began(1, "send", 0.0)
-        reply.attempt_ended(result, 0.1, failed if result == "failed" else None, then, 0.1)
+        attempt = Attempt(1, "send", 0.0, 0.0)
+        reply.attempt_began(attempt)
+        attempt.result, attempt.next_action, attempt.next_delay = result, then, 0.1
+        attempt.failure = failed if result == "failed" else None
+        reply.attempt_ended(attempt, 0.1, None)
         reply.waited(0.1)
         lost = stop is not None and semconv.OUTCOME_OF[stop] in ("exhausted", "not_recoverable")
-        reply.end(stop, 1, 0.1, 0.2, failed if lost else None)
+        reply.end(stop, 0.2, failed if lost else None, None)
         reply.late()
 
 
