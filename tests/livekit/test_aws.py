@@ -719,7 +719,7 @@ class TestSimulator:
             request.number,
             str(request.fault),
         )
-        assert [("SYSTEM", "SECRET")] == talk.server.history
+        assert [("SYSTEM", "SECRET instructions")] == talk.server.history
         assert (["reply 1"], [], 1) == (
             talk.server.completed,
             talk.server.cancels,

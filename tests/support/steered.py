@@ -6,7 +6,7 @@ from __future__ import annotations
 from aiohttp import WSCloseCode
 
 from traced_retry.simulator import OpenAISimulator
-from traced_retry.simulator._openai_protocol import OpenAIConnection, place_of
+from traced_retry.simulator._openai_protocol import OpenAIConnection, output_position
 
 
 class SteeredServer(OpenAISimulator):
@@ -106,7 +106,7 @@ class SteeredConnection(OpenAIConnection):
             await self.begin_message(self.active)
         if self.active and self.active.item["type"] == "message":
             self.spoke = True
-            where = place_of(self.active)
+            where = output_position(self.active)
             await self.send("response.output_text.delta", **where, delta=f"{self.tag} ")
 
     async def call(self, name):
