@@ -24,8 +24,8 @@ result = asyncio.run(run_conversation("rate_limit:0.01,ok"))["requests"]
 """
 EXAMINE = """
 import dataclasses
-from traced_retry.doctor import examine
-result = json.dumps([dataclasses.asdict(check) for check in examine()])
+from traced_retry.doctor import run_checks
+result = json.dumps([dataclasses.asdict(check) for check in run_checks()])
 """
 
 
