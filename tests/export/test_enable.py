@@ -336,7 +336,7 @@ traced_retry.enable()
 two = asyncio_run()
 never = traced_retry.RetryPolicy(max_retries=0)
 traced_retry.enable(policy=never, on_exhausted=lambda failed: told.append(failed.stop_reason))
-result = one, two, asyncio_run(), failure_from_event
+result = one, two, asyncio_run(), told
 """,
             **state,
         )
