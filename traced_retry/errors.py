@@ -41,10 +41,11 @@ def missing_extra(feature: str, error: ModuleNotFoundError) -> MissingExtraError
     """
     module = error.name or "a package"
     needed = next((e for m, e in _EXTRAS.items() if f"{module}.".startswith(f"{m}.")), "agent")
-    return MissingExtraError(
-        f"{feature} needs {module}, which is not installed: {install_command(needed)}",
-        name=error.name,
+    missing = MissingExtraError(
+        f"{feature} needs {module}, which is not installed: {install_command(needed)}"
     )
+    missing.name = error.name
+    return missing
 
 
 def install_command(extra: str) -> str:
