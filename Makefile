@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 # Everything is installed into .venv; nothing else on the machine is touched.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests core oldest bench clean
+.PHONY: help demo test test-all lint types tests fork pythons oldest packages newest constraints wheel bench clean
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+# Tools and tests are pinned, and so is setuptools, which builds the package: pip 25.3 took the
+# second variable for that.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+INSTALL := -m pip --disable-pip-version-check --quiet install
+PIP := $(PINNED) $(BIN)/python $(INSTALL)
 SOURCES := pyproject.toml README.md $(shell find traced_retry exporters dashboards -type f -not -name '*.pyc')
+# One process per core. Tests that share a server stay on one of them: see tests/conftest.py.
+PARALLEL := -n auto --dist loadgroup
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/.demo  ## a dozen conversations with a server that fails, and what became of each
+demo: .venv/.demo  ## a dozen conversations with a server that fails, and the outcome of each
 	@$(BIN)/traced-retry demo
 
-test: lint types core oldest tests  ## lint, types, and all tests
+test: lint types tests  ## lint, types, and the tests that need no further installation: 5 minutes
+
+test-all: test fork pythons oldest packages  ## `make test`, other versions of Python and of packages, and the package itself
 
 lint: .venv/.test  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -24,22 +32,45 @@ types: .venv/.test  ## mypy, strict
 	$(BIN)/mypy tests/typing_api.py
 
 tests: .venv/.test  ## the tests, against the installed package
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
-# The core alone, without LiveKit: on Python 3.10 where that is there, and on python-backoff.
-core: .venv/.core-fork $(if $(shell tools/find-python 3.10),.venv/.core-3.10)  ## the core's tests elsewhere
-	@for venv in $(patsubst .venv/.core-%,%,$^); do \
-		echo "core tests: $$venv, $$(.venv/core-$$venv/bin/python --version)"; \
-		.venv/core-$$venv/bin/pytest -q tests/core || exit 1; \
-	done
+# The core alone, without LiveKit: on python-backoff, and on every other Python on this machine.
+OTHERS := $(foreach version,3.11 3.12 3.13 3.14,$(if $(shell tools/find-python $(version)),$(version)))
 
-# What the adapters rely on, in the oldest plugins supported. Not there yet in 1.7.0: VoiceLive and
-# inference's realtime model. Its AWS plugin cannot be pointed at a local server. With them the oldest
-# OpenTelemetry, whose Prometheus exporter is to give the names that dashboards and alerts ask for.
+fork: .venv/.core-fork  ## the core's tests on python-backoff
+	$(call core-tests,fork)
+
+pythons: $(OTHERS:%=.venv/.core-%)  ## the core's tests on every Python here, from 3.11 to 3.14
+	$(foreach version,$(OTHERS),$(call core-tests,$(version)))
+
+define core-tests
+	.venv/core-$(1)/bin/pytest -q tests/core
+
+endef
+
+# The private attributes that the adapters use, in the oldest plugins supported. 1.7.0 has neither
+# VoiceLive nor inference's realtime model, and its AWS plugin cannot be pointed at a local server.
+# With them the oldest OpenTelemetry, whose Prometheus exporter has to give the names that
+# dashboards and alerts ask for.
 oldest: .venv/.oldest  ## the adapters' tests on plugins 1.7.0; the dashboards' names on OpenTelemetry 1.39
-	.venv/oldest/bin/pytest -q $(addprefix tests/livekit/test_,hook.py openai.py held.py interruption.py stateful.py adversarial.py openai_kin.py google.py single_slot.py ultravox.py phonic.py nvidia.py) tests/dashboards/test_drift.py
+	.venv/oldest/bin/pytest -q $(PARALLEL) $(addprefix tests/livekit/test_,hook.py openai.py failure_before_output.py interruption.py stateful.py regressions.py openai_compatible.py provider_contract.py google.py single_slot.py ultravox.py phonic.py nvidia.py) tests/dashboards/test_drift.py
 
-bench: .venv/.bench  ## what retrying and tracing cost, beside tenacity and stamina
+packages: .venv/.test  ## build wheel and sdist; install the wheel with each extra; run the README's code
+	$(BIN)/pytest -m packages tests/packages
+
+newest: .venv/.newest  ## the tests on the newest version of everything
+	.venv/newest/bin/pytest $(PARALLEL)
+
+constraints: .venv/.test  ## resolve constraints.txt again, for all Pythons and extras
+	$(BIN)/python tools/constraints.py
+
+wheel: .venv/pyvenv.cfg  ## build dist/*.whl
+	@rm -rf build
+	$(PINNED) $(BIN)/python -m pip --disable-pip-version-check --quiet wheel --no-deps --wheel-dir dist .
+	@rm -rf build
+	@ls dist/*.whl
+
+bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stamina
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/backends.py
@@ -50,15 +81,15 @@ backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once:
 	$(BIN)/python tools/backends/build.py
 
 clean:  ## remove all that was built
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/pyvenv.cfg:
 	"$$(tools/find-python)" -m venv .venv
 
-# $(1): an extra. The package is built anew where a source changed; its dependencies only where
-# pyproject.toml did (pip sees that they are there).
+# $(1): an extra. The package is built again if a source changed. pip then finds its dependencies
+# installed, unless pyproject.toml or constraints.txt changed.
 define environment
-.venv/.$(1): .venv/pyvenv.cfg $(SOURCES)
+.venv/.$(1): .venv/pyvenv.cfg constraints.txt $(SOURCES)
 	@echo "installing traced-retry[$(1)] into .venv (the first time takes a minute)"
 	@rm -rf build
 	@$(PIP) --force-reinstall --no-deps . && $(PIP) '.[$(1)]' && rm -rf build
@@ -66,38 +97,39 @@ define environment
 endef
 $(foreach extra,demo test bench,$(eval $(call environment,$(extra))))
 
+# $(1): name, $(2): Python, $(3): its needs. An environment of its own in .venv.
+apart = test -x .venv/$(1)/bin/pytest || { $(2) -m venv .venv/$(1) && .venv/$(1)/bin/python $(INSTALL) $(3); }; \
+	rm -rf build; $(PINNED) .venv/$(1)/bin/python $(INSTALL) --force-reinstall --no-deps . && rm -rf build && touch .venv/.$(1)
+
 OLDEST := $(patsubst %,livekit-%==1.7.0,agents plugins-openai plugins-xai plugins-google plugins-ultravox plugins-phonic plugins-nvidia[personaplex])
 OLDEST += opentelemetry-api==1.39.0 opentelemetry-sdk==1.39.0 opentelemetry-instrumentation==0.60b0 \
 	opentelemetry-exporter-prometheus==0.60b0 prometheus-client==0.22.0
-OLDEST += pytest pytest-asyncio hypothesis h2 trustme backoff promql-parser pyyaml
+OLDEST += pytest pytest-asyncio pytest-randomly pytest-xdist hypothesis h2 trustme backoff promql-parser pyyaml
 
 .venv/.oldest: .venv/pyvenv.cfg $(SOURCES)
 	@echo "installing the oldest plugins and OpenTelemetry supported into .venv/oldest"
-	@test -x .venv/oldest/bin/pip || $(BIN)/python -m venv .venv/oldest
-	@.venv/oldest/bin/pip --disable-pip-version-check --quiet install $(OLDEST)
-	@rm -rf build; .venv/oldest/bin/pip --disable-pip-version-check --quiet install --force-reinstall --no-deps . \
-		&& rm -rf build && touch $@
+	@$(call apart,oldest,$(BIN)/python,$(OLDEST))
 
-CORE_NEEDS := opentelemetry-api opentelemetry-sdk opentelemetry-instrumentation pytest pytest-asyncio hypothesis
+CORE_NEEDS := opentelemetry-api opentelemetry-sdk opentelemetry-instrumentation pytest pytest-asyncio pytest-randomly hypothesis
 
 .venv/.core-fork: .venv/pyvenv.cfg $(SOURCES)
-	@$(call core,fork,$(BIN)/python,python-backoff)
+	@echo "installing python-backoff into .venv/core-fork"
+	@$(call apart,core-fork,$(BIN)/python,$(CORE_NEEDS) python-backoff)
 
-.venv/.core-3.10: .venv/pyvenv.cfg $(SOURCES)
-	@$(call core,3.10,"$$(tools/find-python 3.10)",backoff==2.2.1)
+.venv/.core-3.%: .venv/pyvenv.cfg $(SOURCES)
+	@echo "installing the core into .venv/core-3.$*"
+	@$(call apart,core-3.$*,"$$(tools/find-python 3.$*)",-c constraints.txt $(CORE_NEEDS) backoff)
 
-# $(1): name, $(2): Python, $(3): which backoff
-core = test -x .venv/core-$(1)/bin/pytest || { $(2) -m venv .venv/core-$(1) && \
-	.venv/core-$(1)/bin/pip --disable-pip-version-check --quiet install $(CORE_NEEDS) $(3); }; \
-	rm -rf build; .venv/core-$(1)/bin/pip --disable-pip-version-check --quiet install --force-reinstall --no-deps . \
-	&& rm -rf build && touch $@
+# Always again, for the newest version is another tomorrow.
+.PHONY: .venv/.newest
+.venv/.newest: .venv/pyvenv.cfg
+	@echo "installing the newest version of everything into .venv/newest"
+	@test -x .venv/newest/bin/python || $(BIN)/python -m venv .venv/newest
+	@rm -rf build; .venv/newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager '.[test]' && rm -rf build
 
 .PHONY: dashboards preview
 dashboards: .venv/.test  ## make rules, alerts, dashboards and the docs' tables anew
-	$(BIN)/python dashboards/build.py
-	$(BIN)/python dashboards/build_rules.py
-	$(BIN)/python dashboards/build_dashboards.py
-	$(BIN)/python dashboards/build_docs.py
+	$(BIN)/python tools/dashboards
 
 preview: .venv/.test  ## draw the dashboards from real query results: dashboards/preview
 	TRACED_RETRY_PREVIEW=dashboards/preview $(BIN)/pytest tests/dashboards/test_fleet.py -k preview

@@ -19,6 +19,27 @@ def pytest_asyncio_loop_factories(config, item):
     return {"virtual": VirtualClockLoop}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keep tests that share a server, or another costly fixture, in one process of pytest-xdist.
+
+    Tests of a folder share its session fixtures, tests of a file its module fixtures. All other
+    tests go to whichever process is free.
+    """
+    for item in items:
+        shared = [
+            definition
+            for name, definitions in item._fixtureinfo.name2fixturedefs.items()
+            for definition in definitions
+            if definition.scope in ("session", "module", "class") and definition.baseid
+        ]
+        if not shared:
+            continue
+        wide = any(definition.scope == "session" for definition in shared)
+        group = item.path.parent if wide else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group)))
+
+
 @pytest.fixture
 def recorder():
     """In-memory providers, with the spans and metrics read back as plain data."""

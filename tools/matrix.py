@@ -38,7 +38,7 @@ from livekit.agents.voice import SpeechHandle  # noqa: E402
 from livekit.plugins import google, phonic, ultravox  # noqa: E402
 from livekit.plugins.nvidia.experimental import realtime as nvidia  # noqa: E402
 from support.clock import VirtualClockLoop  # noqa: E402
-from support.kin import ENGINE, OPENAI, VOICELIVE  # noqa: E402
+from support.providers import PROVIDERS  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
 
 import traced_retry  # noqa: E402
@@ -55,9 +55,11 @@ DEADLINE = traced_retry.RetryPolicy().deadline
 FAST = APIConnectOptions(max_retry=3, retry_interval=0.5, timeout=5.0)
 
 
-def _of(kin):
+def _of(provider):
     def make(server, http, stack):
-        return kin.model(api_key=MARK, base_url=server.url, http_session=http, conn_options=FAST)
+        return provider.model(
+            api_key=MARK, base_url=server.url, http_session=http, conn_options=FAST
+        )
 
     return make
 
@@ -109,15 +111,15 @@ LOG = _Log()
 
 WITH_IDS = {
     # Whose replies carry the id of their request.
-    "openai": OPENAI,
-    "xai": ENGINE["xai"],
-    "azure-openai": ENGINE["azure openai"],
-    "inference": ENGINE["inference"],
-    "azure-voicelive": VOICELIVE,
+    "openai": PROVIDERS["openai"],
+    "xai": PROVIDERS["xai"],
+    "azure-openai": PROVIDERS["azure openai"],
+    "inference": PROVIDERS["inference"],
+    "azure-voicelive": PROVIDERS["voicelive"],
 }
 
 PROVIDERS = {
-    **{name: (kin.simulator, _of(kin)) for name, kin in WITH_IDS.items()},
+    **{name: (case.simulator, _of(case)) for name, case in WITH_IDS.items()},
     "google": (GoogleSimulator, _google),
     "ultravox": (UltravoxSimulator, _ultravox),
     "phonic": (PhonicSimulator, _phonic),

@@ -9,6 +9,7 @@ Importing this pulls in neither LiveKit nor the OpenTelemetry SDK.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from traced_retry._version import __version__
@@ -17,6 +18,7 @@ from traced_retry.core.decorator import RetryingRealtimeSession, retry
 from traced_retry.core.failure import Failure
 from traced_retry.core.loop import FailedReply
 from traced_retry.core.policy import PolicyError, RetryPolicy
+from traced_retry.errors import missing_extra
 
 if TYPE_CHECKING:
     from traced_retry.export.enable import enable
@@ -38,13 +40,19 @@ __all__ = [
 ]
 
 
+_LATE = {
+    "enable": "traced_retry.export.enable",
+    "instrument": "traced_retry.livekit",
+    "uninstrument": "traced_retry.livekit",
+    "wrap": "traced_retry.livekit",
+}
+"""Names whose modules need an extra, and are imported at their first use."""
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("instrument", "uninstrument", "wrap"):
-        from traced_retry import livekit  # noqa: PLC0415 - only who asks for it pays for LiveKit
-
-        return getattr(livekit, name)
-    if name == "enable":
-        from traced_retry.export.enable import enable  # noqa: PLC0415 - and for the SDK
-
-        return enable
+    if name in _LATE:
+        try:
+            return getattr(importlib.import_module(_LATE[name]), name)
+        except ModuleNotFoundError as error:
+            raise missing_extra(f"traced_retry.{name}()", error) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

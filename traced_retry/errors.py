@@ -3,6 +3,54 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 
 class UsageError(ValueError):
     """Something given to us cannot be. The message names it, and what is allowed."""
+
+
+class MissingExtraError(UsageError, ModuleNotFoundError):
+    """A package is not installed. The message names the command that installs it."""
+
+
+_EXTRAS: Final = {
+    "livekit.plugins": "agent",
+    "livekit": "livekit",
+    "opentelemetry.configuration": "presets",
+    "opentelemetry.instrumentation": "presets",
+    "opentelemetry": "export",
+    "platformdirs": "export",
+    "requests": "export",
+    "aiohttp": "simulator",
+    "h2": "simulator",
+    "trustme": "simulator",
+    "rich": "cli",
+    "typer": "cli",
+    "yaml": "cli",
+}
+"""The extra that installs a module."""
+
+
+def missing_extra(feature: str, error: ModuleNotFoundError) -> MissingExtraError:
+    """Return the error for a feature whose import failed.
+
+    Args:
+        feature: the subject of the message, such as ``enable()``.
+        error: raised by the import.
+    """
+    module = error.name or "a package"
+    needed = next((e for m, e in _EXTRAS.items() if f"{module}.".startswith(f"{m}.")), "agent")
+    return MissingExtraError(
+        f"{feature} needs {module}, which is not installed: {install_command(needed)}",
+        name=error.name,
+    )
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra to the installed package.
+
+    pip reads the extra from the package that is installed, so the command needs no index that
+    has traced-retry.
+    """
+    return f"pip install 'traced-retry[{extra}]'"

@@ -51,7 +51,7 @@ def last_scrape(prometheus, series):
     return at
 
 
-def commit(prometheus, service):
+def settle(prometheus, service):
     """Wait until all that was sent by now has been flushed, counted and scraped.
 
     A new count is 0 in one flush and right in the next.

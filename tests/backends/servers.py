@@ -14,7 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXPORTERS = ROOT / "exporters"
 DASHBOARDS = ROOT / "dashboards"
-CACHE = Path(
-    os.environ.get("TRACED_RETRY_BACKENDS") or Path.home() / ".cache/traced-retry/backends"
-)
+BACKENDS = os.environ.get("TRACED_RETRY_BACKENDS", "")
+"""The folder that tools/backends/build.py fills. With ``none`` no server is found, even on PATH."""
+CACHE = Path(BACKENDS or Path.home() / ".cache/traced-retry/backends")
 
 _BUILD = "python tools/backends/build.py"
 _APT = "apt-get install prometheus prometheus-alertmanager"
@@ -45,11 +45,12 @@ FLUSH = 5.0
 
 
 def command(name):
-    """The path of a server's command. Without it the test is skipped, or fails where
-    TRACED_RETRY_REQUIRE_BACKENDS is 1.
+    """Return the path of a server's command.
+
+    If there is none, skip the test, or fail it if TRACED_RETRY_REQUIRE_BACKENDS is 1.
     """
-    found = shutil.which(name, path=f"{CACHE / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    if found:
+    path = f"{CACHE / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    if BACKENDS != "none" and (found := shutil.which(name, path=path)):
         return found
     message = f"there is no {name} here; get it with: {HOW[name]}"
     if os.environ.get("TRACED_RETRY_REQUIRE_BACKENDS") == "1":
@@ -109,14 +110,15 @@ class Process:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self):
-        self._log = (self.folder / f"{self.name}.log").open("ab")
-        self._process = subprocess.Popen(
-            [command(self.name), *self.arguments],
-            cwd=self.folder,
-            env={**os.environ, **self.environment},
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        program = command(self.name)  # may skip the test, so it comes before any resource
+        with (self.folder / f"{self.name}.log").open("ab") as log:  # the server has its own copy
+            self._process = subprocess.Popen(
+                [program, *self.arguments],
+                cwd=self.folder,
+                env={**os.environ, **self.environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         try:
             until(self._is_ready, what=f"{self.name} being ready")
         except BaseException:
@@ -131,7 +133,6 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._log.close()
 
     def _is_ready(self):
         if self._process.poll() is not None:
@@ -211,7 +212,7 @@ class Jaeger:
 
 
 def _rfc3339(seconds):
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def _spans(answer):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 
@@ -154,16 +153,6 @@ def test_compose_mounts_files_that_are_there():
         *compose["services"]
     }
     assert [] == [path for path in mounted if not (EXPORTERS / path).exists()]
-
-
-def test_the_recording_rules_are_those_of_the_names():
-    """`python dashboards/build.py` would change nothing."""
-    path = DASHBOARDS / "build.py"
-    specification = importlib.util.spec_from_file_location("build", path)
-    build = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(build)
-
-    assert build.recording() == build.TARGET.read_text()
 
 
 def test_the_rules_arithmetic(tmp_path):

@@ -14,22 +14,33 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from support.fresh import COMMAND, Program, program
 
 from traced_retry import semconv
 from traced_retry.simulator import PROVIDERS
 
-COMMAND = [sys.executable, "-m", "traced_retry.cli"]
+SCRIPT = str(Path(sys.executable).with_name("traced-retry"))
+
+
+def environment(**environ):
+    """Return the environment of the command."""
+    return {**os.environ, "COLUMNS": "80", **environ}
 
 
 def run(*arguments, **environ):
-    """Run the command; stdout and stderr as text."""
+    """Run the command in a forked process."""
+    return program(COMMAND, "traced-retry", *arguments, environ=environment(**environ), timeout=90)
+
+
+def run_script(*arguments, **environ):
+    """Run the command that pip installed."""
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
+        [SCRIPT, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=90,
         check=False,
-        env={**os.environ, "COLUMNS": "80", **environ},
+        env=environment(**environ),
     )
 
 
@@ -37,7 +48,7 @@ def run(*arguments, **environ):
 def demo(tmp_path_factory):
     """One run of the demo as JSON, its store under a state directory of its own."""
     state = tmp_path_factory.mktemp("state")
-    done = run("demo", "--json", XDG_STATE_HOME=str(state))
+    done = run_script("demo", "--json", XDG_STATE_HOME=str(state))
     assert 0 == done.returncode, done.stderr
     return json.loads(done.stdout), done, state
 
@@ -156,7 +167,7 @@ class TestSimulate:
     def test_serves_until_interrupted(self):
         """It prints where it listens, on 127.0.0.1, and a count at the end."""
         with subprocess.Popen(
-            [*COMMAND, "simulate", "openai", "--script", "rate_limit,late:3,ok"],
+            [SCRIPT, "simulate", "openai", "--script", "rate_limit,late:3,ok"],
             stdout=subprocess.PIPE,
             text=True,
         ) as process:
@@ -171,13 +182,14 @@ class TestSimulate:
     @pytest.mark.parametrize("provider", sorted(set(PROVIDERS) - {"openai"}))
     def test_each_provider(self, provider):
         """All of them listen on 127.0.0.1."""
-        with subprocess.Popen(
-            [*COMMAND, "simulate", provider], stdout=subprocess.PIPE, text=True
+        with Program(
+            COMMAND, "traced-retry", "simulate", provider, environ=environment()
         ) as process:
             first = process.stdout.readline()
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=20)
+            process.interrupt()
+            done = process.communicate(timeout=20)
 
+        assert 0 == done.returncode, done.stderr
         assert first.startswith(f"{provider} on ")
         assert "://127.0.0.1:" in first
 
@@ -268,4 +280,6 @@ def test_version():
     """--version is the package's."""
     import traced_retry
 
-    assert f"traced-retry {traced_retry.__version__}" == run("--version").stdout.strip()
+    expected = f"traced-retry {traced_retry.__version__}"
+    assert expected == run("--version").stdout.strip()
+    assert expected == run_script("--version").stdout.strip()

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from backends.servers import Jaeger, command, free_ports
-from support.fresh import fresh
+from support.fresh import COMMAND, fresh, program
 from support.receiver import receiver
 
-from traced_retry import semconv
+from traced_retry import semconv, shipped_files
 from traced_retry.doctor.plugins import session_names
 from traced_retry.doctor.probe import jaeger_query_url
 from traced_retry.livekit.registry import ADAPTERS
@@ -55,24 +56,32 @@ class Examined:
 
 @pytest.fixture
 def doctor(tmp_path):
-    """Run it as JSON, or as text: ``doctor("--jaeger", url, text=True, VARIABLE=...)``."""
+    """Run it as JSON, or as text: ``doctor("--jaeger", url, text=True, VARIABLE=...)``.
 
-    def run(*arguments, text=False, before=(), **environ):
+    With ``before``, a command that starts it, it is an interpreter of its own, else a fork.
+    """
+
+    def run(*arguments, text=False, before=None, **environ):
         clean = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith(SETTINGS) and not name.upper().endswith("_PROXY")
         }
+        environ = {**clean, "XDG_STATE_HOME": str(tmp_path / "state"), **environ}
+        words = ["traced-retry", "doctor", *arguments, *([] if text else ["--json"])]
         began = time.monotonic()
-        done = subprocess.run(
-            [*before, sys.executable, "-m", "traced_retry.cli", "doctor", *arguments]
-            + ([] if text else ["--json"]),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env={**clean, "XDG_STATE_HOME": str(tmp_path / "state"), **environ},
-        )
+        if before is None:
+            done = program(COMMAND, *words, environ=environ)
+        else:
+            words[0] = str(Path(sys.executable).with_name(words[0]))
+            done = subprocess.run(
+                [*before, *words],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+                env=environ,
+            )
         seconds = time.monotonic() - began
         assert "Traceback" not in done.stderr, done.stderr
         assert MARKER not in done.stdout + done.stderr
@@ -110,7 +119,7 @@ def jaeger(tmp_path_factory):
 class TestWell:
     def test_local_store(self, doctor, tmp_path):
         """Nothing set: status 0, the test span is read back, and its file is gone again."""
-        done = doctor()
+        done = doctor(before=[])
 
         assert (0, True, {}) == (done.status, done.answer["ok"], done.bad)
         assert done["export"]["message"].endswith("a test span was read back")
@@ -149,12 +158,7 @@ class TestWell:
 
     def test_configuration_file(self, doctor, jaeger, tmp_path):
         """The SDK's own processors and exporter."""
-        text = subprocess.run(
-            [sys.executable, "-m", "traced_retry.cli", "exporters", "show", "presets/jaeger.yaml"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        text = shipped_files.presets()["jaeger"].read_text()
         file = tmp_path / "otel.yaml"
         shipped = "${OTEL_EXPORTER_OTLP_ENDPOINT:-http://127.0.0.1:4318}"
         assert shipped in text
@@ -461,7 +465,7 @@ class TestPlugins:
         shutil.copytree(spec.submodule_search_locations[0], copy)
         file = copy / "realtime/realtime_model.py"
         file.write_text(file.read_text().replace("_pending_user_text", "_text_that_waits"))
-        done = doctor(PYTHONPATH=str(tmp_path))
+        done = doctor(before=[], PYTHONPATH=str(tmp_path))
 
         assert (1, {"plugin phonic": "warn"}) == (done.status, done.bad)
         assert "observe-only, for _pending_user_text is gone" in done["plugin phonic"]["message"]

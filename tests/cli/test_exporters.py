@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.fresh import COMMAND, program
 
 ROOT = Path(__file__).parents[2] / "exporters"
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file())
@@ -16,13 +15,12 @@ FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_f
 
 def run(*arguments):
     """Run the command; stdout and stderr as text."""
-    return subprocess.run(
-        [sys.executable, "-m", "traced_retry.cli", "exporters", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-        env={**os.environ, "COLUMNS": "80"},
+    return program(
+        COMMAND,
+        "traced-retry",
+        "exporters",
+        *arguments,
+        environ={**os.environ, "COLUMNS": "80"},
     )
 
 

@@ -14,8 +14,8 @@ from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import PolicyError, RetryBudget, RetryPolicy
 from traced_retry.core import budget
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.loop import Reply
+from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
 
 DOWN = ProviderError("server_error")

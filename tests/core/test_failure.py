@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +65,6 @@ class TestExplain:
         ("error", "kind"),
         [
             (TimeoutError(), "timeout"),
-            (asyncio.TimeoutError(), "timeout"),
             (ConnectionResetError(), "connection_lost"),
             (EOFError(), "connection_lost"),
             (OSError("no route"), "connection_lost"),

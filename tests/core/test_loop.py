@@ -11,8 +11,8 @@ import pytest
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, retry
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.loop import Reply
+from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
 
 SERVER_ERROR = ProviderError("server_error")

@@ -49,6 +49,12 @@ def test_data_ships_below_the_package(folder):
     assert not (Path(sysconfig.get_path("purelib")) / folder).exists()
 
 
+@pytest.mark.parametrize("folder", ["exporters", "dashboards"])
+def test_data_folders_ship_without_code(folder):
+    """The installed data folders hold no Python file, so no generator ships."""
+    assert [] == list(Path(str(files("traced_retry") / folder)).rglob("*.py"))
+
+
 def test_is_typed():
     """Type checkers use our annotations."""
     assert (files("traced_retry") / "py.typed").is_file()

@@ -9,10 +9,9 @@ import pytest
 from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import RetryPolicy
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.failure import failure
 from traced_retry.core.loop import Reply
-from traced_retry.core.request import Delivery
+from traced_retry.core.request import CallRequest, Delivery
 from traced_retry.core.telemetry import Target, Telemetry
 
 
@@ -218,9 +217,9 @@ class TestDelivery:
     async def test_heard(self, delivered, recorder):
         """The silence ends with the first word, not with the last."""
         await asyncio.sleep(0.5)
-        delivered[1].output()
+        delivered[1].mark_output()
         await asyncio.sleep(5)
-        delivered[1].output()
+        delivered[1].mark_output()
         delivered[1].end()
 
         assert "succeeded" == recorder.replies[0]["traced_retry.outcome"]
@@ -231,7 +230,7 @@ class TestDelivery:
 
     async def test_failed_after_a_word(self, delivered, recorder):
         """Told on span, metric and log, and to on_exhausted; never counted as heard."""
-        delivered[1].output()
+        delivered[1].mark_output()
         delivered[1].end(failure(ProviderError("server_error"), "server_error"))
 
         (told,) = recorder.replies
@@ -250,7 +249,7 @@ class TestDelivery:
         request.given = second = Delivery()
         first.end(failure(ProviderError("server_error"), "server_error"))
         await asyncio.sleep(1.5)
-        second.output()
+        second.mark_output()
         second.end()
 
         assert ["send", "abandon, then send", "send"] == request.asked
@@ -290,7 +289,7 @@ class TestDelivery:
         await asyncio.sleep(2.9)
         request.given = second = Delivery()
         await asyncio.sleep(1.2)
-        second.output()
+        second.mark_output()
         second.end()
 
         assert ["send", "abandon, then send", "send"] == request.asked
@@ -301,7 +300,7 @@ class TestDelivery:
 
     async def test_the_session_dies_while_it_speaks(self, delivered, recorder):
         """The rest is lost: that is told, and not counted as heard."""
-        delivered[1].output()
+        delivered[1].mark_output()
         delivered[0].report_failure(failure(ProviderError(), "quota"), "not_recoverable")
 
         assert ("not_recoverable", "output_started") == (
@@ -311,7 +310,7 @@ class TestDelivery:
 
     async def test_it_may_be_slow_once_it_speaks(self, delivered, recorder):
         """The deadline is for the first word."""
-        delivered[1].output()
+        delivered[1].mark_output()
         await asyncio.sleep(60)
         delivered[1].end()
 
@@ -329,7 +328,7 @@ class TestDelivery:
     async def test_the_session_closes(self, delivered, recorder, words, outcome):
         """What was begun was heard as far as the caller let it."""
         if words:
-            delivered[1].output()
+            delivered[1].mark_output()
         closed = failure(ProviderError(), "session_closed", ended_locally=True)
         delivered[0].report_failure(closed, "session_closed")
 

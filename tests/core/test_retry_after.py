@@ -9,9 +9,10 @@ import pytest
 from support.scripted import ProviderError, Scripted
 
 from traced_retry import RetryPolicy
-from traced_retry.core.decorator import CallRequest
+from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import failure
-from traced_retry.core.loop import Reply, SessionCooldown
+from traced_retry.core.loop import Reply
+from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
 
 
@@ -31,7 +32,7 @@ def session(recorder):
             RetryPolicy(**policy),
             telemetry.reply(Target("openai")),
             jitter=lambda bound: bound,
-            retry_after=shared,
+            cooldown=shared,
         )
 
     return session

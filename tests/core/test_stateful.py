@@ -30,8 +30,9 @@ from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, p
 from traced_retry import RetryPolicy, semconv
 from traced_retry.core import guard
 from traced_retry.core.budget import RetryBudget
+from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import explain, failure
-from traced_retry.core.loop import Reply, SessionCooldown
+from traced_retry.core.loop import Reply
 from traced_retry.core.request import Delivery
 from traced_retry.core.telemetry import Target, Telemetry
 
@@ -249,7 +250,7 @@ class Machine(RuleBasedStateMachine):
                 self.policy,
                 self.telemetry.reply(Target("somebody")),
                 jitter=lambda bound: bound,
-                retry_after=self.retry_after,
+                cooldown=self.retry_after,
                 on_failed=on_failed,
                 on_ended=on_ended,
             )
@@ -537,7 +538,7 @@ class Machine(RuleBasedStateMachine):
         return [asked for asked in self.open if asked.reply.resolved and not asked.interrupted]
 
     @property
-    def timeout_failure(self):
+    def unanswered(self):
         """The requests that the provider knows of and has not answered."""
         return [s for asked in self.asked for s in asked.sent if not (s.answered or s.over)]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 from opentelemetry import context, trace
@@ -15,8 +16,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, semconv
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.loop import Reply
+from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
 
 TARGET = Target("openai", "gpt-realtime", "api.openai.com", 443)
@@ -62,9 +63,20 @@ def failed(code, error_type, *, recoverable=True, **more):
 
 
 RATE_LIMIT = ProviderError("rate_limit_exceeded")
+
+
+class Case(NamedTuple):
+    """One reply, and the attributes that its spans have beside the known ones."""
+
+    steps: list
+    options: dict
+    attempts: list[dict]
+    reply: dict
+    status: StatusCode
+
+
 CASES = {
-    # name: (steps, options, attempts' attributes beyond the known ones, the reply's, status)
-    "success": (
+    "success": Case(
         ["hello"],
         {},
         [{"traced_retry.delay": 0.0, "traced_retry.result": "succeeded"}],
@@ -75,7 +87,7 @@ CASES = {
         },
         StatusCode.UNSET,
     ),
-    "recovery": (
+    "recovery": Case(
         [RATE_LIMIT, "hello"],
         {},
         [
@@ -94,7 +106,7 @@ CASES = {
         },
         StatusCode.UNSET,
     ),
-    "exhaustion": (
+    "exhaustion": Case(
         [ProviderError("brand_new_code")],
         {"max_retries": 1},
         [
@@ -119,7 +131,7 @@ CASES = {
         },
         StatusCode.ERROR,
     ),
-    "deadline": (
+    "deadline": Case(
         [HANG],
         {},
         [
@@ -138,7 +150,7 @@ CASES = {
         },
         StatusCode.ERROR,
     ),
-    "not recoverable": (
+    "not recoverable": Case(
         [ProviderError("insufficient_quota")],
         {},
         [
@@ -157,7 +169,7 @@ CASES = {
         },
         StatusCode.ERROR,
     ),
-    "interrupted in the attempt": (
+    "interrupted in the attempt": Case(
         [HANG],
         {"cancel_after": 2.0},
         [{"traced_retry.delay": 0.0, "traced_retry.result": "interrupted"}],
@@ -169,7 +181,7 @@ CASES = {
         },
         StatusCode.UNSET,
     ),
-    "interrupted in the wait": (
+    "interrupted in the wait": Case(
         [RATE_LIMIT],
         {"cancel_after": 0.25},
         [
@@ -188,7 +200,7 @@ CASES = {
         },
         StatusCode.UNSET,
     ),
-    "superseded": (
+    "superseded": Case(
         [SUPERSEDED],
         {},
         [{"traced_retry.delay": 0.0, "traced_retry.result": "superseded"}],
@@ -205,10 +217,9 @@ CASES = {
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
 async def case(request, recorder):
-    """One reply of each kind, ended."""
-    steps, options, *expected = request.param
-    await ended(ask(recorder, *steps, **options))
-    return expected
+    """Run one reply of each kind to its end."""
+    await ended(ask(recorder, *request.param.steps, **request.param.options))
+    return request.param
 
 
 class TestSpans:
@@ -221,14 +232,14 @@ class TestSpans:
                 "traced_retry.action": "send",
                 **attempt,
             }
-            for n, attempt in enumerate(case[0], 1)
+            for n, attempt in enumerate(case.attempts, 1)
         ]
 
         assert expected == recorder.attempts
 
     async def test_reply(self, case, recorder):
         """The reply's span has exactly the attributes of the contract."""
-        assert [{**KNOWN, **case[1]}] == recorder.replies
+        assert [{**KNOWN, **case.reply}] == recorder.replies
 
     async def test_status(self, case, recorder):
         """A recovered or interrupted reply is no error; each failed attempt is, by itself."""
@@ -238,7 +249,7 @@ class TestSpans:
             for s in recorder.spans("generate_reply.attempt")
         }
 
-        assert case[2] == reply.status.status_code
+        assert case.status == reply.status.status_code
         assert statuses <= {(True, StatusCode.ERROR), (False, StatusCode.UNSET)}
         assert not any(s.status.description or s.events for s in recorder.spans())
 

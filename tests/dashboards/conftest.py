@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 from dashboards.reading import DASHBOARDS
 
-from traced_retry import thresholds
+from traced_retry.monitoring import config
 
 
 @pytest.fixture(scope="session")
 def shipped():
     """The thresholds of dashboards/config.yaml."""
-    return thresholds.read(DASHBOARDS / "config.yaml")
+    return config.read(DASHBOARDS / "config.yaml")

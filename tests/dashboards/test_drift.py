@@ -74,7 +74,7 @@ def known(emitted):
 
 
 ROLLUPS = ("1m", "10m")
-"""What the hidden variable of the dashboards may be: see dashboards/build_panels.py."""
+"""What the hidden variable of the dashboards may be: see tools/dashboards/panels.py."""
 
 
 def every_query():

@@ -19,7 +19,7 @@ from backends.servers import DASHBOARDS, EXPORTERS, Process, command, free_ports
 from dashboards.reading import faster
 from dashboards.traffic import Traffic
 
-from traced_retry import rules
+from traced_retry.monitoring import alerts
 
 pytestmark = pytest.mark.real_time
 
@@ -149,15 +149,15 @@ def suppressed(manager):
 def test_one_provider_fails(paging):
     """One page for it, its ticket held back, none for its neighbour, resolved when over."""
     traffic, hook, prometheus, manager = paging
-    page = json.dumps({"alertname": rules.BURN, "gen_ai_provider_name": "openai"}, sort_keys=True)
+    page = json.dumps({"alertname": alerts.BURN, "gen_ai_provider_name": "openai"}, sort_keys=True)
     healthy = {"openai": (None, 0.4), "gcp.gemini": (None, 0.4)}
     traffic.go(healthy, every=0.1)
-    replies = f'sum(sum_over_time({rules.REPLIES}{{gen_ai_provider_name="openai"}}[1m]))'
+    replies = f'sum(sum_over_time({alerts.REPLIES}{{gen_ai_provider_name="openai"}}[1m]))'
     until(lambda: value(prometheus, replies) > 30, 30, "enough replies for a ratio")
     traffic.go({**healthy, "openai": ("deadline", 20.0)}, every=0.1)
 
     until(lambda: hook.groups("/page", "firing"), 60, "the page")
-    until(lambda: (rules.SLOW, "openai") in suppressed(manager), 60, "the ticket's inhibition")
+    until(lambda: (alerts.SLOW, "openai") in suppressed(manager), 60, "the ticket's inhibition")
     both = '{alertstate="firing", severity="critical", gen_ai_provider_name="openai"}'
     until(lambda: value(prometheus, f"count(ALERTS{both})") == 2, 60, "the long windows")
     first = hook.groups("/page", "firing")[page][0]
@@ -171,8 +171,8 @@ def test_one_provider_fails(paging):
 
     assert {page} == set(hook.groups("/page", "firing"))
     # The slow form of the same alert may be a ticket by now: budget is spent, page or not.
-    assert set() == {t for t in hook.groups("/ticket", "firing") if rules.BURN not in t}
-    assert (rules.BURN, "gcp.gemini") not in firing(prometheus)
+    assert set() == {t for t in hook.groups("/ticket", "firing") if alerts.BURN not in t}
+    assert (alerts.BURN, "gcp.gemini") not in firing(prometheus)
 
 
 def test_several_providers_fail(paging):
@@ -182,8 +182,10 @@ def test_several_providers_fail(paging):
     traffic.go(dict.fromkeys(providers, ("max_attempts", 2.0)), every=0.1)
 
     until(lambda: hook.groups("/page", "firing"), 60, "the page")
-    until(lambda: {(rules.BURN, p) for p in providers} <= suppressed(manager), 60, "the inhibition")
+    until(
+        lambda: {(alerts.BURN, p) for p in providers} <= suppressed(manager), 60, "the inhibition"
+    )
     settled = time.monotonic() + 6
     until(lambda: time.monotonic() > settled, 10, "three group intervals")
 
-    assert [json.dumps({"alertname": rules.MANY})] == list(hook.groups("/page", "firing"))
+    assert [json.dumps({"alertname": alerts.MANY})] == list(hook.groups("/page", "firing"))

@@ -14,9 +14,9 @@ import yaml
 from backends.servers import command
 from dashboards.reading import DASHBOARDS, dashboards, panels
 
-from traced_retry import rules, thresholds
-from traced_retry.dashboard_files import files, root
 from traced_retry.errors import UsageError
+from traced_retry.monitoring import alerts, config, formats
+from traced_retry.monitoring.files import files, root
 
 CLI = [sys.executable, "-m", "traced_retry.cli", "dashboards"]
 
@@ -30,23 +30,21 @@ def run(*arguments):
 
 def test_rules_are_as_generated():
     """Nobody edited alerts.yaml and its other forms, and nobody forgot `make dashboards`."""
-    made = rules.files(thresholds.read(DASHBOARDS / "config.yaml"), DASHBOARDS)
+    made = formats.files(config.read(DASHBOARDS / "config.yaml"))
 
     assert made == {name: (DASHBOARDS / name).read_text() for name in made}
 
 
-@pytest.mark.parametrize("script", ["build_rules", "build_dashboards", "build_docs"])
-def test_everything_is_as_generated(script, tmp_path):
-    """A build in a copy of the folders changes no file; the docs' tables are as generated, too."""
+def test_everything_is_as_generated(tmp_path):
+    """Running the generator in a copy of the folders changes no file, and no table of the docs."""
     pytest.importorskip("grafana_foundation_sdk")
-    for folder in (DASHBOARDS, DASHBOARDS.parent / "docs"):
+    root = DASHBOARDS.parent
+    for folder in ("dashboards", "docs", "tools/dashboards"):
         ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(folder, tmp_path / folder.name, ignore=ignore)
+        shutil.copytree(root / folder, tmp_path / folder, ignore=ignore)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
-    subprocess.run(
-        [sys.executable, "-B", str(tmp_path / "dashboards" / f"{script}.py")], check=True
-    )
+    subprocess.run([sys.executable, "-B", str(tmp_path / "tools" / "dashboards")], check=True)
 
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert before == after
@@ -59,7 +57,7 @@ class TestRunbook:
 
     def test_a_section_per_alert(self):
         """In the order of the list that links count by."""
-        assert list(rules.ALERTS) == self.sections()
+        assert list(alerts.ALERTS) == self.sections()
 
     def test_each_section_says_what_is_needed(self):
         """What callers experience, where to look, why, what to do, how to know."""
@@ -78,12 +76,12 @@ class TestRunbook:
         """Of each alert; in Grafana by the panel's id, elsewhere by the heading's anchor."""
         board = dashboards()["runbook.json"]
         title = {p["id"]: p["title"] for p in panels(board)}
-        for alert in rules.alerts(shipped):
+        for alert in alerts.alerts(shipped):
             url = alert.document(shipped)["annotations"]["runbook_url"]
             assert alert.alert == title[int(url.rpartition("=")[2])]
             assert f"/d/{board['uid']}?" in url
-        elsewhere = shipped.but(runbook_url="https://wiki.example/runbook")
-        for alert in rules.alerts(elsewhere):
+        elsewhere = shipped.replace(runbook_url="https://wiki.example/runbook")
+        for alert in alerts.alerts(elsewhere):
             url = alert.document(elsewhere)["annotations"]["runbook_url"]
             assert f"https://wiki.example/runbook#{alert.alert.lower()}" == url
 
@@ -127,7 +125,7 @@ class TestWrite:
         assert "vector(2.5)" in written
         assert "https://grafana.example/d/traced-retry-provider" in written
         assert "https://wiki.example/r#tracedretryexhaustionburn" in written
-        again = thresholds.read(tmp_path / "config.yaml")
+        again = config.read(tmp_path / "config.yaml")
         assert (99.5, 7, 2.5) == (again.objective, again.min_replies, again.silence_seconds)
         assert done.stdout == run("write", tmp_path, "--config", tmp_path / "config.yaml").stdout
 
@@ -232,20 +230,20 @@ class TestConfig:
     def test_what_cannot_be(self, change, says):
         """The error names the key, the value and what is allowed."""
         with pytest.raises(UsageError, match=re.escape(says)):
-            thresholds.parse(self.change(**change), "config.yaml")
+            config.parse(self.change(**change), "config.yaml")
 
     def test_something_has_to_page(self):
         """Only tickets: refused."""
         rows = [row for row in self.change()["burn_rates"] if row["severity"] == "warning"]
         with pytest.raises(UsageError, match="nothing would ever page"):
-            thresholds.parse(self.change(burn_rates=rows), "config.yaml")
+            config.parse(self.change(burn_rates=rows), "config.yaml")
 
     @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b"])
     def test_no_configuration_at_all(self, text, tmp_path):
         """Broken YAML, or none that maps: one error."""
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(UsageError, match=r"c\.yaml"):
-            thresholds.read(tmp_path / "c.yaml")
+            config.read(tmp_path / "c.yaml")
 
 
 class TestOtherForms:
@@ -262,7 +260,7 @@ class TestOtherForms:
         assert ("monitoring.coreos.com/v1", "PrometheusRule") == (rule["apiVersion"], rule["kind"])
         assert prometheus == rule["spec"]["groups"]
 
-        (maps,) = [f.text for f in files() if f.name == "kubernetes/dashboards.yaml"]
+        (maps,) = [f.content for f in files() if f.name == "kubernetes/dashboards.yaml"]
         found = {}
         for item in yaml.safe_load(maps)["items"]:
             assert {"grafana_dashboard": "1"} == item["metadata"]["labels"]
@@ -276,7 +274,7 @@ class TestOtherForms:
         (group,) = yaml.safe_load((DASHBOARDS / "grafana-alerting/alerts.yaml").read_text())[
             "groups"
         ]
-        wanted = [a for a in rules.alerts(shipped) if a.alert != rules.MANY]
+        wanted = [a for a in alerts.alerts(shipped) if a.alert != alerts.MANY]
 
         assert [a.expr for a in wanted] == [r["data"][0]["model"]["expr"] for r in group["rules"]]
         assert len(wanted) == len({r["uid"] for r in group["rules"]})

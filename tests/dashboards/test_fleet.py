@@ -27,7 +27,7 @@ from backends.agent import Job
 from backends.fleet import CODED, PROVIDER, truth
 from dashboards.reading import DASHBOARDS, ROOT, dashboards, faster, panels
 
-from dashboards import preview, truths
+from dashboards import expected, preview
 
 pytestmark = pytest.mark.real_time
 
@@ -222,7 +222,7 @@ def rows(measured, shipped):
     """What gives the rows of a way of counting; asked once."""
     return functools.cache(
         lambda path: list(
-            truths.Panels(Ask(measured, path), measured.fleet.played, shipped, path).rows()
+            expected.Panels(Ask(measured, path), measured.fleet.played, shipped, path).rows()
         )
     )
 
@@ -253,7 +253,7 @@ def test_every_panel_is_beside_its_truth(rows):
         if panel["type"] != "text"
     }
 
-    assert there - told == set(truths.UNTOLD)
+    assert there - told == set(expected.UNTOLD)
 
 
 def test_preview_of_the_list(rows):
@@ -261,11 +261,11 @@ def test_preview_of_the_list(rows):
     if "aws" not in PROVIDER:
         pytest.skip("the list is of eight providers: AWS's client needs Python 3.12")
     path = ROOT / "docs/panels.md"
-    made = truths.as_markdown(rows("spans"), rows("agents"))
+    made = expected.as_markdown(rows("spans"), rows("agents"))
     if os.environ.get("TRACED_RETRY_PREVIEW"):
         path.write_text(made)
 
-    assert truths.without_values(made) == truths.without_values(path.read_text())
+    assert expected.without_values(made) == expected.without_values(path.read_text())
 
 
 def test_counted_both_ways_is_counted_once(rows):
@@ -278,7 +278,7 @@ def test_counted_both_ways_is_counted_once(rows):
     found = {
         row.panel: row
         for row in rows("as shipped")
-        if row.board == truths.OVERVIEW and row.series == "all"
+        if row.board == expected.OVERVIEW and row.series == "all"
     }
 
     assert abs(found["Replies"].value - float(found["Replies"].true)) <= 0.15 * float(
@@ -314,7 +314,7 @@ def test_an_environment_is_chosen(measured, path):
 def test_every_panel_is_of_the_environment(measured, shipped, path):
     """With it chosen, each panel shows the truth of its jobs, and of no others."""
     there = [job for job in measured.fleet.played if ENVIRONMENT in str(job.job.environment)]
-    found = truths.Panels(Ask(measured, path, ENVIRONMENT), there, shipped, path)
+    found = expected.Panels(Ask(measured, path, ENVIRONMENT), there, shipped, path)
 
     assert [] == [row for row in found.rows() if not row.fits]
 
@@ -382,7 +382,7 @@ def test_lost_replies_are_found_in_jaeger(measured):
         )
         found[tags["traced_retry.outcome"]] = len(answer["data"])
 
-    known = truths.Fleet(measured.fleet.played, "openai")
+    known = expected.Fleet(measured.fleet.played, "openai")
     assert {outcome: known.of(outcome) for outcome in ("exhausted", "not_recoverable")} == found
 
 

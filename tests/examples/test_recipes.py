@@ -173,13 +173,13 @@ class TestCannedSentence:
         talk = await apologising(f"{script},ok", max_retries=0)
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
         assert [SENTENCE] == talk.heard
         assert [SECONDS] == talk.ear.played
         assert [LOST[script]] == ended(recorder)
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
         assert 2 == len(talk.heard)
         assert [SECONDS] == talk.ear.played
         assert ("succeeded", None) == ended(recorder)[1]
@@ -190,7 +190,7 @@ class TestCannedSentence:
         talk = await apologising(script, deadline=10.0)
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert [SENTENCE] == talk.heard
         assert [SECONDS] == talk.ear.played
@@ -206,7 +206,7 @@ class TestCannedSentence:
         await talk.server.wait_for(lambda: talk.server.requests)
         await talk.server.close()
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert [SENTENCE] == talk.heard
         assert [SECONDS] == talk.ear.played
@@ -218,7 +218,7 @@ class TestCannedSentence:
         talk = await apologising("drop_during,ok")
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply", SENTENCE] == talk.heard
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -229,7 +229,7 @@ class TestCannedSentence:
         talk.realtime.generate_reply()
         await talk.server.wait_for(lambda: talk.server.requests)
         await talk.session.aclose()
-        await talk.commit()
+        await talk.settle()
 
         assert [("not_recoverable", "session_closed")] == ended(recorder)
         assert [] == talk.heard
@@ -268,7 +268,7 @@ class TestSwitchModel:
         talk = await elsewhere(script, deadline=10.0 if script in FATAL else 3.0)
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard
         assert ["reply 1"] == talk.second.completed
@@ -285,7 +285,7 @@ class TestSwitchModel:
         await talk.server.wait_for(lambda: talk.server.requests)
         await talk.server.close()
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard
         assert 1 == len(talk.second.requests)
@@ -296,7 +296,7 @@ class TestSwitchModel:
         talk = await elsewhere(f"tool:look_up,{script}")
 
         talk.ask()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard
         assert 1 == len(talk.second.requests)
@@ -307,7 +307,7 @@ class TestSwitchModel:
         talk.ask()
         await talk.server.wait_for(lambda: len(talk.server.requests) == 2)
         await talk.server.close()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard
         assert 1 == len(talk.second.requests)
@@ -329,7 +329,7 @@ class TestSwitchModel:
         talk = await elsewhere("drop_during,ok")
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply"] == talk.heard
         assert [] == talk.second.requests
@@ -348,7 +348,7 @@ class TestSwitchModel:
         talk = Conversation(first, model, session)
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard == second.completed
         assert 1 == len(second.requests)
@@ -358,9 +358,9 @@ class TestSwitchModel:
         talk = await elsewhere("rate_limit")
 
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
         await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1", "reply 2"] == talk.heard
         assert ["reply 1", "reply 2"] == talk.second.completed

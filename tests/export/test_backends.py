@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -226,7 +226,7 @@ def test_a_status_is_the_reason(pipeline, caplog, status, reason):
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_heeded(pipeline, form):
     """A backend that is busy for a second gets the batch after it; nothing is dropped."""
-    later = datetime.now(timezone.utc) + timedelta(seconds=2)
+    later = datetime.now(UTC) + timedelta(seconds=2)
     value = "1" if form == "seconds" else later.strftime("%a, %d %b %Y %H:%M:%S GMT")
     with Backend(429, 200, headers=[("Retry-After", value)]) as backend:
         pipe = pipeline(OtlpSpanExporter(endpoint=backend.url))

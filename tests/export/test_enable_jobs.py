@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.fresh import SCRIPT, program
 
 from traced_retry import semconv
 
@@ -24,27 +25,29 @@ INSTRUMENT = str(Path(sys.executable).with_name("opentelemetry-instrument"))
 
 
 def run_agent(example, *arguments, state, under=(), **environ):
-    """Run an example; returns what the run printed, and the spans in the local stores."""
+    """Run an example; return what the run printed, and the spans in the local stores.
+
+    The worker is forked, unless it is started ``under`` another command.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("OTEL_", "LIVEKIT_", "TRACED_RETRY_", "PROMETHEUS_"))
     }
-    done = subprocess.run(
-        [
-            *under,
-            sys.executable,
-            str(TESTS / "support" / "run_agent.py"),
-            str(example),
-            *map(str, arguments),
-        ],
-        cwd=state,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-        env={**kept, "XDG_STATE_HOME": str(state), "PYTHONPATH": str(TESTS), **environ},
-    )
+    command = [str(TESTS / "support" / "run_agent.py"), str(example), *map(str, arguments)]
+    kept = {**kept, "XDG_STATE_HOME": str(state), "PYTHONPATH": str(TESTS), **environ}
+    if under:
+        done = subprocess.run(
+            [*under, sys.executable, *command],
+            cwd=state,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+            env=kept,
+        )
+    else:
+        done = program(SCRIPT, *command, cwd=state, environ=kept, timeout=180)
     assert 0 == done.returncode, done.stderr
     spans = []
     for path in (state / "traced-retry" / "spans").glob("*.jsonl"):

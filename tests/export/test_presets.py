@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import trustme
 import yaml
-from support.converse import SECRET
+from support.fresh import INSTRUMENTED, program
 from support.receiver import receiver
+from support.run_conversation import SECRET
 
-from traced_retry import semconv
+from traced_retry import semconv, shipped_files
 from traced_retry.core.policy import ENV
-from traced_retry.export import files
 from traced_retry.export.config_file import ConfigurationFileError, load
 from traced_retry.livekit.instrumentor import RetryOptions
 
@@ -28,21 +28,32 @@ TESTS = Path(__file__).parents[1]
 INSTRUMENT = str(Path(sys.executable).with_name("opentelemetry-instrument"))
 
 
-def instrumented(file, script, **environ):
-    """Run a conversation, which knows nothing of us, under opentelemetry-instrument."""
+def instrumented(file, script, *, fork=True, **environ):
+    """Run a conversation, which does not mention traced-retry, under opentelemetry-instrument.
+
+    Args:
+        file: OTEL_CONFIG_FILE.
+        script: of the simulator.
+        fork: False for the real command and the real end of an interpreter.
+        environ: variables.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         # requests lets the bundle variables win over OTEL_EXPORTER_OTLP_CERTIFICATE.
         if not name.startswith(("OTEL_", "LIVEKIT_", "TRACED_RETRY_", "REQUESTS_CA", "CURL_CA"))
     }
+    command = [str(TESTS / "support" / "run_conversation.py"), script]
+    kept = {**kept, "PYTHONPATH": str(TESTS), "OTEL_CONFIG_FILE": str(file), **environ}
+    if fork:
+        return program(INSTRUMENTED, *command, environ=kept, timeout=120)
     return subprocess.run(
-        [INSTRUMENT, sys.executable, str(TESTS / "support" / "converse.py"), script],
+        [INSTRUMENT, sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
-        env={**kept, "PYTHONPATH": str(TESTS), "OTEL_CONFIG_FILE": str(file), **environ},
+        env=kept,
     )
 
 
@@ -56,7 +67,7 @@ def edited(tmp_path):
     """A copy of a preset, edited: ``edited("jaeger", "old", "new")`` gives its path."""
 
     def edit(preset, *changes):
-        text = files.presets()[preset].read_text()
+        text = shipped_files.presets()[preset].read_text()
         for old, new in zip(changes[::2], changes[1::2], strict=True):
             assert old in text
             text = text.replace(old, new, 1)
@@ -156,7 +167,10 @@ class TestUnderOpentelemetryInstrument:
     def test_local(self, edited, tmp_path):
         """A store that `traced-retry report` reads."""
         done = instrumented(
-            edited("local", *RETRY_ONCE), "rate_limit", XDG_STATE_HOME=str(tmp_path / "state")
+            edited("local", *RETRY_ONCE),
+            "rate_limit",
+            fork=False,
+            XDG_STATE_HOME=str(tmp_path / "state"),
         )
         (store,) = (tmp_path / "state").rglob("*.jsonl")
 
@@ -166,7 +180,9 @@ class TestUnderOpentelemetryInstrument:
 
     def test_each_preset_is_tested_here(self):
         """A new preset wants a test."""
-        assert ["collector", "console", "jaeger", "local", "vendor"] == sorted(files.presets())
+        assert ["collector", "console", "jaeger", "local", "vendor"] == sorted(
+            shipped_files.presets()
+        )
 
     def test_a_typo(self, edited):
         """One line says file, key and what is allowed; replies are retried all the same."""
@@ -211,7 +227,12 @@ class TestABackendThatMisbehaves:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
-            done = instrumented(edited(preset), "ok", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+            done = instrumented(
+                edited(preset),
+                "ok",
+                fork=preset != "jaeger",
+                OTEL_EXPORTER_OTLP_ENDPOINT=endpoint,
+            )
 
         assert {"requests": 1, "completed": 1} == json.loads(done.stdout)
         assert re.fullmatch(r"(connection (\d+))?(, )?(shutdown \d+)?", dropped(done))
@@ -223,7 +244,9 @@ class TestABackendThatMisbehaves:
         file.write_text(file.read_text().replace("timeout: 2000", "timeout: 600000"))
         with socket.create_server(("127.0.0.1", 0)) as mute:
             endpoint = f"http://127.0.0.1:{mute.getsockname()[1]}"
-            done = instrumented(file, "ok", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+            done = instrumented(
+                file, "ok", fork=preset != "jaeger", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint
+            )
 
         assert {"requests": 1, "completed": 1} == json.loads(done.stdout)
         assert re.fullmatch(r"shutdown \d+", dropped(done))
@@ -306,11 +329,11 @@ class TestTypos:
 
 
 class TestContent:
-    @pytest.mark.parametrize("preset", sorted(files.presets()))
+    @pytest.mark.parametrize("preset", sorted(shipped_files.presets()))
     def test_each_carries(self, preset, monkeypatch):
         """Resource, limits, sampler, and every option of ours, at its default."""
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://127.0.0.1:9")
-        text = yaml.safe_load(files.presets()[preset].read_text())
+        text = yaml.safe_load(shipped_files.presets()[preset].read_text())
         provider = text["tracer_provider"]
         options = text["instrumentation/development"]["python"]["traced_retry"]
 
@@ -318,13 +341,13 @@ class TestContent:
         assert {"parent_based": {"root": {"always_on": None}}} == provider["sampler"]
         assert {"attribute_value_length_limit", "attribute_count_limit"} <= set(provider["limits"])
         assert set(ENV.values()) == set(options)
-        assert RetryOptions().policy() == load(files.presets()[preset]).options.policy()
+        assert RetryOptions().policy() == load(shipped_files.presets()[preset]).options.policy()
 
     @pytest.mark.parametrize(("text", "capacity"), [("off", None), ("25", 25), ("", 10)])
     def test_a_budget(self, text, capacity, monkeypatch):
         """A number, or off, which YAML takes for false; as in the variable."""
         monkeypatch.setenv("TRACED_RETRY_BUDGET", text)
-        budget = load(files.presets()["jaeger"]).options.policy().budget
+        budget = load(shipped_files.presets()["jaeger"]).options.policy().budget
 
         assert capacity == (budget and budget.capacity)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real AgentSession, with a real plugin, over a real socket to a simulator."""
+"""A real AgentSession with a real plugin, over a real socket to a simulator."""
 
 from __future__ import annotations
 
@@ -7,40 +7,64 @@ import contextlib
 
 import aiohttp
 import pytest
-from livekit.agents import Agent, AgentSession, APIConnectOptions
-from livekit.plugins import openai
-from support.conversation import Conversation
+from livekit.agents import Agent, AgentSession
+from support.providers import CONN_OPTIONS, KEY, PROVIDERS
 
 import traced_retry
-from traced_retry.simulator import OpenAISimulator
 
 
 @pytest.fixture
-async def converse(recorder):
-    """Of a script and a policy's settings makes a :class:`Conversation`, closed after the test."""
+def provider(request):
+    """Return the provider of ``start_conversation``, by its name if a test is parametrized."""
+    return PROVIDERS[getattr(request, "param", "openai")]
+
+
+@pytest.fixture
+async def start_conversation(provider, recorder):
+    """Return a function that starts a conversation. Each is closed after the test.
+
+    Its keyword arguments ``provider``, ``model`` and ``simulator`` replace those of the fixture
+    ``provider``. ``bare`` leaves traced-retry out. ``ready`` waits until the plugin is connected.
+    ``options`` are the model's own, and all other keyword arguments are settings of the policy.
+    """
+    fixture = provider
     async with contextlib.AsyncExitStack() as stack:
 
-        async def converse(
-            script, *, agent=None, bare=False, model=None, simulator=OpenAISimulator, **policy
+        async def start_conversation(
+            script,
+            *,
+            provider=fixture,
+            model=None,
+            simulator=None,
+            agent=None,
+            bare=False,
+            ready=True,
+            options=None,
+            on_exhausted=None,
+            **policy,
         ):
-            server = await stack.enter_async_context(simulator(script))
+            server = await stack.enter_async_context((simulator or provider.simulator)(script))
             http = await stack.enter_async_context(aiohttp.ClientSession())
-            make = model or openai.realtime.RealtimeModel
-            realtime_model = make(
-                api_key="sk-SECRET",
-                base_url=server.url,
+            stack.enter_context(provider.redirected(server))
+            realtime_model = (model or provider.model)(
+                api_key=KEY,
                 http_session=http,
-                conn_options=APIConnectOptions(max_retry=3, retry_interval=0.5, timeout=5.0),
-                **({} if model else {"modalities": ["text"]}),
+                conn_options=CONN_OPTIONS,
+                **provider.address(server),
+                **(options or {}),
             )
             if not bare:
                 traced_retry.wrap(
                     realtime_model,
                     policy=traced_retry.RetryPolicy(**policy),
+                    on_exhausted=on_exhausted,
                     **recorder.providers,
                 )
             session = await stack.enter_async_context(AgentSession(llm=realtime_model))
             await session.start(agent or Agent(instructions="SECRET instructions"))
-            return Conversation(server, realtime_model, session)
+            conversation = provider.conversation(server, realtime_model, session)
+            if ready:
+                await provider.until_ready(conversation)
+            return conversation
 
-        yield converse
+        yield start_conversation

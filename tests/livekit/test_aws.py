@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import struct
+from typing import NamedTuple
 
 import pytest
-from livekit.agents import Agent, AgentSession, function_tool, llm
-from support.conversation import Conversation, actions, ended, late, now
+from livekit.agents import Agent, function_tool, llm
+from support.conversation import actions, ended, late, now
+from support.providers import NOVA_SONIC
 
-import traced_retry
-from traced_retry.livekit.aws import AWSAdapter
 from traced_retry.simulator import ScriptError
 
 plugin = pytest.importorskip(
@@ -31,43 +30,10 @@ async def patient_clock():
     asyncio.get_running_loop().patience = 0.05
 
 
-class Talk(Conversation):
-    """With Nova Sonic."""
-
-    def __init__(self, server, model, session):
-        super().__init__(server, model, session)
-        self.announced = []
-        self.realtime.on("generation_created", self.announced.append)
-
-    @property
-    def heard(self):
-        """What the agent said. LiveKit adds an empty message per reply, of the asker's handle."""
-        return [text for text in super().heard if text]
-
-    def ask(self, **kwargs):
-        """Ask for a reply, with instructions unless something else is said."""
-        return super().ask(**(kwargs or {"instructions": "SECRET instructions"}))
-
-
 @pytest.fixture
-async def converse(recorder):
-    """Of a script and a policy's settings makes a :class:`Talk`, closed after the test."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def converse(script, *, bare=False, agent=None, ready=True, **policy):
-            server = await stack.enter_async_context(AWSSimulator(script))
-            stack.enter_context(server.redirected())
-            model = plugin.RealtimeModel()
-            if not bare:
-                policy = traced_retry.RetryPolicy(**policy)
-                traced_retry.wrap(model, policy=policy, **recorder.providers)
-            session = await stack.enter_async_context(AgentSession(llm=model))
-            await session.start(agent or Agent(instructions="SECRET"))
-            if ready:
-                await asyncio.sleep(1)  # the plugin opens its stream after 0.55 s
-            return Talk(server, model, session)
-
-        yield converse
+def provider():
+    """Return the provider of every conversation here."""
+    return NOVA_SONIC
 
 
 def causes(recorder):
@@ -82,24 +48,38 @@ DEAD = ("not_recoverable", "not_recoverable")
 CUT = ("not_recoverable", "output_started")
 ONCE, TWICE = ["send"], ["send", "listen"]
 
+
+class Row(NamedTuple):
+    """The expected result of one reply."""
+
+    heard: int
+    """The number of texts that the agent says."""
+    late: int
+    """The number of late replies."""
+    end: tuple[str, str | None]
+    """Outcome and stop reason."""
+    actions: list[str]
+    seconds: int
+
+
 ROWS = {
     # script: replies heard, late ones counted, outcome and stop reason, actions, seconds
-    "ok": (1, 0, OK, ONCE, 0),
-    "slow:3": (1, 0, OK, ONCE, 3),
-    "late:7": (1, 0, OK, ONCE, 7),
-    "late:12": (1, 0, AGAIN, TWICE, 12),
-    "silence": (0, 0, DEADLINE, TWICE, 20),
-    "silence,ok": (0, 0, DEADLINE, TWICE, 20),  # lost for good: nothing tells, nothing cancels
-    "late:25": (1, 1, DEADLINE, TWICE, 20),
-    "rate_limit": (0, 0, DEADLINE, TWICE, 20),  # a new stream, silently, and the text is lost
-    "error:modelTimeoutException,ok": (0, 0, DEADLINE, TWICE, 20),
-    "error:systemInstability,ok": (0, 0, DEADLINE, TWICE, 20),
-    "error:validationException": (0, 0, DEAD, ONCE, 0),
-    "error:internalServerException": (0, 0, DEAD, ONCE, 0),
-    "malformed": (0, 0, DEAD, ONCE, 0),
-    "drop_before": (0, 0, DEAD, ONCE, 2),
-    "drop_during": (1, 0, CUT, ONCE, 2),
-    "unauthorized": (0, 0, DEAD, ONCE, 0),
+    "ok": Row(1, 0, OK, ONCE, 0),
+    "slow:3": Row(1, 0, OK, ONCE, 3),
+    "late:7": Row(1, 0, OK, ONCE, 7),
+    "late:12": Row(1, 0, AGAIN, TWICE, 12),
+    "silence": Row(0, 0, DEADLINE, TWICE, 20),
+    "silence,ok": Row(0, 0, DEADLINE, TWICE, 20),  # lost for good: nothing tells, nothing cancels
+    "late:25": Row(1, 1, DEADLINE, TWICE, 20),
+    "rate_limit": Row(0, 0, DEADLINE, TWICE, 20),  # a new stream, silently, and the text is lost
+    "error:modelTimeoutException,ok": Row(0, 0, DEADLINE, TWICE, 20),
+    "error:systemInstability,ok": Row(0, 0, DEADLINE, TWICE, 20),
+    "error:validationException": Row(0, 0, DEAD, ONCE, 0),
+    "error:internalServerException": Row(0, 0, DEAD, ONCE, 0),
+    "malformed": Row(0, 0, DEAD, ONCE, 0),
+    "drop_before": Row(0, 0, DEAD, ONCE, 2),
+    "drop_during": Row(1, 0, CUT, ONCE, 2),
+    "unauthorized": Row(0, 0, DEAD, ONCE, 0),
 }
 
 BARE = {
@@ -120,37 +100,37 @@ CLOSES_THE_AGENT = {"error:validationException", "error:internalServerException"
 
 class TestEachRow:
     @pytest.mark.parametrize("script", ROWS)
-    async def test_with_us(self, script, converse, recorder):
+    async def test_with_us(self, script, start_conversation, recorder):
         """Heard at most once; the outcome, the attempts and the seconds are exact."""
-        heard, late_ones, outcome, did, seconds = ROWS[script]
-        talk = await converse(script)
+        row = ROWS[script]
+        talk = await start_conversation(script)
 
         error, took = await talk.timed_reply()
         await asyncio.sleep(20)
 
-        assert heard == len(talk.heard)
-        assert late_ones == late(recorder)
-        assert [outcome] == ended(recorder)
-        assert did == actions(recorder)
-        assert seconds == took
+        assert row.heard == len(talk.heard)
+        assert row.late == late(recorder)
+        assert [row.end] == ended(recorder)
+        assert row.actions == actions(recorder)
+        assert row.seconds == took
         assert 0 == recorder.open_spans
-        if outcome[0] in ("exhausted", "not_recoverable") and script not in CLOSES_THE_AGENT:
+        if row.end[0] in ("exhausted", "not_recoverable") and script not in CLOSES_THE_AGENT:
             assert isinstance(error, llm.RealtimeError)
 
     @pytest.mark.parametrize("script", BARE)
-    async def test_the_plugin_alone(self, script, converse):
+    async def test_the_plugin_alone(self, script, start_conversation):
         """What users have today."""
         heard, succeeded, seconds = BARE[script]
-        talk = await converse(script, bare=True)
+        talk = await start_conversation(script, bare=True)
 
         error, took = await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert (heard, succeeded, seconds) == (len(talk.heard), error is None, took)
 
-    async def test_cut_short_alone(self, converse):
+    async def test_cut_short_alone(self, start_conversation):
         """The plugin alone never closes such a reply's streams: the agent waits for ever."""
-        talk = await converse("drop_during", bare=True)
+        talk = await start_conversation("drop_during", bare=True)
         handle = talk.ask()
         await asyncio.sleep(300)
 
@@ -165,24 +145,24 @@ class TestEachRow:
             ("drop_before", ["connection_lost"]),
         ],
     )
-    async def test_why(self, script, cause, converse, recorder):
+    async def test_why(self, script, cause, start_conversation, recorder):
         """``error.type`` of each attempt."""
-        await (await converse(script)).timed_reply()
+        await (await start_conversation(script)).timed_reply()
 
         assert cause == causes(recorder)
 
-    async def test_refused(self, converse, recorder):
+    async def test_refused(self, start_conversation, recorder):
         """AWS's own code is on the span, and the agent can read it."""
-        error, _ = await (await converse("unauthorized")).timed_reply()
+        error, _ = await (await start_conversation("unauthorized")).timed_reply()
 
         assert "AccessDeniedException" == error.code
         assert ["AccessDeniedException"] == [
             a["traced_retry.error_code"] for a in recorder.attempts
         ]
 
-    async def test_asked_of_a_dead_stream(self, converse, recorder):
+    async def test_asked_of_a_dead_stream(self, start_conversation, recorder):
         """Known at once, where the plugin alone lets the agent wait."""
-        talk = await converse("drop_before")
+        talk = await start_conversation("drop_before")
         await talk.timed_reply()
         began = now()
 
@@ -205,7 +185,7 @@ async def over(handle):
 
 
 class TestCutShort:
-    """More of it, for all three without ids, is in test_held.py."""
+    """More of it, for all three without ids, is in test_failure_before_output.py."""
 
     @pytest.mark.parametrize(
         ("exception", "code", "type_"),
@@ -215,9 +195,9 @@ class TestCutShort:
             ("systemInstability", "ValidationException", "ValidationException"),
         ],
     )
-    async def test_by_another_stream(self, exception, code, type_, converse, recorder):
+    async def test_by_another_stream(self, exception, code, type_, start_conversation, recorder):
         """The plugin goes on without the rest, and closes nothing: told at once, and closed."""
-        talk = await converse("slow:9,ok")
+        talk = await start_conversation("slow:9,ok")
         handle = talk.ask()
         await asyncio.sleep(3)
         began = now()
@@ -240,11 +220,11 @@ class TestCutShort:
         assert (["reply 1", "reply 2"], 2) == (talk.heard, len(talk.server.requests))
         assert 0 == recorder.open_spans
 
-    async def test_what_goes_on_in_another_stream(self, converse, recorder):
+    async def test_what_goes_on_in_another_stream(self, start_conversation, recorder):
         """Before the first words of an answer to the user, the plugin asks again: it is heard."""
-        talk = await converse("silence,slow:3")
+        talk = await start_conversation("silence,slow:3")
         handle = talk.ask(user_input="SECRET question")
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         stream(talk).send("completionStart")
         await asyncio.sleep(1)
         stream(talk).fail("throttlingException", "Too many requests, please wait.")
@@ -256,11 +236,11 @@ class TestCutShort:
         assert [OK] == ended(recorder)
         assert (None, ["reply 2"]) == (handle.exception(), talk.heard)
 
-    async def test_what_does_not(self, converse, recorder):
+    async def test_what_does_not(self, start_conversation, recorder):
         """Instructions are lost, also before the first words."""
-        talk = await converse("silence,ok")
+        talk = await start_conversation("silence,ok")
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         stream(talk).send("completionStart")
         await asyncio.sleep(1)
         stream(talk).fail("throttlingException", "Too many requests, please wait.")
@@ -269,11 +249,11 @@ class TestCutShort:
         assert [CUT] == ended(recorder)
         assert isinstance(handle.exception(), llm.RealtimeError)
 
-    async def test_one_shared_by_two(self, converse, recorder):
+    async def test_one_shared_by_two(self, start_conversation, recorder):
         """Both callers are told."""
-        talk = await converse("drop_during")
+        talk = await start_conversation("drop_during")
         handle = talk.ask(user_input="SECRET question")
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         other = talk.realtime.generate_reply()
         await over(handle)
         await other
@@ -282,7 +262,7 @@ class TestCutShort:
         assert [CUT, CUT] == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_by_other_tools(self, converse, recorder):
+    async def test_by_other_tools(self, start_conversation, recorder):
         """The plugin recycles the session for them: heard as far as the caller let it."""
 
         @function_tool
@@ -290,7 +270,7 @@ class TestCutShort:
             """Look it up."""
             return "found"
 
-        talk = await converse("slow:9")
+        talk = await start_conversation("slow:9")
         handle = talk.ask()
         await asyncio.sleep(3)
         await talk.realtime.update_tools([look_up])
@@ -302,9 +282,9 @@ class TestCutShort:
 
 
 class TestUserMessage:
-    async def test_is_resent_by_the_plugin(self, converse, recorder):
+    async def test_is_resent_by_the_plugin(self, start_conversation, recorder):
         """After throttling the plugin asks again by itself; so we never do."""
-        talk = await converse("rate_limit,ok")
+        talk = await start_conversation("rate_limit,ok")
 
         assert (None, 0.05) == await talk.timed_reply(user_input="SECRET question")
         await asyncio.sleep(15)
@@ -318,34 +298,36 @@ class TestUserMessage:
         ("script", "outcome", "seconds"),
         [("late:12", AGAIN, 12), ("silence", DEADLINE, 20), ("late:25", DEADLINE, 20)],
     )
-    async def test_ends_by_our_deadline(self, script, outcome, seconds, converse, recorder):
+    async def test_ends_by_our_deadline(
+        self, script, outcome, seconds, start_conversation, recorder
+    ):
         """The plugin's future of a user's message has no time-out of its own."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
 
         _, took = await talk.timed_reply(user_input="SECRET question")
 
         assert ([outcome], TWICE, seconds) == (ended(recorder), actions(recorder), took)
         assert 1 == len(talk.server.requests)
 
-    async def test_is_never_cancelled_for_others(self, converse, recorder):
+    async def test_is_never_cancelled_for_others(self, start_conversation, recorder):
         """Two callers wait for one reply; one leaves, the other gets it."""
-        talk = await converse("late:5,ok")
+        talk = await start_conversation("late:5,ok")
         handle = talk.ask(user_input="SECRET question")
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         other = talk.realtime.generate_reply()
         await asyncio.sleep(1)
         handle.interrupt()
 
-        assert await other is talk.announced[0]
+        assert await other is talk.generations[0]
         await asyncio.sleep(1)
         assert [("interrupted", "interrupted"), OK] == ended(recorder)
         assert None is talk.realtime._pending_generation_fut
 
-    async def test_shared_by_two(self, converse, recorder):
+    async def test_shared_by_two(self, start_conversation, recorder):
         """Both callers are told of the one reply, which is heard once."""
-        talk = await converse("late:5")
+        talk = await start_conversation("late:5")
         handle = talk.ask(user_input="SECRET question")
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         other = talk.realtime.generate_reply()
         await handle
         await other
@@ -354,11 +336,11 @@ class TestUserMessage:
         assert [OK, OK] == ended(recorder)
         assert ["reply 1"] == talk.heard
 
-    async def test_cancelled_by_another(self, converse, recorder):
+    async def test_cancelled_by_another(self, start_conversation, recorder):
         """Whoever cancels the plugin's own future supersedes the reply; nobody is left waiting."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         handle = talk.ask(user_input="SECRET question")
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         talk.realtime._pending_generation_fut.cancel()
         await asyncio.wait_for(handle.wait_for_playout(), 1)
 
@@ -366,9 +348,9 @@ class TestUserMessage:
 
 
 class TestNothingSent:
-    async def test_nothing_to_answer(self, converse, recorder):
+    async def test_nothing_to_answer(self, start_conversation, recorder):
         """Without instructions or message the plugin sends nothing and never resolves."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         began = now()
 
         with pytest.raises(llm.RealtimeError):
@@ -376,9 +358,9 @@ class TestNothingSent:
 
         assert (20, [], [DEADLINE]) == (now() - began, talk.server.requests, ended(recorder))
 
-    async def test_what_comes_is_its_reply(self, converse, recorder):
+    async def test_what_comes_is_its_reply(self, start_conversation, recorder):
         """It does not take the reply of a request that was sent: both get it."""
-        talk = await converse("late:3")
+        talk = await start_conversation("late:3")
         nothing = talk.realtime.generate_reply()
         asked = talk.realtime.generate_reply(instructions="SECRET")
 
@@ -386,9 +368,9 @@ class TestNothingSent:
         await asyncio.sleep(1)
         assert [OK, OK] == ended(recorder)
 
-    async def test_audio_only(self, converse, recorder):
+    async def test_audio_only(self, start_conversation, recorder):
         """A model that takes no text answers at once with nothing: no failure, no retry."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         talk.model._opts.modalities = "audio"
 
         assert (None, 0) == await talk.timed_reply()
@@ -396,9 +378,9 @@ class TestNothingSent:
 
 
 class TestInOrder:
-    async def test_two_at_once(self, converse, recorder):
+    async def test_two_at_once(self, start_conversation, recorder):
         """The first is not orphaned by the second, as in the plugin's single slot."""
-        talk = await converse("late:3,late:5")
+        talk = await start_conversation("late:3,late:5")
         first = talk.realtime.generate_reply(instructions="SECRET")
         second = talk.realtime.generate_reply(instructions="SECRET")
         began = now()
@@ -411,9 +393,9 @@ class TestInOrder:
         assert ["reply 1", "reply 2"] == talk.heard
         assert [OK, OK] == ended(recorder)
 
-    async def test_two_in_turn(self, converse, recorder):
+    async def test_two_in_turn(self, start_conversation, recorder):
         """One conversation, several replies."""
-        talk = await converse("ok,late:12,ok")
+        talk = await start_conversation("ok,late:12,ok")
 
         for _ in range(3):
             await talk.timed_reply()
@@ -423,7 +405,7 @@ class TestInOrder:
         assert [OK, AGAIN, OK] == ended(recorder)
         assert 0 == late(recorder)
 
-    async def test_recycled_for_other_tools(self, converse, recorder):
+    async def test_recycled_for_other_tools(self, start_conversation, recorder):
         """The plugin ends its stream and opens another one: that is no loss of the connection."""
 
         @function_tool
@@ -431,7 +413,7 @@ class TestInOrder:
             """Look it up."""
             return "found"
 
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         reply = talk.realtime.generate_reply(instructions="SECRET")
         await asyncio.sleep(3)
         await talk.realtime.update_tools([look_up])
@@ -441,10 +423,10 @@ class TestInOrder:
         assert 2 == talk.server.connections
         assert ([DEADLINE], TWICE) == (ended(recorder), actions(recorder))
 
-    async def test_recycled_by_the_clock(self, converse, recorder, monkeypatch):
+    async def test_recycled_by_the_clock(self, start_conversation, recorder, monkeypatch):
         """The plugin's recycling cancels itself and leaves nobody to read: known at once."""
         monkeypatch.setattr(plugin, "MAX_SESSION_DURATION_SECONDS", 15)
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         await talk.timed_reply()
         await asyncio.sleep(20)
 
@@ -452,7 +434,7 @@ class TestInOrder:
         assert 0 == (await talk.timed_reply())[1]
         assert [OK, DEAD] == ended(recorder)
 
-    async def test_tool(self, converse, recorder):
+    async def test_tool(self, start_conversation, recorder):
         """The plugin has the result answered by itself; nobody asks us for that reply."""
 
         class Helper(Agent):
@@ -461,7 +443,7 @@ class TestInOrder:
                 """Look it up."""
                 return "found"
 
-        talk = await converse("tool:look_up", agent=Helper(instructions="SECRET"))
+        talk = await start_conversation("tool:look_up", agent=Helper(instructions="SECRET"))
         await talk.timed_reply()
         await asyncio.sleep(5)
 
@@ -470,9 +452,9 @@ class TestInOrder:
 
 
 class TestLate:
-    async def test_is_linked_and_logged_once(self, converse, recorder, caplog):
+    async def test_is_linked_and_logged_once(self, start_conversation, recorder, caplog):
         """One record, with the trace of the reply that had failed."""
-        talk = await converse("late:25")
+        talk = await start_conversation("late:25")
         await talk.timed_reply()
         await asyncio.sleep(20)
 
@@ -480,18 +462,18 @@ class TestLate:
         records = [r for r in caplog.records if "heard after it was reported" in r.getMessage()]
         assert [trace_id] == [r.trace_id for r in records]
 
-    async def test_after_the_user_spoke(self, converse, recorder):
+    async def test_after_the_user_spoke(self, start_conversation, recorder):
         """What is heard then answers the user, or cannot be told from it."""
-        talk = await converse("late:25")
+        talk = await start_conversation("late:25")
         await talk.timed_reply()
         talk.realtime.emit("input_speech_started", llm.InputSpeechStartedEvent())
         await asyncio.sleep(20)
 
         assert (1, 0) == (len(talk.heard), late(recorder))
 
-    async def test_before_the_next(self, converse, recorder):
+    async def test_before_the_next(self, start_conversation, recorder):
         """It resolves the next request; that one's own reply is then the one too many."""
-        talk = await converse("late:25,late:10")
+        talk = await start_conversation("late:25,late:10")
         await talk.timed_reply()
         await talk.timed_reply()
         await asyncio.sleep(20)
@@ -501,9 +483,11 @@ class TestLate:
 
 
 class TestOnSilence:
-    async def test_resend(self, converse, recorder):
+    async def test_resend(self, start_conversation, recorder):
         """By explicit choice, after a window of listening; it recovers a lost request."""
-        talk = await converse("silence,ok", on_silence="resend", attempt_timeout=5, base_delay=0)
+        talk = await start_conversation(
+            "silence,ok", on_silence="resend", attempt_timeout=5, base_delay=0
+        )
 
         assert (None, 10) == await talk.timed_reply()
         await asyncio.sleep(20)
@@ -511,35 +495,37 @@ class TestOnSilence:
         assert ["send", "listen", "send"] == actions(recorder)
         assert (["reply 2"], [AGAIN]) == (talk.heard, ended(recorder))
 
-    async def test_resend_is_at_least_once(self, converse, recorder):
+    async def test_resend_is_at_least_once(self, start_conversation, recorder):
         """A slow one is then heard twice, which is why it is no default."""
-        talk = await converse("late:12,ok", on_silence="resend", attempt_timeout=5, base_delay=0)
+        talk = await start_conversation(
+            "late:12,ok", on_silence="resend", attempt_timeout=5, base_delay=0
+        )
 
         await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert ["reply 2", "reply 1"] == talk.heard
 
-    async def test_nothing_of_ours_to_resend(self, converse, recorder):
+    async def test_nothing_of_ours_to_resend(self, start_conversation, recorder):
         """A user's message was sent by update_chat_ctx: asking again would send nothing."""
-        talk = await converse("silence", on_silence="resend", attempt_timeout=4)
+        talk = await start_conversation("silence", on_silence="resend", attempt_timeout=4)
         await talk.timed_reply(user_input="SECRET question")
 
         assert ["send", "listen", "listen", "listen"] == actions(recorder)
         assert [("exhausted", "max_attempts")] == ended(recorder)
 
-    async def test_restart_means_listen(self, converse, recorder):
+    async def test_restart_means_listen(self, start_conversation, recorder):
         """There is no restart here that would keep an old turn from being answered."""
-        await (await converse("silence", on_silence="restart")).reply()
+        await (await start_conversation("silence", on_silence="restart")).reply()
 
         assert TWICE == actions(recorder)
 
 
 class TestInterruption:
     @pytest.mark.parametrize("seconds", [3, 13])
-    async def test_in_the_attempt(self, seconds, converse, recorder):
+    async def test_in_the_attempt(self, seconds, start_conversation, recorder):
         """In ``send`` or ``listen``: over at once. No cancel exists: the reply is still spoken."""
-        talk = await converse("late:15")
+        talk = await start_conversation("late:15")
         handle = talk.ask()
         await asyncio.sleep(seconds)
         handle.interrupt()
@@ -550,9 +536,9 @@ class TestInterruption:
         assert (TWICE if seconds > 10 else ONCE) == actions(recorder)
         assert (1, 0, 0) == (len(talk.heard), late(recorder), recorder.open_spans)
 
-    async def test_before_it_was_sent(self, converse, recorder):
+    async def test_before_it_was_sent(self, start_conversation, recorder):
         """The stream was not up yet: the text is dropped, and never heard."""
-        talk = await converse("ok", ready=False)
+        talk = await start_conversation("ok", ready=False)
         handle = talk.ask()
         await asyncio.sleep(0.1)
         handle.interrupt()
@@ -562,30 +548,19 @@ class TestInterruption:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert ([], []) == (talk.server.requests, talk.heard)
 
-    async def test_given_up_before_it_was_sent(self, converse, recorder):
+    async def test_given_up_before_it_was_sent(self, start_conversation, recorder):
         """The same where our deadline ends it."""
-        talk = await converse("ok", ready=False, deadline=0.3)
+        talk = await start_conversation("ok", ready=False, deadline=0.3)
         error, _ = await talk.timed_reply()
         await asyncio.sleep(20)
 
         assert isinstance(error, llm.RealtimeError)
         assert ([DEADLINE], [], []) == (ended(recorder), talk.server.requests, talk.heard)
 
-    async def test_the_caller_closes(self, converse, recorder):
-        """The agent's session is closed with a reply in mid-air."""
-        talk = await converse("silence")
-        talk.ask()
-        await asyncio.sleep(3)
-        await talk.session.aclose()
-
-        assert 1 == len(ended(recorder))
-        assert ended(recorder)[0][0] in ("interrupted", "not_recoverable")
-        assert 0 == recorder.open_spans
-
     @pytest.mark.parametrize("seconds", [3, 13])
-    async def test_the_session_is_closed(self, seconds, converse, recorder):
+    async def test_the_session_is_closed(self, seconds, start_conversation, recorder):
         """In ``send`` or ``listen``."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         reply = talk.realtime.generate_reply(instructions="SECRET")
         await asyncio.sleep(seconds)
         await talk.realtime.aclose()
@@ -603,9 +578,9 @@ class TestRawExceptions:
             (OSError("SECRET"), ("exhausted", "unsafe_to_resend"), "connection_lost"),
         ],
     )
-    async def test_of_a_send(self, raw, outcome, cause, converse, recorder, monkeypatch):
+    async def test_of_a_send(self, raw, outcome, cause, start_conversation, recorder, monkeypatch):
         """LiveKit catches a RealtimeError only; the cause is kept, its text is not repeated."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
 
         async def fail(*args, **kwargs):
             raise raw
@@ -617,43 +592,25 @@ class TestRawExceptions:
         assert "SECRET" not in repr(error)
         assert ([outcome], [cause]) == (ended(recorder), causes(recorder))
 
-    @pytest.mark.parametrize("script", ["rate_limit", "unauthorized", "silence", "drop_before"])
-    async def test_nothing_leaks(self, script, converse, recorder, caplog):
-        """Instructions are not in our spans, metrics, log or error."""
-        error, _ = await (await converse(script)).timed_reply()
-
-        told = [
-            repr([s.to_json() for s in recorder.spans() if s.name.startswith("generate_reply")]),
-            repr([recorder.points(m) for m in recorder.metric_names()]),
-            repr([vars(r) for r in caplog.records if r.name == "traced_retry"]),
-            repr(error),
-        ]
-        assert not [t for t in told if "SECRET" in t]
-
 
 class TestContract:
     """What the adapter relies on; each fails where a new version of the plugin moved it."""
 
-    async def test_attributes(self, converse):
-        """Each of ``needs`` is there, and the model's time-out."""
-        talk = await converse("ok", bare=True)
+    async def test_model_has_timeout_of_ten_seconds(self, start_conversation):
+        """The adapter reads the model's timeout, which is 10 s by default."""
+        talk = await start_conversation("ok", bare=True)
 
-        assert [] == AWSAdapter(talk.realtime, None).missing_attributes()
         assert 10.0 == talk.model._generate_reply_timeout
 
-    async def test_target(self, converse, recorder):
-        """Semantic conventions' name for the provider."""
-        await (await converse("ok")).reply()
+    async def test_span_names_model(self, start_conversation, recorder):
+        """The reply's span carries the model that the plugin names."""
+        await (await start_conversation("ok")).reply()
 
-        (reply,) = recorder.replies
-        assert ("aws.bedrock", "amazon.nova-2-sonic-v1:0") == (
-            reply["gen_ai.provider.name"],
-            reply["gen_ai.request.model"],
-        )
+        assert "amazon.nova-2-sonic-v1:0" == recorder.replies[0]["gen_ai.request.model"]
 
-    async def test_slot(self, converse):
+    async def test_slot(self, start_conversation):
         """One slot; without instructions its future is shared, else a fresh one is made."""
-        talk = await converse("silence", bare=True)
+        talk = await start_conversation("silence", bare=True)
         realtime = talk.realtime
         empty = realtime.generate_reply()
         first = realtime.generate_reply(instructions="SECRET")
@@ -664,38 +621,38 @@ class TestContract:
         for future in (first, realtime._pending_generation_fut):
             future.cancel()
 
-    async def test_announcements(self, converse):
+    async def test_announcements(self, start_conversation):
         """Twice per reply, under one id, and never as asked by the user."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         await talk.timed_reply()
         await asyncio.sleep(1)
 
-        assert [False, False] == [event.user_initiated for event in talk.announced]
-        assert 1 == len({event.response_id for event in talk.announced})
+        assert [False, False] == [event.user_initiated for event in talk.generations]
+        assert 1 == len({event.response_id for event in talk.generations})
 
-    async def test_reader(self, converse):
+    async def test_reader(self, start_conversation):
         """The one task that reads the stream, and another one after throttling."""
-        talk = await converse("rate_limit", bare=True)
+        talk = await start_conversation("rate_limit", bare=True)
         before = talk.realtime._response_task
         await talk.timed_reply()
 
         assert before.done()
         assert not talk.realtime._response_task.done()
 
-    async def test_what_is_being_spoken(self, converse):
+    async def test_what_is_being_spoken(self, start_conversation):
         """It is in ``_current_generation``, with the stream of its event, until it is closed."""
-        talk = await converse("slow:3", bare=True)
+        talk = await start_conversation("slow:3", bare=True)
         handle = talk.ask()
         await asyncio.sleep(1)
 
-        (event, *_) = talk.announced
+        (event, *_) = talk.generations
         assert event.message_stream is talk.realtime._current_generation.message_ch
         await handle
         assert None is talk.realtime._current_generation
 
-    async def test_restart(self, converse, monkeypatch):
+    async def test_restart(self, start_conversation, monkeypatch):
         """Another stream is opened by ``_restart_session``, called with what ended the first."""
-        talk = await converse("rate_limit", bare=True)
+        talk = await start_conversation("rate_limit", bare=True)
         original, errors = talk.realtime._restart_session, []
 
         async def restart(error):
@@ -707,9 +664,9 @@ class TestContract:
 
         assert ["ThrottlingException"] == errors
 
-    async def test_cut_short(self, converse):
+    async def test_cut_short(self, start_conversation):
         """The plugin alone opens another stream, and leaves the agent waiting for the rest."""
-        talk = await converse("slow:9", bare=True)
+        talk = await start_conversation("slow:9", bare=True)
         handle = talk.ask()
         await asyncio.sleep(3)
         stream(talk).fail("modelStreamErrorException", "The script says so.")
@@ -751,9 +708,9 @@ class TestSimulator:
         with pytest.raises(ValueError, match="checksum"):
             decode_frame(bytes(frame))
 
-    async def test_what_it_heard(self, converse):
+    async def test_what_it_heard(self, start_conversation):
         """Requests, texts that asked for nothing, and what it completed."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         await talk.timed_reply()
 
         (request,) = talk.server.requests
@@ -769,18 +726,18 @@ class TestSimulator:
             talk.server.connections,
         )
 
-    async def test_words(self, converse):
+    async def test_words(self, start_conversation):
         """What can be waited for."""
-        talk = await converse("drop_before")
+        talk = await start_conversation("drop_before")
         await talk.server.wait_for("connected")
         await talk.timed_reply()
         await talk.server.wait_for("connection_lost")
 
         assert 1 == talk.server.lost
 
-    async def test_refuses(self, converse):
+    async def test_refuses(self, start_conversation):
         """A stream that the script does not let open."""
-        talk = await converse("unauthorized")
+        talk = await start_conversation("unauthorized")
         await talk.server.wait_for("connection_refused")
 
         assert (1, 0) == (talk.server.refused, talk.server.connections)

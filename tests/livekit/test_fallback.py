@@ -73,8 +73,8 @@ async def second(order):
 
 
 @pytest.fixture
-def converse(converse, how, order, second, recorder):
-    """The shared ``converse``; the script is the primary's."""
+def start_with_fallback(start_conversation, how, order, second, recorder):
+    """Return a function that starts a conversation. Its script is the primary's."""
 
     def make(*, base_url, **kwargs):
         primary = BOTH[order[0]][1](base_url=base_url, **kwargs)
@@ -84,8 +84,8 @@ def converse(converse, how, order, second, recorder):
     if how == "instrument":
         traced_retry.instrument(policy=RetryPolicy(), **recorder.providers)
 
-    async def converse_with_fallback(script, **kwargs):
-        return await converse(
+    async def start(script, **kwargs):
+        return await start_conversation(
             script,
             model=make,
             simulator=BOTH[order[0]][0],
@@ -94,7 +94,7 @@ def converse(converse, how, order, second, recorder):
             **kwargs,
         )
 
-    yield converse_with_fallback
+    yield start
     traced_retry.uninstrument()
 
 
@@ -119,12 +119,12 @@ async def asked(talk, number):
 
 
 class TestWithoutASwap:
-    async def test_the_primary_recovers(self, converse, order, second, recorder):
+    async def test_the_primary_recovers(self, start_with_fallback, order, second, recorder):
         """One loop, around the model that serves; the second one is not even connected to."""
-        talk = await converse("rate_limit,ok")
+        talk = await start_with_fallback("rate_limit,ok")
 
         assert None is await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 2"] == talk.heard
         assert [(order[0], "recovered", None)] == failure_from_event(recorder)
@@ -136,19 +136,21 @@ class TestWithoutASwap:
 class TestQuota:
     """Fatal on OpenAI: its plugin ends the session, and the adapter swaps."""
 
-    async def test_told_at_once_and_heard_on_the_second(self, converse, second, recorder):
+    async def test_told_at_once_and_heard_on_the_second(
+        self, start_with_fallback, second, recorder
+    ):
         """The failure is known at once, with its code; asked again, the second model answers."""
-        talk = await converse("quota")
+        talk = await start_with_fallback("quota")
         began = asyncio.get_running_loop().time()
 
         error = await talk.reply()
         took = asyncio.get_running_loop().time() - began
-        await talk.commit()
+        await talk.settle()
         assert "insufficient_quota" == error.code
         assert took <= 0.1
         assert [] == talk.heard
         assert None is await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard == second.completed
         assert (1, 1) == (len(talk.server.requests), len(second.requests))
@@ -159,9 +161,9 @@ class TestQuota:
         assert [("openai", "insufficient_quota"), ("azure_voicelive", None)] == attempts(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_asked_again_at_once(self, converse, second, recorder):
+    async def test_asked_again_at_once(self, start_with_fallback, second, recorder):
         """In the middle of the swap: the second model answers, once."""
-        talk = await converse("quota")
+        talk = await start_with_fallback("quota")
 
         await talk.reply()
         await talk.reply()
@@ -174,12 +176,12 @@ class TestQuota:
         ]
 
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
-    async def test_the_adapter_alone(self, converse, second):
+    async def test_the_adapter_alone(self, start_with_fallback, second):
         """It does not ask the second model for the reply that met the quota either."""
-        talk = await converse("quota")
+        talk = await start_with_fallback("quota")
 
         error = await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert "insufficient_quota" == error.code
         assert [] == talk.heard
@@ -189,9 +191,9 @@ class TestQuota:
 
 class TestSwapWhileAReplyIsPending:
     @pytest.mark.parametrize("script", ["silence", "rate_limit:10"])
-    async def test_a_plain_reply(self, script, converse, order, second, recorder):
+    async def test_a_plain_reply(self, script, start_with_fallback, order, second, recorder):
         """In an attempt or in a wait: interrupted by the swap, and nothing is sent afterwards."""
-        talk = await converse(script)
+        talk = await start_with_fallback(script)
         handle = talk.ask()
         await asked(talk, 1)
         await talk.model.restart_session(switch_model=True)
@@ -204,9 +206,9 @@ class TestSwapWhileAReplyIsPending:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", ["tool:look_up,silence", "tool:look_up,rate_limit:10"])
-    async def test_a_tools_reply(self, script, converse, order, second, recorder):
+    async def test_a_tools_reply(self, script, start_with_fallback, order, second, recorder):
         """The adapter asks again: heard once, on the second; the first one's retry has stopped."""
-        talk = await converse(script)
+        talk = await start_with_fallback(script)
         talk.ask()
         await asked(talk, 2)
         await talk.model.restart_session(switch_model=True)
@@ -229,9 +231,9 @@ class TestSwapWhileAReplyIsPending:
             ("tool:look_up,rate_limit:10", []),  # told of failure at once, so no longer "thinking"
         ],
     )
-    async def test_a_tools_reply_without_us(self, script, heard, converse):
+    async def test_a_tools_reply_without_us(self, script, heard, start_with_fallback):
         """The adapter alone."""
-        talk = await converse(script)
+        talk = await start_with_fallback(script)
         talk.ask()
         await asked(talk, 2)
         await talk.model.restart_session(switch_model=True)
@@ -239,9 +241,9 @@ class TestSwapWhileAReplyIsPending:
 
         assert heard == talk.heard
 
-    async def test_while_it_is_spoken(self, converse, order, second, recorder):
+    async def test_while_it_is_spoken(self, start_with_fallback, order, second, recorder):
         """The adapter cuts it short and asks again; both are replies of their own."""
-        talk = await converse("slow:5")
+        talk = await start_with_fallback("slow:5")
         talk.ask()
         await asked(talk, 1)
         await talk.model.restart_session(switch_model=True)
@@ -254,9 +256,9 @@ class TestSwapWhileAReplyIsPending:
 
 
 class TestAServerThatDies:
-    async def test_a_plain_reply(self, converse, order, second, recorder):
+    async def test_a_plain_reply(self, start_with_fallback, order, second, recorder):
         """Not recoverable as soon as the plugin gives up; not heard, not asked for again."""
-        talk = await converse("silence")
+        talk = await start_with_fallback("silence")
         handle = talk.ask()
         await asked(talk, 1)
         began = asyncio.get_running_loop().time()
@@ -273,9 +275,9 @@ class TestAServerThatDies:
         assert took <= 1.2
         assert 0 == recorder.open_spans
 
-    async def test_a_tools_reply(self, converse, order, second, recorder):
+    async def test_a_tools_reply(self, start_with_fallback, order, second, recorder):
         """The adapter asks again: heard once, on the second."""
-        talk = await converse("tool:look_up,silence")
+        talk = await start_with_fallback("tool:look_up,silence")
         talk.ask()
         await asked(talk, 2)
         await talk.server.close()
@@ -294,18 +296,18 @@ class TestRefusedOnReconnect:
     """The key is revoked in the middle of a call, while a tool's reply is pending."""
 
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
-    async def test_the_adapter_alone(self, converse, second):
+    async def test_the_adapter_alone(self, start_with_fallback, second):
         """It asks again on the second model once the plugin has given up, 1.1 s later."""
-        talk = await converse("tool:look_up,unauthorized")
+        talk = await start_with_fallback("tool:look_up,unauthorized")
         talk.ask()
         await asked(talk, 2)
         await talk.settle(30)
 
         assert ["reply 1"] == talk.heard
 
-    async def test_with_us(self, converse, order, second, recorder):
+    async def test_with_us(self, start_with_fallback, order, second, recorder):
         """No worse than without us: behind a fallback, a refusal is the adapter's business."""
-        talk = await converse("tool:look_up,unauthorized")
+        talk = await start_with_fallback("tool:look_up,unauthorized")
         talk.ask()
         await asked(talk, 2)
         await talk.settle(30)

@@ -67,9 +67,9 @@ class TestWrap:
         ):
             traced_retry.wrap(model)
 
-    async def test_the_session_stays_what_it_was(self, converse):
+    async def test_the_session_stays_what_it_was(self, start_conversation):
         """Identity, class, events and private state are the plugin's."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         events = []
         talk.realtime.on("openai_server_event_received", lambda e: events.append(e["type"]))
 
@@ -80,9 +80,9 @@ class TestWrap:
         assert talk.realtime in talk.model._sessions
         assert "response.done" in events
 
-    async def test_few_attributes_of_the_instance_change(self, converse):
+    async def test_few_attributes_of_the_instance_change(self, start_conversation):
         """Methods, and a mark of ours."""
-        wrapped, bare = await converse("ok"), await converse("ok", bare=True)
+        wrapped, bare = await start_conversation("ok"), await start_conversation("ok", bare=True)
 
         methods = {"generate_reply", "interrupt", "aclose", "emit"}
         assert {*methods, hook._HOOK} == set(vars(wrapped.realtime)) - set(vars(bare.realtime))
@@ -106,10 +106,10 @@ class TestWrap:
 
 
 class TestOnExhausted:
-    async def test_is_told(self, converse, recorder):
+    async def test_is_told(self, start_conversation, recorder):
         """Provider, model, codes, attempts, seconds and trace id of each reply that failed."""
         told = []
-        talk = await converse("rate_limit,error:server_error,ok", bare=True)
+        talk = await start_conversation("rate_limit,error:server_error,ok", bare=True)
         traced_retry.wrap(
             talk.model,
             policy=RetryPolicy(max_retries=1),
@@ -168,50 +168,50 @@ class TestOnExhausted:
 
 
 class TestInstrument:
-    async def test_sessions_created_from_then_on(self, instrumented, converse):
+    async def test_sessions_created_from_then_on(self, instrumented, start_conversation):
         """One call, and every realtime session retries."""
-        talk = await converse("rate_limit,ok", bare=True)
+        talk = await start_conversation("rate_limit,ok", bare=True)
 
         assert None is await talk.reply()
         assert ["reply 2"] == talk.heard
         assert ["recovered"] == [r["traced_retry.outcome"] for r in instrumented.replies]
 
-    async def test_twice(self, instrumented, converse):
+    async def test_twice(self, instrumented, start_conversation):
         """No second loop around the first, and a warning."""
         with pytest.warns(RuntimeWarning, match="instrumented already"):
             traced_retry.instrument()
-        talk = await converse("rate_limit", bare=True)
+        talk = await start_conversation("rate_limit", bare=True)
         await talk.reply()
 
         assert 4 == len(talk.server.requests)
 
-    async def test_undone(self, recorder, converse):
+    async def test_undone(self, recorder, start_conversation):
         """uninstrument() restores the class; calling it again does nothing."""
         before = llm.RealtimeSession.__init__
         traced_retry.instrument(**recorder.providers)
         traced_retry.uninstrument()
         traced_retry.uninstrument()
-        talk = await converse("rate_limit,ok", bare=True)
+        talk = await start_conversation("rate_limit,ok", bare=True)
 
         assert before is llm.RealtimeSession.__init__
         assert await talk.reply() is not None
         assert [] == recorder.replies
 
-    async def test_with_wrap(self, instrumented, converse):
+    async def test_with_wrap(self, instrumented, start_conversation):
         """A wrapped model has one loop, and the policy it was wrapped with."""
-        talk = await converse("rate_limit", max_retries=1)
+        talk = await start_conversation("rate_limit", max_retries=1)
         await talk.reply()
 
         assert 2 == len(talk.server.requests)
         assert 1 == len(instrumented.replies)
 
-    async def test_is_an_opentelemetry_instrumentor(self, recorder, converse):
+    async def test_is_an_opentelemetry_instrumentor(self, recorder, start_conversation):
         """opentelemetry-instrument loads it by this entry point."""
         (entry,) = entry_points(group="opentelemetry_instrumentor", name="traced_retry")
         instrumentor = entry.load()()
         instrumentor.instrument(policy=RetryPolicy(), **recorder.providers)
         try:
-            talk = await converse("rate_limit,ok", bare=True)
+            talk = await start_conversation("rate_limit,ok", bare=True)
             await talk.reply()
         finally:
             instrumentor.uninstrument()
@@ -221,7 +221,7 @@ class TestInstrument:
 
 class TestFallbackAdapter:
     @pytest.fixture(params=["wrap", "instrument"])
-    async def talk(self, request, converse, recorder):
+    async def talk(self, request, start_conversation, recorder):
         """An agent on a fallback adapter over one OpenAI model."""
         made = []
 
@@ -235,7 +235,7 @@ class TestFallbackAdapter:
 
         if request.param == "instrument":
             traced_retry.instrument(policy=RetryPolicy(), **recorder.providers)
-        yield await converse("rate_limit", bare=True, model=model)
+        yield await start_conversation("rate_limit", bare=True, model=model)
         traced_retry.uninstrument()
 
     async def test_one_loop(self, talk, recorder):
@@ -247,11 +247,11 @@ class TestFallbackAdapter:
 
 
 class TestWhereSpansGo:
-    async def test_under_livekits_span(self, converse, recorder):
+    async def test_under_livekits_span(self, start_conversation, recorder):
         """The reply nests under the agent's session, LiveKit's own span."""
         livekit_telemetry.set_tracer_provider(recorder.tracer_provider)
         try:
-            talk = await converse("rate_limit,ok")
+            talk = await start_conversation("rate_limit,ok")
             await talk.reply()
             await talk.session.aclose()
         finally:
@@ -261,11 +261,11 @@ class TestWhereSpansGo:
 
         assert "agent_session" == names[reply.parent.span_id]
 
-    async def test_livekits_own_provider(self, converse, recorder):
+    async def test_livekits_own_provider(self, start_conversation, recorder):
         """set_tracer_provider of LiveKit does not set the global one, and is enough."""
         livekit_telemetry.set_tracer_provider(recorder.tracer_provider)
         try:
-            talk = await converse("rate_limit,ok", bare=True)
+            talk = await start_conversation("rate_limit,ok", bare=True)
             traced_retry.wrap(talk.model, policy=RetryPolicy())
             session = talk.model.session()
             await session.generate_reply()
@@ -413,11 +413,15 @@ class TestUnknownPlugin:
             reply["gen_ai.provider.name"],
         )
 
-    async def test_an_engine_that_has_moved_on(self, converse, recorder, monkeypatch, caplog):
+    async def test_an_engine_that_has_moved_on(
+        self, start_conversation, recorder, monkeypatch, caplog
+    ):
         """A private attribute that is gone degrades to observing, with one clear message."""
-        monkeypatch.setattr(OpenAIAdapter, "needs", ("_response_created_futures", "_gone_one"))
+        monkeypatch.setattr(
+            OpenAIAdapter, "required_attributes", ("_response_created_futures", "_gone_one")
+        )
         with caplog.at_level(logging.ERROR, logger="traced_retry"):
-            talk = await converse("rate_limit,ok")
+            talk = await start_conversation("rate_limit,ok")
             await talk.reply()
             await talk.reply()
 
@@ -536,15 +540,9 @@ class TestRetryingRealtimeSession:
 class TestContract:
     """What the OpenAI adapter relies on, in the installed plugin. See CONTRIBUTING."""
 
-    async def test_private_attributes(self, converse):
-        """A plugin version that moves one fails here, by its name."""
-        talk = await converse("ok", bare=True)
-
-        assert [] == OpenAIAdapter(talk.realtime, None).missing_attributes()
-
-    async def test_a_request_shows_up_by_its_id(self, converse):
+    async def test_a_request_shows_up_by_its_id(self, start_conversation):
         """generate_reply adds exactly the sent event_id to _response_created_futures."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         before = set(talk.realtime._response_created_futures)
         reply = talk.realtime.generate_reply()
         (ours,) = set(talk.realtime._response_created_futures) - before
@@ -552,16 +550,16 @@ class TestContract:
 
         assert ours == talk.server.requests[0].event_id
 
-    async def test_a_discarded_id_is_cancelled(self, converse):
+    async def test_a_discarded_id_is_cancelled(self, start_conversation):
         """An id in _discarded_event_ids has its response cancelled by id and not surfaced."""
-        talk = await converse("late:1", bare=True)
+        talk = await start_conversation("late:1", bare=True)
         surfaced = []
         talk.realtime.on("generation_created", surfaced.append)
         reply = talk.realtime.generate_reply()
         talk.realtime._discarded_event_ids |= set(talk.realtime._response_created_futures)
         reply.set_exception(llm.RealtimeError("abandoned"))
         reply.exception()
-        await talk.commit()
+        await talk.settle()
 
         assert [] == surfaced
         assert 1 == len(talk.server.cancels)

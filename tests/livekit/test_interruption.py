@@ -9,19 +9,17 @@ left open; and the next reply is heard once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import aiohttp
 import pytest
 from google.genai import types
-from livekit.agents import Agent, AgentSession, APIConnectOptions, vad
+from livekit.agents import Agent, vad
 from livekit.agents.voice.events import CloseReason
-from livekit.plugins import google, openai
-from support.conversation import Conversation, actions, ended
-from support.kin import ALL, ENGINE, VOICELIVE, connected
-from support.without_ids import a_nova_sonic, a_phonic, an_ultravox
+from support.conversation import actions, ended
+from support.providers import GOOGLE, OPENAI, PROVIDERS, SHARED_ENGINE, ULTRAVOX
 
 import traced_retry
 from traced_retry import semconv
@@ -30,7 +28,6 @@ from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.livekit.adapter import PassthroughRequest
 from traced_retry.livekit.speech import when_interrupted
 from traced_retry.simulator import OpenAISimulator
-from traced_retry.simulator.google import GoogleSimulator
 from traced_retry.simulator.ultravox import UltravoxSimulator
 
 SOON = 0.05
@@ -40,85 +37,16 @@ MANUAL = types.RealtimeInputConfig(
     automatic_activity_detection=types.AutomaticActivityDetection(disabled=True)
 )
 
-# --- whom we talk to: of an exit stack and a script each makes a server and a model ---------------
-
-
-async def kin(stack, script, model, simulator, **options):
-    """Those who speak OpenAI's protocol."""
-    server = await stack.enter_async_context(simulator(script))
-    http = await stack.enter_async_context(aiohttp.ClientSession())
-    patience = APIConnectOptions(max_retry=3, retry_interval=0.5, timeout=5.0)
-    model = model(
-        api_key="sk-SECRET",
-        base_url=server.url,
-        http_session=http,
-        conn_options=patience,
-        **options,
-    )
-    return server, model
-
-
-async def openai_without_vad(stack, script):
-    """OpenAI where the agent itself notices that the caller speaks."""
-    options = {"modalities": ["text"], "turn_detection": None}
-    return await kin(stack, script, openai.realtime.RealtimeModel, OpenAISimulator, **options)
-
-
-async def gemini(stack, script, **options):
-    """Gemini Live."""
-    server = await stack.enter_async_context(GoogleSimulator(script))
-    model = google.realtime.RealtimeModel(
-        api_key="SECRET-key",
-        modalities=[types.Modality.TEXT],
-        http_options=types.HttpOptions(**server.http_options),
-        **options,
-    )
-    return server, model
-
-
-async def gemini_without_vad(stack, script):
-    """Gemini Live where the agent itself notices that the caller speaks, and tells."""
-    return await gemini(stack, script, realtime_input_config=MANUAL)
-
-
-async def a_thinking_ultravox(stack, script):
-    """Ultravox, which says as soon as it thinks that a reply begins."""
-    return await an_ultravox(stack, script, thinks=True)
-
-
-PROVIDERS = {
-    **{
-        name: (lambda stack, script, of=of: kin(stack, script, of.model, of.simulator))
-        for name, of in ALL.items()
-    },
-    "openai without vad": openai_without_vad,
-    "google": gemini,
-    "google without vad": gemini_without_vad,
-    "ultravox": a_thinking_ultravox,
-    "phonic": a_phonic,
-    "aws": a_nova_sonic,
+CASES = {
+    **PROVIDERS,
+    # The agent itself notices that the caller speaks.
+    "openai without vad": replace(OPENAI, model=partial(OPENAI.model, turn_detection=None)),
+    "google without vad": replace(
+        GOOGLE, model=partial(GOOGLE.model, realtime_input_config=MANUAL)
+    ),
+    # The server announces a reply as soon as it thinks.
+    "ultravox": replace(ULTRAVOX, simulator=partial(UltravoxSimulator, thinks=True)),
 }
-
-
-class Talk(Conversation):
-    """With any of them."""
-
-    def __init__(self, server, model, session):
-        super().__init__(server, model, session)
-        self.begun = []
-        self.realtime.on("generation_created", self.begun.append)
-
-    @property
-    def heard(self):
-        """What the agent said. With AWS LiveKit adds an empty message per reply."""
-        return [text for text in super().heard if text]
-
-    async def asked(self):
-        """Ask for a reply, and wait until the server has heard that."""
-        before = len(self.server.requests)
-        handle = self.ask(instructions="SECRET")
-        await self.server.wait_for(lambda: len(self.server.requests) > before)
-        return handle
 
 
 @pytest.fixture(autouse=True)
@@ -128,25 +56,14 @@ def longest_waits(monkeypatch):
 
 
 @pytest.fixture
-async def meet(recorder):
-    """Of a provider, a script and a policy's settings makes a :class:`Talk`."""
-    async with contextlib.AsyncExitStack() as stack:
+def start_slow_retries(start_conversation):
+    """Return a function that starts a conversation with that provider; a retry waits 8 s."""
 
-        async def meet(provider, script, *, bare=False, **policy):
-            server, model = await PROVIDERS[provider](stack, script)
-            if not bare:
-                policy = traced_retry.RetryPolicy(**{"base_delay": 8.0, **policy})
-                traced_retry.wrap(model, policy=policy, **recorder.providers)
-            session = await stack.enter_async_context(AgentSession(llm=model))
-            await session.start(Agent(instructions="SECRET instructions"))
-            talk = Talk(server, model, session)
-            if ALL.get(provider) is VOICELIVE:
-                await connected(talk)
-            if provider == "aws":
-                await asyncio.sleep(1)  # the plugin opens its stream after 0.55 s
-            return talk
+    async def start_slow_retries(provider, script, **settings):
+        settings = {"base_delay": 8.0, **settings}
+        return await start_conversation(script, provider=CASES[provider], **settings)
 
-        yield meet
+    return start_slow_retries
 
 
 # --- who interrupts -------------------------------------------------------------------------------
@@ -245,7 +162,7 @@ def cases():
         ("openai", CORRELATED, (the_user_speaks, *BY_CODE)),
         ("openai without vad", CORRELATED, (audio_activity,)),
         ("voicelive", CORRELATED, (the_user_speaks, *BY_CODE)),
-        *((name, HELD, (the_user_speaks, handle_interrupt)) for name in ENGINE),
+        *((name, HELD, (the_user_speaks, handle_interrupt)) for name in SHARED_ENGINE),
         ("google", GOOGLE, BY_CODE),
         ("google without vad", GOOGLE, (audio_activity, *BY_CODE)),
         *((name, states, (the_user_speaks, *BY_CODE)) for name, states in LISTENING.items()),
@@ -266,12 +183,14 @@ def our_tasks():
 
 class TestEndsAtOnce:
     @pytest.mark.parametrize(("provider", "script", "after", "way"), [*cases()])
-    async def test_and_the_next_is_heard(self, provider, script, after, way, meet, recorder):
+    async def test_and_the_next_is_heard(
+        self, provider, script, after, way, start_slow_retries, recorder
+    ):
         """Told, counted once, done; no request follows, and no word; then the next reply is."""
-        talk = await meet(provider, script)
-        handle = await talk.asked()
+        talk = await start_slow_retries(provider, script)
+        handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(after)
-        asked, begun = len(talk.server.requests), len(talk.begun)
+        asked, begun = len(talk.server.requests), len(talk.generations)
         attempts = len(recorder.at_start) - 1
         assert recorder.open_spans
 
@@ -281,9 +200,9 @@ class TestEndsAtOnce:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == recorder.open_spans
         assert handle.done()
-        await talk.commit()
+        await talk.settle()
         await interruption
-        assert (asked, begun) == (len(talk.server.requests), len(talk.begun))
+        assert (asked, begun) == (len(talk.server.requests), len(talk.generations))
         assert [] == talk.heard
         assert handle.exception() is None
         assert {"interrupted": 1} == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
@@ -293,17 +212,17 @@ class TestEndsAtOnce:
         assert [] == our_tasks()
         if way not in CLOSE:
             await talk.reply(instructions="SECRET")
-            await talk.commit()
+            await talk.settle()
             assert [f"reply {asked + 1}"] == talk.heard
             assert asked + 1 == len(talk.server.requests)
             assert ("succeeded", None) == ended(recorder)[-1]
 
     @pytest.mark.parametrize("way", BY_CODE)
     @pytest.mark.parametrize("provider", ["openai", "google", *LISTENING])
-    async def test_the_plugin_alone(self, provider, way, meet):
+    async def test_the_plugin_alone(self, provider, way, start_slow_retries):
         """In an attempt, the one state it knows, it lets LiveKit be as quick."""
-        talk = await meet(provider, "silence", bare=True)
-        handle = await talk.asked()
+        talk = await start_slow_retries(provider, "silence", bare=True)
+        handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(1)
 
         interruption = asyncio.ensure_future(way(talk, handle))
@@ -312,10 +231,10 @@ class TestEndsAtOnce:
         assert handle.done()
         await interruption
 
-    async def test_another_is_left_alone(self, meet, recorder):
+    async def test_another_is_left_alone(self, start_slow_retries, recorder):
         """Google tells its session of a cancel; what is being said is not over for that."""
-        talk = await meet("google", "slow:9,silence,ok")
-        first = await talk.asked()
+        talk = await start_slow_retries("google", "slow:9,silence,ok")
+        first = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(1)  # it has begun
         second = talk.realtime.generate_reply()
         await talk.server.wait_for(lambda: len(talk.server.requests) > 1)
@@ -331,14 +250,14 @@ class TestEndsAtOnce:
 
     @pytest.mark.parametrize("way", [the_user_speaks, *BY_CODE])
     @pytest.mark.parametrize("after", [1.0, 8.0], ids=["attempt", "listening"])
-    async def test_while_ultravox_thinks(self, after, way, meet, recorder):
+    async def test_while_ultravox_thinks(self, after, way, start_slow_retries, recorder):
         """Told and done as ever; what the plugin then sends, and what is heard, is its own doing.
 
         It begins to speak what nobody asked it to stop; where LiveKit interrupts the session, the
         plugin sends the message that by the protocol asks for one more reply.
         """
-        talk = await meet("ultravox", "late:15,silence")
-        handle = await talk.asked()
+        talk = await start_slow_retries("ultravox", "late:15,silence")
+        handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(after)
 
         interruption = asyncio.ensure_future(way(talk, handle))
@@ -347,41 +266,41 @@ class TestEndsAtOnce:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == recorder.open_spans
         assert handle.done()
-        await talk.commit()
+        await talk.settle()
         await interruption
         assert {"interrupted": 1} == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
         assert len(talk.server.cancels) == len(talk.server.requests) - 1
 
     @pytest.mark.parametrize("way", BY_CODE)
-    async def test_as_the_response_is_created(self, way, meet, recorder):
+    async def test_as_the_response_is_created(self, way, start_slow_retries, recorder):
         """In the very moment LiveKit is told of it: nobody reads it, and it is cancelled."""
-        talk = await meet("openai", "stalled,ok")
+        talk = await start_slow_retries("openai", "stalled,ok")
         interruptions = []
 
         def interrupt(_):
             interruptions.append(asyncio.ensure_future(way(talk, handle)))
 
         talk.realtime.on("generation_created", interrupt)
-        handle = await talk.asked()
+        handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(SOON)
 
         assert handle.done()
         assert 0 == recorder.open_spans
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert talk.server.cancels
-        await talk.commit()
+        await talk.settle()
         await interruptions[0]
         assert 1 == len(talk.server.requests)
 
     @pytest.mark.parametrize("state", HELD)
-    async def test_without_a_speech(self, state, meet, recorder):
+    async def test_without_a_speech(self, state, start_slow_retries, recorder):
         """Asked of the plugin's session itself, and interrupted there."""
         script, after = HELD[state]
-        talk = await meet("openai", script)
+        talk = await start_slow_retries("openai", script)
         reply = talk.realtime.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(after)
-        asked, begun = len(talk.server.requests), len(talk.begun)
+        asked, begun = len(talk.server.requests), len(talk.generations)
 
         talk.realtime.interrupt()
         await asyncio.sleep(SOON)
@@ -389,8 +308,8 @@ class TestEndsAtOnce:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == recorder.open_spans
         assert [] == [message async for message in (await reply).message_stream][1:]
-        await talk.commit()
-        assert (asked, begun) == (len(talk.server.requests), len(talk.begun))
+        await talk.settle()
+        assert (asked, begun) == (len(talk.server.requests), len(talk.generations))
 
     async def test_an_adapter_that_interrupts_the_session(self, recorder):
         """Which comes back to us while we interrupt the reply: it is counted once for all that."""
@@ -412,10 +331,10 @@ class TestEndsAtOnce:
         assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT)
 
     @pytest.mark.parametrize("way", [the_user_speaks, session_interrupt, *CLOSE])
-    async def test_what_is_queued_behind_it(self, way, meet, recorder):
+    async def test_what_is_queued_behind_it(self, way, start_slow_retries, recorder):
         """It ends as well, unasked: no reply was asked of us, and so none is counted."""
-        talk = await meet("openai", "rate_limit,ok")
-        first = await talk.asked()
+        talk = await start_slow_retries("openai", "rate_limit,ok")
+        first = await talk.ask_agent(instructions="SECRET")
         second = talk.ask(instructions="SECRET")
         await asyncio.sleep(1)
 
@@ -425,16 +344,16 @@ class TestEndsAtOnce:
         assert first.done()
         assert second.done()
         assert [("interrupted", "interrupted")] == ended(recorder)
-        await talk.commit()
+        await talk.settle()
         await interruption
         assert 1 == len(talk.server.requests)
         assert [] == talk.heard
 
     @pytest.mark.parametrize("way", [the_user_speaks, *BY_CODE])
-    async def test_before_it_is_asked(self, way, meet, recorder):
+    async def test_before_it_is_asked(self, way, start_slow_retries, recorder):
         """The provider named a wait to the reply before; the next waits for its end, unsent."""
-        talk = await meet("openai", "rate_limit:10,ok")
-        (await talk.asked()).interrupt()
+        talk = await start_slow_retries("openai", "rate_limit:10,ok")
+        (await talk.ask_agent(instructions="SECRET")).interrupt()
         await asyncio.sleep(1)
         handle = talk.ask(instructions="SECRET")
         await asyncio.sleep(1)
@@ -446,17 +365,17 @@ class TestEndsAtOnce:
         assert [("interrupted", "interrupted")] * 2 == ended(recorder)
         assert 0 == recorder.open_spans
         assert handle.done()
-        await talk.commit()
+        await talk.settle()
         await interruption
         assert 1 == len(talk.server.requests)
         assert [] == talk.heard
 
     @pytest.mark.parametrize("state", CORRELATED)
-    async def test_the_server_answers_what_the_user_said(self, state, meet, recorder):
+    async def test_the_server_answers_what_the_user_said(self, state, start_slow_retries, recorder):
         """Then that is heard, once, and the reply that was interrupted is not."""
         script, after = CORRELATED[state]
-        talk = await meet("openai", script)
-        handle = await talk.asked()
+        talk = await start_slow_retries("openai", script)
+        handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(after)
         request = talk.server.requests[-1]
 
@@ -466,7 +385,7 @@ class TestEndsAtOnce:
         response = await connection.begin(None)
         await connection.begin_message(response)
         await connection.end_reply(request, response)
-        await talk.commit()
+        await talk.settle()
 
         assert [f" {request.number}"] == talk.heard
         assert [("interrupted", "interrupted")] == ended(recorder)
@@ -474,10 +393,10 @@ class TestEndsAtOnce:
 
 
 class TestIsNoInterruption:
-    async def test_what_gemini_keeps_to_itself(self, meet, recorder):
+    async def test_what_gemini_keeps_to_itself(self, start_slow_retries, recorder):
         """While a request is open the plugin does not pass on that the user speaks."""
-        talk = await meet("google", "late:7")
-        handle = await talk.asked()
+        talk = await start_slow_retries("google", "late:7")
+        handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(1)
 
         (connection,) = talk.server._open
@@ -489,10 +408,12 @@ class TestIsNoInterruption:
         assert [("recovered", None)] == ended(recorder)
 
     @pytest.mark.parametrize("state", CORRELATED)
-    async def test_where_interruptions_are_not_allowed(self, state, meet, recorder):
+    async def test_where_interruptions_are_not_allowed(self, state, start_slow_retries, recorder):
         """The caller speaks on, and hears the reply after all."""
         script, after = CORRELATED[state]
-        talk = await meet("openai without vad", script.replace("stalled", "failed"), deadline=60.0)
+        talk = await start_slow_retries(
+            "openai without vad", script.replace("stalled", "failed"), deadline=60.0
+        )
         handle = talk.ask(instructions="SECRET", allow_interruptions=False)
         await asyncio.sleep(after)
 
@@ -525,12 +446,12 @@ class TestHandOff:
     """LiveKit interrupts nothing for it: the new agent begins when the old one's speech is over."""
 
     @pytest.mark.parametrize(("provider", "state"), HAND_OFF)
-    async def test_waits_for_the_reply(self, provider, state, meet, recorder):
+    async def test_waits_for_the_reply(self, provider, state, start_slow_retries, recorder):
         """With all its retries; then the new agent speaks."""
         outcome, _ = HAND_OFF[provider, state]
         script, after = STATES[provider][state]
-        talk = await meet(provider, script)
-        handle = await talk.asked()
+        talk = await start_slow_retries(provider, script)
+        handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(after)
 
         new = Agent(instructions="SECRET, too")
@@ -538,7 +459,7 @@ class TestHandOff:
         await handle
         told = ended(recorder)
         heard = list(talk.heard)
-        await talk.commit()
+        await talk.settle()
 
         assert not handle.interrupted
         assert [outcome] == told == ended(recorder)
@@ -547,21 +468,21 @@ class TestHandOff:
         assert new is talk.session.current_agent
         assert [] == our_tasks()
         await talk.reply(instructions="SECRET")
-        await talk.commit()
+        await talk.settle()
         assert [*heard, f"reply {len(talk.server.requests)}"] == talk.heard
 
     @pytest.mark.parametrize(("provider", "state"), HAND_OFF)
-    async def test_the_plugin_alone(self, provider, state, meet):
+    async def test_the_plugin_alone(self, provider, state, start_slow_retries):
         """LiveKit does the same there: what fails, fails, and what hangs holds the hand-off up."""
         _, expected = HAND_OFF[provider, state]
         script, after = STATES[provider][state]
-        talk = await meet(provider, script, bare=True)
-        handle = await talk.asked()
+        talk = await start_slow_retries(provider, script, bare=True)
+        handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(after)
 
         new = Agent(instructions="SECRET, too")
         talk.session.update_agent(new)
-        await talk.commit()
+        await talk.settle()
 
         assert not handle.interrupted
         if expected is None:
@@ -573,10 +494,10 @@ class TestHandOff:
 
 
 class TestThePrivateFact:
-    async def test_a_speech_tells_when_it_is_interrupted(self, meet):
+    async def test_a_speech_tells_when_it_is_interrupted(self, start_slow_retries):
         """``SpeechHandle._interrupt_fut``, at once, and not for one that was interrupted before."""
-        talk = await meet("openai", "silence")
-        handle, told = await talk.asked(), []
+        talk = await start_slow_retries("openai", "silence")
+        handle, told = await talk.ask_agent(instructions="SECRET"), []
         when_interrupted(handle, lambda: told.append("first"))
         handle.interrupt()
         when_interrupted(handle, lambda: told.append("second"))

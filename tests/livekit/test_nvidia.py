@@ -19,19 +19,23 @@ def personaplex(*, base_url, http_session, **_):
 
 
 @pytest.fixture(params=["wrap", "instrument"])
-async def talk(request, converse, recorder):
+async def talk(request, start_conversation, recorder):
     """An agent on PersonaPlex, hooked either way."""
     if request.param == "instrument":
         traced_retry.instrument(policy=RetryPolicy(), **recorder.providers)
     bare = request.param == "instrument"
-    yield await converse("ok", model=personaplex, simulator=PersonaPlexSimulator, bare=bare)
+    yield await start_conversation(
+        "ok", model=personaplex, simulator=PersonaPlexSimulator, bare=bare
+    )
     traced_retry.uninstrument()
 
 
 @pytest.fixture
-async def bare(converse):
+async def bare(start_conversation):
     """An agent on PersonaPlex without us."""
-    return await converse("ok", model=personaplex, simulator=PersonaPlexSimulator, bare=True)
+    return await start_conversation(
+        "ok", model=personaplex, simulator=PersonaPlexSimulator, bare=True
+    )
 
 
 class TestNotImplemented:
@@ -95,7 +99,7 @@ class TestItsOwnSpeech:
         await talk.server.say("good morning")
         await asyncio.sleep(1)
         await talk.server.hang_up()
-        await talk.commit()
+        await talk.settle()
 
         assert ["good morning"] == talk.heard
         assert [] == recorder.replies

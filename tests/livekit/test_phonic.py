@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Phonic adapter has of its own; the rest is in test_listening.py.
+"""What the Phonic adapter has of its own; the rest is in test_single_slot.py.
 
 With the real plugin and a real AgentSession: on the wire and at the ear.
 """
@@ -7,37 +7,35 @@ With the real plugin and a real AgentSession: on the wire and at the ear.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import pytest
 from livekit.agents import llm
 from support.conversation import actions, ended, late
-from support.without_ids import KEY, a_phonic, phonic_plugin, talk_over
+from support.providers import KEY, PHONIC, phonic_plugin
 
-from traced_retry.simulator.phonic import redirected
+from traced_retry.simulator.phonic import PhonicSimulator, redirected
 
 LISTENS = ["send", "listen"]
 
 
 @pytest.fixture
-async def converse(recorder):
-    """Of a script and a policy's settings makes a ``Talk``, closed after the test."""
-    async with contextlib.AsyncExitStack() as stack:
+def provider():
+    """Return the provider of every conversation here."""
+    return PHONIC
 
-        async def converse(script, *, ready=True, **kwargs):
-            server, model = await a_phonic(stack, script, ready=ready)
-            return await talk_over(stack, recorder, server, model, **kwargs)
 
-        yield converse
+def not_ready(script):
+    """Make a simulator that accepts no request before ``begin``."""
+    return PhonicSimulator(script, ready=False)
 
 
 class TestAnEndWithoutAnEvent:
     @pytest.mark.parametrize("after", [1.0, 12.0], ids=["in the attempt", "while listening"])
-    async def test_ends_the_reply(self, after, converse, recorder):
+    async def test_ends_the_reply(self, after, start_conversation, recorder):
         """A close with 1000 emits nothing; the end of the plugin's main task tells of it."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         began = asyncio.get_running_loop().time()
-        reply = await talk.asked()
+        reply = await talk.ask_plugin()
         await asyncio.sleep(after)
         await talk.server.end_conversations()
 
@@ -48,9 +46,9 @@ class TestAnEndWithoutAnEvent:
         assert "connection_lost" == recorder.attempts[-1]["error.type"]
         assert [] == talk.errors
 
-    async def test_who_asks_after_it_is_told(self, converse, recorder):
+    async def test_who_asks_after_it_is_told(self, start_conversation, recorder):
         """At once, and through the agent's handle: this session is not closed."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         await talk.timed_reply()
         await talk.server.end_conversations()
         await talk.settle(1)
@@ -62,9 +60,9 @@ class TestAnEndWithoutAnEvent:
         assert ("not_recoverable", "not_recoverable") == ended(recorder)[1]
         assert [] == talk.closed
 
-    async def test_before_the_first_request(self, converse, recorder):
+    async def test_before_the_first_request(self, start_conversation, recorder):
         """The end came before there was anybody to notice it."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         await talk.server.wait_for("connected")
         await talk.settle(1)
         await talk.server.end_conversations()
@@ -75,9 +73,9 @@ class TestAnEndWithoutAnEvent:
         assert 0.0 == took
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
 
-    async def test_the_plugin_alone(self, converse):
+    async def test_the_plugin_alone(self, start_conversation):
         """It lets each caller wait for ten seconds."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         await talk.timed_reply()
         await talk.server.end_conversations()
         await talk.settle(1)
@@ -89,22 +87,22 @@ class TestAnEndWithoutAnEvent:
 
 
 class TestCutShort:
-    """More of it, for all three without ids, is in test_held.py."""
+    """More of it, for all three without ids, is in test_failure_before_output.py."""
 
     async def speaking(self, talk):
         """The handle of a reply whose first words are there, a second ago; the connection."""
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await talk.settle(1)
         (connection,) = talk.server._open
         return handle, connection
 
-    async def test_a_close_that_no_event_tells_of(self, converse, recorder):
+    async def test_a_close_that_no_event_tells_of(self, start_conversation, recorder):
         """With 1000: the plugin closes the reply's streams as if it were whole."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         handle, _ = await self.speaking(talk)
         await talk.server.end_conversations()
-        await talk.commit()
+        await talk.settle()
 
         assert [] == talk.errors
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -112,18 +110,18 @@ class TestCutShort:
         assert isinstance(handle.exception(), llm.RealtimeError)
 
     @pytest.mark.parametrize("event", ["assistant_started_speaking", "user_started_speaking"])
-    async def test_an_end_that_is_not_told(self, event, converse, recorder):
+    async def test_an_end_that_is_not_told(self, event, start_conversation, recorder):
         """What begins instead ends it: nothing says that it was not heard."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         _, connection = await self.speaking(talk)
         await connection.send(event)
         await talk.settle(1)
 
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_by_a_tool(self, converse, recorder):
+    async def test_by_a_tool(self, start_conversation, recorder):
         """Words and then a call of a tool: the plugin ends the reply there, and it was heard."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         _, connection = await self.speaking(talk)
         tool = {"tool_call_id": "1", "tool_name": "look_up", "parameters": {}}
         await connection.send("tool_call", **tool)
@@ -131,32 +129,32 @@ class TestCutShort:
 
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_one_that_is_whole_before_it_is_looked_at(self, converse, recorder):
+    async def test_one_that_is_whole_before_it_is_looked_at(self, start_conversation, recorder):
         """What begins in the same moment, and is lost, is another one."""
-        talk = await converse("silence")
-        await talk.asked()
+        talk = await start_conversation("silence")
+        await talk.ask_plugin()
         (connection,) = talk.server._open
         await connection.reply(talk.server.requests[0])
         await connection.begin()
         await connection.hang_up(1011, by_script=True)
-        await talk.commit()
+        await talk.settle()
 
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_by_the_next_request(self, converse, recorder):
+    async def test_by_the_next_request(self, start_conversation, recorder):
         """The plugin closes what is being spoken: heard as far as the caller let it."""
-        talk = await converse("slow:5,ok")
+        talk = await start_conversation("slow:5,ok")
         await self.speaking(talk)
-        await talk.asked()
-        await talk.commit()
+        await talk.ask_plugin()
+        await talk.settle()
 
         assert [("succeeded", None)] * 2 == ended(recorder)
 
 
 class TestPolicy:
-    async def test_a_longer_deadline(self, converse, recorder):
+    async def test_a_longer_deadline(self, start_conversation, recorder):
         """Window after window; the last one reaches to the deadline."""
-        talk = await converse("silence", deadline=45.0)
+        talk = await start_conversation("silence", deadline=45.0)
 
         _, took = await talk.timed_reply()
 
@@ -167,29 +165,29 @@ class TestPolicy:
         ("script", "heard"),
         [("silence,ok", ["reply 2"]), ("late:25,ok", ["reply 2", "reply 1"])],
     )
-    async def test_resend_is_at_least_once(self, script, heard, converse, recorder):
+    async def test_resend_is_at_least_once(self, script, heard, start_conversation, recorder):
         """The user's explicit choice: a lost request recovers, and a slow one is heard twice."""
-        talk = await converse(script, on_silence="resend", deadline=40.0)
+        talk = await start_conversation(script, on_silence="resend", deadline=40.0)
 
         error, _ = await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert None is error
         assert heard == talk.heard
         assert ["send", "listen", "send"] == actions(recorder)
 
-    async def test_resend_says_what_the_caller_typed(self, converse):
+    async def test_resend_says_what_the_caller_typed(self, start_conversation):
         """The plugin forgets it with the first request; the second says it again."""
-        talk = await converse("silence,ok", on_silence="resend", deadline=40.0)
+        talk = await start_conversation("silence,ok", on_silence="resend", deadline=40.0)
 
         await talk.session.run(user_input="any news?")
 
         assert 2 == len(talk.server.requests)
         assert all("any news?" in r.instructions for r in talk.server.requests)
 
-    async def test_what_was_typed_is_said_once(self, converse):
+    async def test_what_was_typed_is_said_once(self, start_conversation):
         """Not again with the next reply."""
-        talk = await converse("ok,ok")
+        talk = await start_conversation("ok,ok")
 
         await talk.session.run(user_input="any news?")
         await talk.timed_reply(instructions="go on")
@@ -202,40 +200,40 @@ class TestPolicy:
 class TestNotReady:
     """The plugin sends nothing before the server says that the conversation may begin."""
 
-    async def test_ready_in_time(self, converse, recorder):
+    async def test_ready_in_time(self, start_conversation, recorder):
         """The request waits in the plugin while we listen, and is sent once."""
-        talk = await converse("ok", ready=False)
+        talk = await start_conversation("ok", simulator=not_ready)
         asyncio.get_running_loop().call_later(15, lambda: tasks.append(ensure(talk.server.begin())))
         tasks, ensure = [], asyncio.ensure_future
 
         assert (None, 15.0) == await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard
         assert [("recovered", None)] == ended(recorder)
 
     @pytest.mark.parametrize("bare", [True, False])
-    async def test_ready_too_late(self, bare, converse):
+    async def test_ready_too_late(self, bare, start_conversation):
         """Given up means never sent. The plugin alone reports a failure, and sends it later."""
-        talk = await converse("ok", ready=False, bare=bare)
+        talk = await start_conversation("ok", simulator=not_ready, bare=bare)
 
         error, _ = await talk.timed_reply()
         await talk.server.begin()
-        await talk.commit()
+        await talk.settle()
 
         assert isinstance(error, llm.RealtimeError)
         assert (["reply 1"] if bare else []) == talk.heard
 
-    async def test_barge_in(self, converse):
+    async def test_barge_in(self, start_conversation):
         """What was not sent never is, and what the caller typed is forgotten, as without us."""
-        talk = await converse("ok,ok", ready=False)
+        talk = await start_conversation("ok,ok", simulator=not_ready)
         await talk.settle(1)
         talk.realtime._pending_user_text = "never mind"
         reply = talk.realtime.generate_reply()
         await asyncio.sleep(12)
         reply.cancel()
         await talk.server.begin()
-        await talk.commit()
+        await talk.settle()
         assert [] == talk.server.requests
 
         await talk.timed_reply(instructions="go on")
@@ -244,9 +242,9 @@ class TestNotReady:
 
 class TestLateReplies:
     @pytest.mark.parametrize("event", ["user_started_speaking", "another request", "say"])
-    async def test_an_answer_to_something_else_is_not(self, event, converse, recorder):
+    async def test_an_answer_to_something_else_is_not(self, event, start_conversation, recorder):
         """What the server says after the caller spoke, or was asked again, answers that."""
-        talk = await converse("silence,ok")
+        talk = await start_conversation("silence,ok")
         await talk.timed_reply()
         (connection,) = talk.server._open
         if event == "another request":
@@ -259,18 +257,18 @@ class TestLateReplies:
             await connection.reply(talk.server.requests[0])
             await talk.settle(1)
             assert 1 == len(talk.heard)
-        await talk.commit()
+        await talk.settle()
 
         assert 0 == late(recorder)
 
 
 class TestInterruption:
     @pytest.mark.parametrize("after", [1.0, 12.0], ids=["in the attempt", "while listening"])
-    async def test_barge_in(self, after, converse, recorder):
+    async def test_barge_in(self, after, start_conversation, recorder):
         """Over at once; the slot is free for what the server answers to the caller."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         handle = talk.session.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(after)
         handle.interrupt()
         await handle
@@ -282,7 +280,7 @@ class TestInterruption:
         (connection,) = talk.server._open
         await connection.send("user_started_speaking")
         await connection.reply(talk.server.requests[0])
-        await talk.commit()
+        await talk.settle()
 
         assert 1 == len(talk.heard)
         assert 1 == len(talk.server.requests)
@@ -291,9 +289,9 @@ class TestInterruption:
 
 
 class TestWhatTheAgentSees:
-    async def test_no_handler_sees_the_key(self, converse):
+    async def test_no_handler_sees_the_key(self, start_conversation):
         """In whatever order the plugin's base calls them: in any, with livekit-agents 1.7.0."""
-        talk = await converse("unauthorized")
+        talk = await start_conversation("unauthorized")
         seen = []
         for _ in range(50):
             talk.realtime.on("error", lambda event: seen.append(f"{event.error!r} {event.error}"))
@@ -302,27 +300,20 @@ class TestWhatTheAgentSees:
         assert 50 == len(seen)
         assert not [text for text in seen if KEY in text]
 
-    async def test_the_key_without_us(self, converse):
+    async def test_the_key_without_us(self, start_conversation):
         """What the plugin alone hands to everyone who listens to the session's errors."""
-        talk = await converse("unauthorized", bare=True)
+        talk = await start_conversation("unauthorized", bare=True)
         await talk.timed_reply()
 
         assert KEY in str(talk.errors[0].error.error)
-
-    async def test_names(self, converse, recorder):
-        """The provider's name is plain."""
-        talk = await converse("ok")
-        await talk.timed_reply()
-
-        assert "phonic" == recorder.replies[0]["gen_ai.provider.name"]
 
 
 class TestContract:
     """What the adapter and the simulator rely on, in the installed plugin."""
 
-    async def test_the_task_that_sends(self, converse):
+    async def test_the_task_that_sends(self, start_conversation):
         """Cancelling it before the conversation is ready keeps the request from being sent."""
-        talk = await converse("ok", bare=True, ready=False)
+        talk = await start_conversation("ok", bare=True, simulator=not_ready)
         reply = talk.realtime.generate_reply()
         talk.realtime._generate_reply_task.cancel()
         await talk.settle(1)
@@ -332,19 +323,19 @@ class TestContract:
             await reply
         assert [] == talk.server.requests
 
-    async def test_typed_words_are_sent_once(self, converse):
+    async def test_typed_words_are_sent_once(self, start_conversation):
         """They go out with the first request, and are forgotten."""
-        talk = await converse("ok,ok", bare=True)
-        await talk.asked()
+        talk = await start_conversation("ok,ok", bare=True)
+        await talk.ask_plugin()
         talk.realtime._pending_user_text = "any news?"
-        await talk.asked()
+        await talk.ask_plugin()
 
         assert "any news?" in talk.server.requests[1].instructions
         assert None is talk.realtime._pending_user_text
 
-    async def test_the_main_task_ends_with_the_conversation(self, converse):
+    async def test_the_main_task_ends_with_the_conversation(self, start_conversation):
         """It is all there is to notice of a close with 1000."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         await talk.timed_reply()
         await talk.server.end_conversations()
         await talk.settle(1)
@@ -352,9 +343,9 @@ class TestContract:
         assert talk.realtime._main_atask.done()
         assert [] == talk.errors
 
-    async def test_who_closes_a_reply(self, converse, monkeypatch):
+    async def test_who_closes_a_reply(self, start_conversation, monkeypatch):
         """The main task does so as it ends, and nothing else is done in that task."""
-        talk = await converse("slow:1,slow:5", bare=True)
+        talk = await start_conversation("slow:1,slow:5", bare=True)
         original, by_main = talk.realtime._close_current_generation, []
 
         def close(**kwargs):
@@ -363,9 +354,9 @@ class TestContract:
             original(**kwargs)
 
         monkeypatch.setattr(talk.realtime, "_close_current_generation", close)
-        await (await talk.asked())
+        await (await talk.ask_plugin())
         await talk.settle(2)
-        await (await talk.asked())
+        await (await talk.ask_plugin())
         await talk.server.end_conversations()
         await talk.settle(1)
 

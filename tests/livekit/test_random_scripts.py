@@ -75,7 +75,7 @@ def make_up(seed):
     return ",".join(elements), policy, rng.randint(1, 3), barge_in, close
 
 
-async def converse(seed, recorder):
+async def run_script(seed, recorder):
     """Hold one conversation; returns what it came to."""
     script, policy, replies, barge_in, close = make_up(seed)
     told = Told(script)
@@ -159,7 +159,7 @@ async def test_promise(batch, recorder, caplog):
     """Heard at most once, in time, nothing after a failure or an interruption, books that agree."""
     caplog.set_level("CRITICAL")
     seeds = range(batch * 50, batch * 50 + 50)
-    told = await asyncio.gather(*(converse(seed, recorder) for seed in seeds))
+    told = await asyncio.gather(*(run_script(seed, recorder) for seed in seeds))
 
     for one in told:
         given = [a for a in one.answers if a not in (None, "cancelled")]

@@ -4,90 +4,58 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import importlib
 import logging
 import warnings
+from functools import partial
+from typing import NamedTuple
 
 import aiohttp
 import pytest
-from livekit.agents import Agent, AgentSession, APIConnectOptions, llm
-from livekit.plugins import openai, ultravox, xai
-from support.conversation import Conversation, ended, now
+from livekit.agents import llm
+from livekit.plugins import openai, ultravox
+from support.conversation import ended, now
+from support.providers import PROVIDERS
 
 import traced_retry
 from traced_retry import semconv
 from traced_retry.simulator import OpenAISimulator
-from traced_retry.simulator.openai_compatible import XAISimulator
-from traced_retry.simulator.phonic import PhonicSimulator, redirected
-from traced_retry.simulator.ultravox import UltravoxSimulator
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # Phonic's client is on websockets.legacy
-    from livekit.plugins import phonic
-
-    importlib.import_module("phonic.conversations.client")  # which it does at its first use
-
-PROVIDERS = {"xai": "x_ai", "ultravox": "ultravox", "phonic": "phonic"}
-"""``gen_ai.provider.name``."""
+SPEAKERS = ["xai", "ultravox", "phonic"]
+"""The providers with a ``say``."""
 ONE_SLOT = ["ultravox", "phonic"]
 
 
-@pytest.fixture(params=PROVIDERS)
+@pytest.fixture(params=SPEAKERS)
 def provider(request):
     """Each that has a ``say``."""
     if request.param == "ultravox" and not hasattr(ultravox.realtime.RealtimeSession, "_say_task"):
         pytest.skip("the plugin has no say() yet in 1.7.0")
-    return request.param
+    return PROVIDERS[request.param]
 
 
 @pytest.fixture
-async def converse(provider, recorder):
-    """Of a script for texts, and one for replies, makes a :class:`Conversation`."""
-    async with contextlib.AsyncExitStack() as stack:
+def collect_sockets(provider):
+    """Collect the socket that Ultravox's plugin leaves unclosed if a text is pending at its close.
 
-        async def converse(say="ok", script="ok", *, bare=False, on_exhausted=None, **policy):
-            simulator = {"xai": XAISimulator, "ultravox": UltravoxSimulator}.get(
-                provider, PhonicSimulator
-            )
-            server = await stack.enter_async_context(simulator(script, say=say))
-            http = await stack.enter_async_context(aiohttp.ClientSession())
-            if provider == "phonic":
-                stack.enter_context(redirected(server.url))
-                model = phonic.realtime.RealtimeModel(api_key="sk-SECRET")
-            elif provider == "ultravox":
-                model = ultravox.realtime.RealtimeModel(
-                    api_key="sk-SECRET",
-                    base_url=server.url,
-                    http_session=http,
-                    output_medium="text",
-                )
-            else:
-                model = xai.realtime.RealtimeModel(
-                    api_key="sk-SECRET",
-                    base_url=server.url,
-                    http_session=http,
-                    conn_options=APIConnectOptions(retry_interval=0.5),
-                )
-            if not bare:
-                traced_retry.wrap(
-                    model,
-                    policy=traced_retry.RetryPolicy(**policy),
-                    on_exhausted=on_exhausted,
-                    **recorder.providers,
-                )
-            session = await stack.enter_async_context(AgentSession(llm=model))
-            await session.start(Agent(instructions="SECRET instructions"))
-            return Conversation(server, model, session)
-
-        yield converse
-    if provider == "ultravox":
-        # The plugin, bare as well, cancels its own close of the socket where a text is pending:
-        # the connection is found unclosed by whichever test the collector comes by in.
+    Otherwise the warning appears in another test.
+    """
+    yield
+    if provider.name == "ultravox":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
+
+
+@pytest.fixture
+def start_saying(provider, collect_sockets, start_conversation):
+    """Return a function that starts a conversation, of a script for texts and one for replies."""
+
+    async def start_saying(say="ok", script="ok", **settings):
+        simulator = partial(provider.simulator, say=say)
+        return await start_conversation(script, simulator=simulator, **settings)
+
+    return start_saying
 
 
 async def say(talk, text="SECRET good morning"):
@@ -111,65 +79,80 @@ async def heard_by(talk, number):
     await talk.server.wait_for(lambda: len(talk.server.say.heard) == number)
 
 
-TIMEOUT = {"xai": 10.0, "ultravox": 5.0, "phonic": 10.0}
+TIMEOUT = {"x_ai": 10.0, "ultravox": 5.0, "phonic": 10.0}
+
+
+class Row(NamedTuple):
+    """The expected result of one ``say``."""
+
+    heard: int
+    """The number of texts that the agent says."""
+    outcome: str
+    stop_reason: str | None
+    error_type: str | None
+    seconds: float | None
+    """None: the timeout of the plugin."""
+    late: int
+    """The number of late replies."""
+
 
 ROWS = {
     # script: texts heard, outcome, stop reason, error.type, seconds, late ones
-    "ok": (1, "succeeded", None, None, 0.0, 0),
-    "late:3": (1, "succeeded", None, None, 3.0, 0),
-    "silence": (0, "exhausted", "unsafe_to_resend", "timeout", None, 0),
-    "late:12": (1, "exhausted", "unsafe_to_resend", "timeout", None, 1),
+    "ok": Row(1, "succeeded", None, None, 0.0, 0),
+    "late:3": Row(1, "succeeded", None, None, 3.0, 0),
+    "silence": Row(0, "exhausted", "unsafe_to_resend", "timeout", None, 0),
+    "late:12": Row(1, "exhausted", "unsafe_to_resend", "timeout", None, 1),
 }
 
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ROWS)
-    async def test_told_once_and_sent_once(self, script, converse, provider, recorder):
+    async def test_told_once_and_sent_once(self, script, start_saying, provider, recorder):
         """As the plugin alone would have it, in the trace as well."""
-        heard, outcome, stop, error_type, seconds, lates = ROWS[script]
-        if provider == "xai" and lates:
-            heard = lates = 0  # the plugin cancels it by its place in the order
-        talk = await converse(script)
+        row = ROWS[script]
+        if provider.name == "x_ai" and row.late:
+            row = row._replace(heard=0, late=0)  # the plugin cancels it by its place in the order
+        talk = await start_saying(script)
 
         error, took = await say(talk)
-        await talk.commit()
+        await talk.settle()
 
-        assert heard == len(talk.heard)
-        assert [(outcome, stop, error_type)] == said(recorder)
-        assert (TIMEOUT[provider] if seconds is None else seconds) == took
-        assert (outcome == "exhausted") == isinstance(error, llm.RealtimeError)
+        assert row.heard == len(talk.heard)
+        assert [(row.outcome, row.stop_reason, row.error_type)] == said(recorder)
+        assert (TIMEOUT[provider.name] if row.seconds is None else row.seconds) == took
+        assert (row.outcome == "exhausted") == isinstance(error, llm.RealtimeError)
         assert 1 == len(talk.server.say.heard)
-        assert ({(PROVIDERS[provider], "say"): lates} if lates else {}) == recorder.counted(
+        assert ({(provider.name, "say"): row.late} if row.late else {}) == recorder.counted(
             semconv.METRIC_LATE_REPLIES, semconv.PROVIDER, semconv.OPERATION
         )
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", ROWS)
-    async def test_the_plugin_alone(self, script, converse, provider):
+    async def test_the_plugin_alone(self, script, start_saying, provider):
         """The same is heard, and told at the same time."""
-        heard, outcome, _, _, seconds, lates = ROWS[script]
-        if provider == "xai" and lates:
-            heard = 0
-        talk = await converse(script, bare=True)
+        row = ROWS[script]
+        if provider.name == "x_ai" and row.late:
+            row = row._replace(heard=0)
+        talk = await start_saying(script, bare=True)
 
         error, took = await say(talk)
-        await talk.commit()
+        await talk.settle()
 
-        assert heard == len(talk.heard)
-        assert (TIMEOUT[provider] if seconds is None else seconds) == took
-        assert (outcome == "exhausted") == isinstance(error, llm.RealtimeError)
+        assert row.heard == len(talk.heard)
+        assert (TIMEOUT[provider.name] if row.seconds is None else row.seconds) == took
+        assert (row.outcome == "exhausted") == isinstance(error, llm.RealtimeError)
 
-    async def test_a_lost_connection(self, converse, provider, recorder):
+    async def test_a_lost_connection(self, start_saying, provider, recorder):
         """Told; not sent again where the plugin comes back."""
-        talk = await converse("drop_before,ok")
+        talk = await start_saying("drop_before,ok")
 
         await say(talk)
-        await talk.commit()
+        await talk.settle()
 
         (outcome, _, error_type) = said(recorder)[0]
         assert (
             ("exhausted", "connection_lost")
-            if provider == "xai"
+            if provider.name == "x_ai"
             else ("not_recoverable", "connection_lost")
         ) == (outcome, error_type)
         assert [] == talk.heard
@@ -177,12 +160,12 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("provider", ["xai"], indirect=True)
-    async def test_a_code(self, converse, recorder):
+    async def test_a_code(self, start_saying, recorder):
         """The provider's own reaches the agent, the span and the metric."""
-        talk = await converse("error:rate_limit_exceeded,ok")
+        talk = await start_saying("error:rate_limit_exceeded,ok")
 
         error, _ = await say(talk)
-        await talk.commit()
+        await talk.settle()
 
         assert "rate_limit_exceeded" == error.code
         (attempt,) = recorder.spans(semconv.SPAN_SAY_ATTEMPT)
@@ -193,9 +176,9 @@ class TestEachFault:
 
 
 class TestVocabulary:
-    async def test_spans(self, converse, provider, recorder):
+    async def test_spans(self, start_saying, provider, recorder):
         """A reply's attributes, on spans of the names of their own."""
-        talk = await converse()
+        talk = await start_saying()
 
         await talk.reply()
         await say(talk)
@@ -211,14 +194,14 @@ class TestVocabulary:
         assert of_say is attempt
         assert attempt.parent.span_id == recorder.spans(semconv.SPAN_SAY)[0].context.span_id
 
-    async def test_counts_of_replies_stay_exact(self, converse, provider, recorder):
+    async def test_counts_of_replies_stay_exact(self, start_saying, provider, recorder):
         """One reply and two texts: one more attribute tells them apart on every instrument."""
-        talk = await converse("ok,silence")
+        talk = await start_saying("ok,silence")
         await talk.reply()
         await say(talk)
         await say(talk)
 
-        name = PROVIDERS[provider]
+        name = provider.name
         counted = (semconv.PROVIDER, semconv.OPERATION, semconv.OUTCOME)
         assert {
             (name, None, "succeeded"): 1,
@@ -235,9 +218,9 @@ class TestVocabulary:
             assert {None: 1, "say": 2} == counts
         assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT, semconv.OPERATION)
 
-    async def test_zero_initialised(self, converse, recorder):
+    async def test_zero_initialised(self, start_saying, recorder):
         """The first failure is an increase, before anything was said."""
-        await converse()
+        await start_saying()
 
         points = recorder.points(semconv.METRIC_REPLIES)
         zeroed = {
@@ -248,15 +231,15 @@ class TestVocabulary:
         assert set(semconv.STOP_REASONS) == zeroed
         assert {0} == set(points.values())
 
-    async def test_log_and_what_is_never_told(self, converse, provider, recorder, caplog):
+    async def test_log_and_what_is_never_told(self, start_saying, provider, recorder, caplog):
         """One WARN record that says what it was; the text is nowhere."""
         caplog.set_level(logging.DEBUG, logger="traced_retry")
-        talk = await converse("silence")
+        talk = await start_saying("silence")
 
         await say(talk)
 
         (record,) = [r for r in caplog.records if r.name == "traced_retry"]
-        assert record.getMessage().startswith(f"{PROVIDERS[provider]} say failed (timeout) after 1")
+        assert record.getMessage().startswith(f"{provider.name} say failed (timeout) after 1")
         assert "say" == vars(record)[semconv.OPERATION]
         (span,) = recorder.spans(semconv.SPAN_SAY)
         assert f"{span.context.trace_id:032x}" == vars(record)[semconv.TRACE_ID]
@@ -265,9 +248,9 @@ class TestVocabulary:
 
 
 class TestWhatEndsIt:
-    async def test_the_caller(self, converse, recorder):
+    async def test_the_caller(self, start_saying, recorder):
         """Cancelled: interrupted, and the plugin's own future is cancelled."""
-        talk = await converse("late:3")
+        talk = await start_saying("late:3")
         spoken = talk.realtime.say("SECRET")
         await heard_by(talk, 1)
         spoken.cancel()
@@ -276,9 +259,9 @@ class TestWhatEndsIt:
         assert [("interrupted", "interrupted", None)] == said(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_a_session_that_closes(self, converse, recorder):
+    async def test_a_session_that_closes(self, start_saying, recorder):
         """Told at once."""
-        talk = await converse("silence")
+        talk = await start_saying("silence")
         spoken = talk.realtime.say("SECRET")
         await heard_by(talk, 1)
         began = now()
@@ -289,7 +272,7 @@ class TestWhatEndsIt:
         assert began == now()
         assert [("not_recoverable", "session_closed", "session_closed")] == said(recorder)
 
-    async def test_our_deadline_does_not(self, converse, recorder):
+    async def test_our_deadline_does_not(self, start_saying, recorder):
         """A text may be streamed for longer than a reply may take."""
 
         async def text():
@@ -297,21 +280,21 @@ class TestWhatEndsIt:
             await asyncio.sleep(3)
             yield "morning"
 
-        talk = await converse(deadline=1.0, attempt_timeout=0.5)
+        talk = await start_saying(deadline=1.0, attempt_timeout=0.5)
         error, took = await say(talk, text())
-        await talk.commit()
+        await talk.settle()
 
         assert None is error
         assert 3.0 == took
         assert ["good morning"] == talk.heard
         assert [("succeeded", None, None)] == said(recorder)
 
-    async def test_on_exhausted_is_not_told(self, converse, recorder):
+    async def test_on_exhausted_is_not_told(self, start_saying, recorder):
         """What it does may be to say something, which would fail, and so on."""
         failed = []
-        talk = await converse("silence", on_exhausted=failed.append)
+        talk = await start_saying("silence", on_exhausted=failed.append)
         await say(talk)
-        await talk.commit()
+        await talk.settle()
 
         assert "exhausted" == said(recorder)[0][0]
         assert [] == failed
@@ -320,11 +303,11 @@ class TestWhatEndsIt:
 class TestBesideAReply:
     @pytest.mark.parametrize("provider", ONE_SLOT, indirect=True)
     @pytest.mark.parametrize("seconds", [1, 7, 15])
-    async def test_say_takes_the_slot_of_a_reply(self, seconds, converse, recorder):
+    async def test_say_takes_the_slot_of_a_reply(self, seconds, start_saying, recorder):
         """In each of its windows: that reply is superseded, and its asker is told so."""
-        talk = await converse(script="silence")
+        talk = await start_saying(script="silence")
         reply = talk.realtime.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(seconds)
         generation = await talk.realtime.say("good morning")
 
@@ -332,14 +315,14 @@ class TestBesideAReply:
         assert [("superseded", "superseded")] == ended(recorder)
         assert [("succeeded", None, None)] == said(recorder)
         assert None is not generation.message_stream
-        await talk.commit()
+        await talk.settle()
         assert 1 == len(talk.server.requests)
         assert ["good morning"] == talk.server.completed
 
     @pytest.mark.parametrize("provider", ONE_SLOT, indirect=True)
-    async def test_a_reply_takes_the_slot_of_say(self, converse, recorder):
+    async def test_a_reply_takes_the_slot_of_say(self, start_saying, recorder):
         """Superseded, and told so."""
-        talk = await converse("silence")
+        talk = await start_saying("silence")
         spoken = talk.realtime.say("good morning")
         await heard_by(talk, 1)
         await talk.realtime.generate_reply()
@@ -349,14 +332,14 @@ class TestBesideAReply:
         assert [("succeeded", None)] == ended(recorder)
 
     @pytest.mark.parametrize("provider", ["xai"], indirect=True)
-    async def test_neither_takes_the_others(self, converse, recorder):
+    async def test_neither_takes_the_others(self, start_saying, recorder):
         """A future for each."""
-        talk = await converse(script="late:3")
+        talk = await start_saying(script="late:3")
         reply = talk.realtime.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await talk.realtime.say("good morning")
         await reply
-        await talk.commit()
+        await talk.settle()
 
         assert ["good morning", "reply 1"] == talk.server.completed
         assert [("succeeded", None)] == ended(recorder)

@@ -8,16 +8,13 @@ its own is in test_ultravox.py and test_phonic.py.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
-from livekit.agents import Agent, function_tool, llm
+from livekit.agents import llm
 from support.conversation import actions, ended, late, now
-from support.without_ids import a_phonic, an_ultravox, talk_over
-
-from traced_retry.livekit.phonic import PhonicAdapter
-from traced_retry.livekit.ultravox import UltravoxAdapter
+from support.providers import PHONIC, ULTRAVOX, ProviderCase
 
 LISTENS = ["send", "listen", "listen", "listen"]
 
@@ -26,8 +23,7 @@ LISTENS = ["send", "listen", "listen", "listen"]
 class Kind:
     """One of the two, and what becomes of a reply there."""
 
-    make: object
-    adapter: type
+    provider: ProviderCase
     slot: str
     """Where the plugin keeps the future of the reply that it waits for."""
     gives_up: float
@@ -46,27 +42,45 @@ class Kind:
     closes the agent's before it reads our future, so the handle is silent, with us or without."""
 
 
+class Row(NamedTuple):
+    """The expected result of one reply."""
+
+    heard: int
+    """The number of texts that the agent says."""
+    outcome: str
+    stop_reason: str | None
+    actions: list[str]
+    seconds: float
+    late: int
+    """The number of late replies."""
+    heard_alone: int
+    """The number of texts without traced-retry."""
+    fails_alone: bool
+    """Whether the agent gets an error without traced-retry."""
+    seconds_alone: float
+    """The time without traced-retry."""
+
+
 KINDS = {
     "ultravox": Kind(
-        an_ultravox,
-        UltravoxAdapter,
+        ULTRAVOX,
         "_pending_generation_fut",
         gives_up=5.0,
         second=8.0,
         late="late:7",
         listens=LISTENS,
         rows={
-            "ok": (1, "succeeded", None, ["send"], 0.0, 0, 1, False, 0.0),
-            "late:4.8": (1, "succeeded", None, ["send"], 4.8, 0, 1, False, 4.8),
-            "late:4.95": (1, "recovered", None, LISTENS[:2], 4.95, 0, 1, False, 4.95),
-            "late:7": (1, "recovered", None, LISTENS[:2], 7.0, 0, 1, True, 5.0),
-            "late:12": (1, "recovered", None, LISTENS[:3], 12.0, 0, 1, True, 5.0),
-            "late:19.9": (1, "recovered", None, LISTENS, 19.9, 0, 1, True, 5.0),
-            "late:25": (1, "exhausted", "deadline", LISTENS, 20.0, 1, 1, True, 5.0),
-            "silence,ok": (0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
-            "silence": (0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
-            "malformed": (0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
-            "slow:8": (1, "succeeded", None, ["send"], 8.0, 0, 1, False, 8.0),
+            "ok": Row(1, "succeeded", None, ["send"], 0.0, 0, 1, False, 0.0),
+            "late:4.8": Row(1, "succeeded", None, ["send"], 4.8, 0, 1, False, 4.8),
+            "late:4.95": Row(1, "recovered", None, LISTENS[:2], 4.95, 0, 1, False, 4.95),
+            "late:7": Row(1, "recovered", None, LISTENS[:2], 7.0, 0, 1, True, 5.0),
+            "late:12": Row(1, "recovered", None, LISTENS[:3], 12.0, 0, 1, True, 5.0),
+            "late:19.9": Row(1, "recovered", None, LISTENS, 19.9, 0, 1, True, 5.0),
+            "late:25": Row(1, "exhausted", "deadline", LISTENS, 20.0, 1, 1, True, 5.0),
+            "silence,ok": Row(0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
+            "silence": Row(0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
+            "malformed": Row(0, "exhausted", "deadline", LISTENS, 20.0, 0, 0, True, 5.0),
+            "slow:8": Row(1, "succeeded", None, ["send"], 8.0, 0, 1, False, 8.0),
         },
         fatal={
             "drop_before": "connection_lost",
@@ -76,24 +90,23 @@ KINDS = {
         },
     ),
     "phonic": Kind(
-        a_phonic,
-        PhonicAdapter,
+        PHONIC,
         "_pending_generate_reply_fut",
         gives_up=10.0,
         second=12.0,
         late="late:12",
         listens=LISTENS[:2],
         rows={
-            "ok": (1, "succeeded", None, ["send"], 0.0, 0, 1, False, 0.0),
-            "late:7": (1, "succeeded", None, ["send"], 7.0, 0, 1, False, 7.0),
-            "late:9.95": (1, "recovered", None, LISTENS[:2], 9.95, 0, 1, False, 9.95),
-            "late:12": (1, "recovered", None, LISTENS[:2], 12.0, 0, 1, True, 10.0),
-            "late:19.9": (1, "recovered", None, LISTENS[:2], 19.9, 0, 1, True, 10.0),
-            "late:25": (1, "exhausted", "deadline", LISTENS[:2], 20.0, 1, 1, True, 10.0),
-            "silence,ok": (0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
-            "silence": (0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
-            "malformed": (0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
-            "slow:12": (1, "succeeded", None, ["send"], 12.0, 0, 1, False, 12.0),
+            "ok": Row(1, "succeeded", None, ["send"], 0.0, 0, 1, False, 0.0),
+            "late:7": Row(1, "succeeded", None, ["send"], 7.0, 0, 1, False, 7.0),
+            "late:9.95": Row(1, "recovered", None, LISTENS[:2], 9.95, 0, 1, False, 9.95),
+            "late:12": Row(1, "recovered", None, LISTENS[:2], 12.0, 0, 1, True, 10.0),
+            "late:19.9": Row(1, "recovered", None, LISTENS[:2], 19.9, 0, 1, True, 10.0),
+            "late:25": Row(1, "exhausted", "deadline", LISTENS[:2], 20.0, 1, 1, True, 10.0),
+            "silence,ok": Row(0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
+            "silence": Row(0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
+            "malformed": Row(0, "exhausted", "deadline", LISTENS[:2], 20.0, 0, 0, True, 10.0),
+            "slow:12": Row(1, "succeeded", None, ["send"], 12.0, 0, 1, False, 12.0),
         },
         # The plugin has no reconnect, and drops the code of an error message.
         fatal={
@@ -123,57 +136,51 @@ LISTENING = pytest.mark.parametrize("listening", [False, True], ids=["in the att
 
 
 @pytest.fixture
-async def converse(kind, recorder):
-    """Of a script and a policy's settings makes a ``Talk``, closed after the test."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def converse(script, **kwargs):
-            server, model = await kind.make(stack, script)
-            return await talk_over(stack, recorder, server, model, **kwargs)
-
-        yield converse
+def provider(kind):
+    """Return the provider of the slot."""
+    return kind.provider
 
 
 class TestEachFault:
     @scripts(lambda kind: kind.rows)
-    async def test_with_us(self, kind, script, converse, recorder):
+    async def test_with_us(self, kind, script, start_conversation, recorder):
         """Heard once where the server answers in time; else the failure is known in time."""
-        heard, outcome, stop, acts, seconds, lates, *_ = kind.rows[script]
-        talk = await converse(script)
+        row = kind.rows[script]
+        talk = await start_conversation(script)
 
         error, took = await talk.timed_reply(instructions="SECRET")
-        await talk.commit()
+        await talk.settle()
 
-        assert heard == len(talk.heard)
-        assert [(outcome, stop)] == ended(recorder)
-        assert acts == actions(recorder)
-        assert seconds == took
-        assert (outcome == "exhausted") == isinstance(error, llm.RealtimeError)
-        assert lates == late(recorder)
+        assert row.heard == len(talk.heard)
+        assert [(row.outcome, row.stop_reason)] == ended(recorder)
+        assert row.actions == actions(recorder)
+        assert row.seconds == took
+        assert (row.outcome == "exhausted") == isinstance(error, llm.RealtimeError)
+        assert row.late == late(recorder)
         assert 1 == len(talk.server.requests)
         assert [] == getattr(talk.server, "cancels", [])  # Phonic has no way to
         assert 0 == recorder.open_spans
 
     @scripts(lambda kind: kind.rows)
-    async def test_the_plugin_alone(self, kind, script, converse):
+    async def test_the_plugin_alone(self, kind, script, start_conversation):
         """A reply after its time-out is reported as failed, and heard nevertheless."""
-        *_, heard, fails, seconds = kind.rows[script]
-        talk = await converse(script, bare=True)
+        row = kind.rows[script]
+        talk = await start_conversation(script, bare=True)
 
         error, took = await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
-        assert heard == len(talk.heard)
-        assert fails == isinstance(error, llm.RealtimeError)
-        assert seconds == took
+        assert row.heard_alone == len(talk.heard)
+        assert row.fails_alone == isinstance(error, llm.RealtimeError)
+        assert row.seconds_alone == took
 
     @scripts(lambda kind: kind.fatal)
-    async def test_a_dead_session(self, kind, script, converse, recorder):
+    async def test_a_dead_session(self, kind, script, start_conversation, recorder):
         """The plugin has no way back to a connection that is lost, nor into one it was refused."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
 
         _, took = await talk.timed_reply(instructions="SECRET")
-        await talk.commit()
+        await talk.settle()
 
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
         assert [kind.fatal[script]] == [a["error.type"] for a in recorder.attempts]
@@ -184,9 +191,9 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @scripts(lambda kind: kind.fatal)
-    async def test_a_dead_session_tells_who_asked(self, script, converse):
+    async def test_a_dead_session_tells_who_asked(self, script, start_conversation):
         """Our error is one that LiveKit catches, at once; so is that of who asks again."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
 
         for _ in range(2):
             began = now()
@@ -197,12 +204,12 @@ class TestEachFault:
             assert began == now()
             await talk.settle(1)
 
-    async def test_dropped_in_the_middle(self, converse, recorder):
-        """The agent learns it before its session is closed. More of it is in test_held.py."""
-        talk = await converse("drop_during")
+    async def test_dropped_in_the_middle(self, start_conversation, recorder):
+        """The agent gets the failure before its session closes."""
+        talk = await start_conversation("drop_during")
 
         error, _ = await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert isinstance(error, llm.RealtimeError)
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -211,12 +218,12 @@ class TestEachFault:
 
 
 class TestPolicy:
-    async def test_no_retry_is_the_plugin_alone(self, kind, converse, recorder):
+    async def test_no_retry_is_the_plugin_alone(self, kind, start_conversation, recorder):
         """Its own time-out, told after as many seconds; the late reply is counted."""
-        talk = await converse(kind.late, max_retries=0)
+        talk = await start_conversation(kind.late, max_retries=0)
 
         error, took = await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert "generate_reply timed out" in str(error)
         assert kind.gives_up == took
@@ -224,9 +231,9 @@ class TestPolicy:
         assert 1 == late(recorder)
 
     @pytest.mark.parametrize("on_silence", ["listen", "restart"])
-    async def test_there_is_no_restart(self, on_silence, kind, converse, recorder):
+    async def test_there_is_no_restart(self, on_silence, kind, start_conversation, recorder):
         """It cannot be done here; listening is what is left."""
-        talk = await converse("silence", on_silence=on_silence)
+        talk = await start_conversation("silence", on_silence=on_silence)
 
         await talk.timed_reply()
 
@@ -234,12 +241,12 @@ class TestPolicy:
 
 
 class TestLateReplies:
-    async def test_is_counted_and_linked(self, request, converse, recorder, caplog):
+    async def test_is_counted_and_linked(self, request, start_conversation, recorder, caplog):
         """Counted once, with one WARN record and an exemplar that lead to the failed reply."""
-        talk = await converse("late:25")
+        talk = await start_conversation("late:25")
 
         await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         (span,) = recorder.spans("generate_reply")
         assert [(span.context.trace_id, span.context.span_id)] == exemplars(recorder)
@@ -265,22 +272,22 @@ def exemplars(recorder):
 
 @LISTENING
 class TestSomethingComesBetween:
-    async def test_a_newer_request(self, listening, kind, converse, recorder):
+    async def test_a_newer_request(self, listening, kind, start_conversation, recorder):
         """It takes the slot: the older one's caller is cancelled, not left waiting."""
-        talk = await converse("silence,ok")
-        first = await talk.asked()
+        talk = await start_conversation("silence,ok")
+        first = await talk.ask_plugin()
         await asyncio.sleep(kind.second if listening else 0.0)
-        await (await talk.asked())
+        await (await talk.ask_plugin())
         await talk.settle(1)
 
         assert first.cancelled()
         assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
         assert [] == getattr(talk.server, "cancels", [])
 
-    async def test_the_end_of_the_session(self, listening, kind, converse, recorder):
+    async def test_the_end_of_the_session(self, listening, kind, start_conversation, recorder):
         """Closing the realtime session ends a pending reply."""
-        talk = await converse("silence")
-        reply = await talk.asked()
+        talk = await start_conversation("silence")
+        reply = await talk.ask_plugin()
         await asyncio.sleep(kind.second if listening else 1.0)
         await talk.realtime.aclose()
 
@@ -291,82 +298,36 @@ class TestSomethingComesBetween:
 
 
 class TestWhatTheAgentSees:
-    async def test_it_closes_the_session(self, kind, converse, recorder):
+    async def test_it_closes_the_session(self, kind, start_conversation, recorder):
         """The agent's session closes with a reply in mid-air, and nothing stays open."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         talk.session.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(kind.second)
         await talk.session.aclose()
 
         assert 1 == len(ended(recorder))
         assert 0 == recorder.open_spans
 
-    async def test_replies_in_turn(self, kind, converse, recorder):
+    async def test_replies_in_turn(self, kind, start_conversation, recorder):
         """A failed reply leaves the slot free for the next."""
-        talk = await converse(f"silence,ok,{kind.late}")
+        talk = await start_conversation(f"silence,ok,{kind.late}")
 
         for _ in range(3):
             await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 2", "reply 3"] == talk.heard
         assert ["exhausted", "succeeded", "recovered"] == [end for end, _ in ended(recorder)]
-
-    async def test_tools(self, converse):
-        """The server answers a tool's result by itself; nobody asks it to."""
-        called = []
-
-        class Helper(Agent):
-            @function_tool
-            async def look_up(self) -> str:
-                """Look it up."""
-                called.append(True)
-                return "found"
-
-        talk = await converse("tool:look_up,ok", agent=Helper(instructions="SECRET"))
-        await talk.timed_reply()
-        await talk.commit()
-
-        assert [True] == called
-        assert ["reply 2"] == talk.heard
-
-    @scripts(lambda kind: ["ok", "late:25", *kind.fatal])
-    async def test_nothing_leaks(self, script, converse, recorder, caplog):
-        """Neither instructions nor key are in spans, metrics, our log or any error event.
-
-        Phonic's own logger writes the key; that we cannot help.
-        """
-        talk = await converse(script)
-        error, _ = await talk.timed_reply(instructions="SECRET instructions")
-        with contextlib.suppress(llm.RealtimeError):
-            await talk.realtime.generate_reply()
-        await talk.commit()
-
-        told = [
-            repr([s.to_json() for s in recorder.spans()]),
-            repr([recorder.points(m) for m in recorder.metric_names()]),
-            repr([vars(r) for r in caplog.records if r.name == "traced_retry"]),
-            repr(error),
-            *[f"{e.error.error} {e.error.error!r}" for e in talk.errors],
-            *[f"{e.error and e.error.error}" for e in talk.closed],
-        ]
-        assert not [t for t in told if "SECRET" in t]
 
 
 class TestContract:
     """What both adapters rely on, in the installed plugins."""
 
-    async def test_private_attributes(self, kind, converse):
-        """A plugin version that moves one fails here, by its name."""
-        talk = await converse("ok", bare=True)
-
-        assert [] == kind.adapter(talk.realtime, None).missing_attributes()
-
-    async def test_the_time_out_leaves_another_slot_alone(self, kind, converse):
+    async def test_the_time_out_leaves_another_slot_alone(self, kind, start_conversation):
         """The plugin's own future fails then, and ours in the slot waits on and is resolved."""
-        talk = await converse(kind.late, bare=True)
-        theirs = await talk.asked()
+        talk = await start_conversation(kind.late, bare=True)
+        theirs = await talk.ask_plugin()
         ours = asyncio.Future()
         setattr(talk.realtime, kind.slot, ours)
 
@@ -375,9 +336,9 @@ class TestContract:
         assert ours is getattr(talk.realtime, kind.slot)
         assert (await ours).user_initiated
 
-    async def test_what_is_being_spoken(self, converse):
+    async def test_what_is_being_spoken(self, start_conversation):
         """It is in ``_current_generation``, with the stream that the future brings, until whole."""
-        talk = await converse("slow:1", bare=True)
+        talk = await start_conversation("slow:1", bare=True)
         await talk.server.wait_for("connected")
         reply = await talk.realtime.generate_reply()
 

@@ -113,7 +113,7 @@ class ToySession(llm.RealtimeSession):
 class ToyAdapter(Adapter):
     """ToyTalk's replies carry the id of their request, so that sending again is safe."""
 
-    needs = ("_waiting",)
+    required_attributes = ("_waiting",)
 
     def target(self):
         return Target("toytalk", self.session.realtime_model.model)

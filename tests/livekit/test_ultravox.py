@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Ultravox adapter has of its own; the rest is in test_listening.py.
+"""What the Ultravox adapter has of its own; the rest is in test_single_slot.py.
 
 With the real plugin and a real AgentSession: on the wire and at the ear.
 Heard is what reaches the conversation: the agent reads the streams of an Ultravox reply with a
@@ -9,13 +9,15 @@ second SpeechHandle, so the handle of whoever asked stays empty, with us or with
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from livekit.agents import llm
 from support.conversation import actions, ended, late
-from support.without_ids import an_ultravox, an_ultravox_at, talk_over
+from support.providers import ULTRAVOX
 
 from traced_retry.livekit.adapter import failure_from_event
 from traced_retry.simulator.ultravox import UltravoxSimulator
@@ -24,35 +26,28 @@ LISTENS = ["send", "listen", "listen", "listen"]
 
 
 @pytest.fixture
-async def converse(recorder):
-    """Of a script and a policy's settings makes a ``Talk``, closed after the test."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def converse(script, *, thinks=False, server=None, url=None, **kwargs):
-            if server is None:
-                server, model = await an_ultravox(stack, script, thinks=thinks)
-            else:
-                model = await an_ultravox_at(stack, url)
-            return await talk_over(stack, recorder, server, model, **kwargs)
-
-        yield converse
+def provider():
+    """Return the provider of every conversation here."""
+    return ULTRAVOX
 
 
 class TestEachFault:
     @pytest.mark.parametrize("thinks", [True, False])
     @pytest.mark.parametrize(("script", "heard_late"), [("late:7", 0), ("late:25", 1)])
-    async def test_a_server_that_thinks_first(self, script, heard_late, thinks, converse, recorder):
+    async def test_a_server_that_thinks_first(
+        self, script, heard_late, thinks, start_conversation, recorder
+    ):
         """The generation exists before the agent is told of failure; its first word counts."""
-        talk = await converse(script, thinks=thinks)
+        talk = await start_conversation(script, simulator=partial(UltravoxSimulator, thinks=thinks))
 
         await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply 1"] == talk.heard
         assert heard_late == late(recorder)
 
     @pytest.mark.parametrize("bare", [True, False])
-    async def test_a_server_that_comes_up_late(self, bare, converse, recorder):
+    async def test_a_server_that_comes_up_late(self, bare, start_conversation, recorder):
         """The plugin calls again each second, and sends what waited: heard once, and no failure.
 
         Alone it reports the failure after 5 s, and the reply is heard nevertheless.
@@ -61,12 +56,16 @@ class TestEachFault:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         server = UltravoxSimulator("late:6", port=port)
-        talk = await converse("ok", server=server, url=f"http://127.0.0.1:{port}/api", bare=bare)
+        url = {"base_url": f"http://127.0.0.1:{port}/api"}
+        ultravox = replace(ULTRAVOX, address=lambda _: url)
+        talk = await start_conversation(
+            "ok", provider=ultravox, simulator=lambda _: nullcontext(server), bare=bare
+        )
         asyncio.get_running_loop().call_later(7.5, lambda: up.append(asyncio.ensure_future(start)))
         up, start = [], server.start()
 
         error, took = await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
         await server.close()
 
         assert ["reply 1"] == talk.heard
@@ -80,21 +79,21 @@ class TestEachFault:
 
 
 class TestCutShort:
-    """More of it, for all three without ids, is in test_held.py."""
+    """More of it, for all three without ids, is in test_failure_before_output.py."""
 
     async def speaking(self, talk):
         """The handle of a reply whose first words are there, a second ago."""
         handle = talk.ask()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await talk.settle(1)
         return handle
 
-    async def test_a_loss_that_no_event_tells_of(self, converse, recorder):
+    async def test_a_loss_that_no_event_tells_of(self, start_conversation, recorder):
         """What cannot be sent makes the plugin open another call, and say nothing."""
-        talk = await converse("slow:5,ok")
+        talk = await start_conversation("slow:5,ok")
         handle = await self.speaking(talk)
         talk.realtime._send_client_event({"unsendable": object()})
-        await talk.commit()
+        await talk.settle()
 
         assert (2, []) == (talk.server.connections, talk.errors)
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -102,21 +101,21 @@ class TestCutShort:
         assert isinstance(handle.exception(), llm.RealtimeError)
         assert None is await talk.reply()
 
-    async def test_a_new_call_on_purpose(self, converse, recorder):
+    async def test_a_new_call_on_purpose(self, start_conversation, recorder):
         """New instructions do the same: heard as far as the caller let it."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         handle = await self.speaking(talk)
         await talk.realtime.update_instructions("other")
-        await talk.commit()
+        await talk.settle()
 
         assert 2 == talk.server.connections
         assert [("succeeded", None)] == ended(recorder)
         assert None is handle.exception()
         assert 0 == recorder.open_spans
 
-    async def test_by_a_tool(self, converse, recorder):
+    async def test_by_a_tool(self, start_conversation, recorder):
         """Words and then a call of a tool: the plugin ends the reply there, and it was heard."""
-        talk = await converse("slow:5")
+        talk = await start_conversation("slow:5")
         await self.speaking(talk)
         (call,) = talk.server._open
         tool = {"toolName": "look_up", "invocationId": "1", "parameters": {}}
@@ -127,22 +126,22 @@ class TestCutShort:
 
 
 class TestPolicy:
-    async def test_one_retry_listens_to_the_deadline(self, converse, recorder):
+    async def test_one_retry_listens_to_the_deadline(self, start_conversation, recorder):
         """Listening costs nothing; to give up before would only make the reply a late one."""
-        talk = await converse("late:18", max_retries=1)
+        talk = await start_conversation("late:18", max_retries=1)
 
         assert (None, 18.0) == await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert LISTENS[:2] == actions(recorder)
         assert ["reply 1"] == talk.heard
 
-    async def test_an_attempt_timeout(self, converse, recorder):
+    async def test_an_attempt_timeout(self, start_conversation, recorder):
         """A shorter one makes more windows; the plugin's own time-out leaves our slot alone."""
-        talk = await converse("late:7", attempt_timeout=2.0)
+        talk = await start_conversation("late:7", attempt_timeout=2.0)
 
         assert (None, 7.0) == await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert LISTENS == actions(recorder)
         assert ["reply 1"] == talk.heard
@@ -150,12 +149,12 @@ class TestPolicy:
     @pytest.mark.parametrize(
         ("script", "heard"), [("silence,ok", ["reply 2"]), ("late:12,ok", ["reply 2", "reply 1"])]
     )
-    async def test_resend_is_at_least_once(self, script, heard, converse, recorder):
+    async def test_resend_is_at_least_once(self, script, heard, start_conversation, recorder):
         """The user's explicit choice: a lost request recovers, and a slow one is heard twice."""
-        talk = await converse(script, on_silence="resend")
+        talk = await start_conversation(script, on_silence="resend")
 
         error, _ = await talk.timed_reply()
-        await talk.commit()
+        await talk.settle()
 
         assert None is error
         assert heard == talk.heard
@@ -166,9 +165,9 @@ class TestPolicy:
         ("kind", "action"),
         [("timeout", "listen"), ("connection_lost", "listen"), ("server_error", None)],
     )
-    async def test_only_silence_is_listened_to(self, kind, action, converse):
+    async def test_only_silence_is_listened_to(self, kind, action, start_conversation):
         """After anything else the plugin might say, nothing is known to be safe."""
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         request = talk.realtime._traced_retry._adapter.request(None)
 
         assert action == request.next_action(failure_from_event(kind, "it failed"))
@@ -176,9 +175,9 @@ class TestPolicy:
 
 class TestLateReplies:
     @pytest.mark.parametrize("event", ["playback_clear_buffer", "another request"])
-    async def test_an_answer_to_something_else_is_not(self, event, converse, recorder):
+    async def test_an_answer_to_something_else_is_not(self, event, start_conversation, recorder):
         """What the server says after the caller spoke, or was asked again, answers that."""
-        talk = await converse("silence,ok")
+        talk = await start_conversation("silence,ok")
         await talk.timed_reply()
         if event == "another request":
             await talk.timed_reply()
@@ -187,44 +186,44 @@ class TestLateReplies:
             await call.send("playback_clear_buffer")
             await talk.settle(1)
             await call.reply(talk.server.requests[0])
-        await talk.commit()
+        await talk.settle()
 
         assert 1 == len(talk.heard)
         assert 0 == late(recorder)
 
-    async def test_an_answer_to_what_was_interrupted_is_not(self, converse, recorder):
+    async def test_an_answer_to_what_was_interrupted_is_not(self, start_conversation, recorder):
         """It was asked again and then interrupted: a reply now may answer either."""
-        talk = await converse("silence,late:3")
+        talk = await start_conversation("silence,late:3")
         await talk.timed_reply()
-        (await talk.asked()).cancel()
-        await talk.commit()
+        (await talk.ask_plugin()).cancel()
+        await talk.settle()
 
         assert ["reply 2"] == talk.heard
         assert 0 == late(recorder)
 
-    async def test_what_is_said_verbatim_is_not(self, converse, recorder):
+    async def test_what_is_said_verbatim_is_not(self, start_conversation, recorder):
         """say() after the failure is no late reply."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         if not talk.realtime.capabilities.supports_say:
             pytest.skip("the plugin has no say() yet in 1.7.0")
         await talk.timed_reply()
         await talk.realtime.say("sorry")
-        await talk.commit()
+        await talk.settle()
 
         assert 0 == late(recorder)
 
 
 class TestInterruption:
     @pytest.mark.parametrize("after", [1.0, 8.0], ids=["in the attempt", "while listening"])
-    async def test_barge_in(self, after, converse, recorder):
+    async def test_barge_in(self, after, start_conversation, recorder):
         """Over at once, and nothing is sent: the caller speaks, and the server hears that."""
-        talk = await converse("silence")
+        talk = await start_conversation("silence")
         handle = talk.session.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(after)
         handle.interrupt()
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert LISTENS[: 1 if after < 5 else 2] == actions(recorder)
@@ -234,33 +233,33 @@ class TestInterruption:
         assert 0 == late(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_the_plugin_alone_asks_for_one_more(self, converse):
+    async def test_the_plugin_alone_asks_for_one_more(self, start_conversation):
         """Its empty immediate message lacks deferResponse: by the protocol, one more request."""
-        talk = await converse("silence,ok", bare=True)
+        talk = await start_conversation("silence,ok", bare=True)
         handle = talk.session.generate_reply()
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         handle.interrupt()
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert 2 == len(talk.server.requests)
         assert [None] == talk.server.cancels
         assert ["reply 2"] == talk.heard
 
-    async def test_a_late_reply_after_it_is_not_counted(self, converse, recorder):
+    async def test_a_late_reply_after_it_is_not_counted(self, start_conversation, recorder):
         """Nobody was told of failure."""
-        talk = await converse("late:7")
-        reply = await talk.asked()
+        talk = await start_conversation("late:7")
+        reply = await talk.ask_plugin()
         reply.cancel()
-        await talk.commit()
+        await talk.settle()
 
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == late(recorder)
 
-    async def test_cancelled_and_superseded_at_once(self, converse, recorder):
+    async def test_cancelled_and_superseded_at_once(self, start_conversation, recorder):
         """The cancel of the older one leaves the newer one's slot alone."""
-        talk = await converse("silence,ok")
-        first = await talk.asked()
+        talk = await start_conversation("silence,ok")
+        first = await talk.ask_plugin()
         first.cancel()
         second = talk.realtime.generate_reply()
 
@@ -268,10 +267,10 @@ class TestInterruption:
         await talk.settle(1)
         assert ["interrupted", "succeeded"] == [end for end, _ in ended(recorder)]
 
-    async def test_a_restart_supersedes(self, converse, recorder):
+    async def test_a_restart_supersedes(self, start_conversation, recorder):
         """New instructions make the plugin open a new call; the old one's request is dropped."""
-        talk = await converse("silence")
-        reply = await talk.asked()
+        talk = await start_conversation("silence")
+        reply = await talk.ask_plugin()
         await asyncio.sleep(8)
         await talk.realtime.update_instructions("other")
 
@@ -281,9 +280,9 @@ class TestInterruption:
 
 
 class TestWhatTheAgentSees:
-    async def test_streams_are_those_of_the_plugin(self, converse):
+    async def test_streams_are_those_of_the_plugin(self, start_conversation):
         """A reply that came while listening is handed over untouched."""
-        talk = await converse("late:7")
+        talk = await start_conversation("late:7")
         made = []
         talk.realtime.on("generation_created", made.append)
 
@@ -292,43 +291,41 @@ class TestWhatTheAgentSees:
         assert made[0].message_stream is generation.message_stream
         assert made[0].function_stream is generation.function_stream
 
-    async def test_names(self, converse, recorder):
-        """The provider's name is plain, and the model the plugin's."""
-        talk = await converse("ok")
+    async def test_span_names_model(self, start_conversation, recorder):
+        """The reply's span carries the model that the plugin names."""
+        talk = await start_conversation("ok")
         await talk.timed_reply()
 
-        (reply,) = recorder.replies
-        assert "ultravox" == reply["gen_ai.provider.name"]
-        assert "fixie-ai/ultravox" == reply["gen_ai.request.model"]
+        assert "fixie-ai/ultravox" == recorder.replies[0]["gen_ai.request.model"]
 
 
 class TestContract:
     """What the adapter relies on, in the installed plugin."""
 
-    async def test_the_slot_needs_its_epoch(self, converse):
+    async def test_the_slot_needs_its_epoch(self, start_conversation):
         """Without the epoch beside it a future in the slot is never resolved."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         slot = talk.realtime._pending_generation_fut = asyncio.Future()
         await talk.server.wait_for("connected")
         (call,) = talk.server._open
         await call.begin()
-        await talk.commit()
+        await talk.settle()
 
         assert not slot.done()
 
-    async def test_an_empty_slot_keeps_a_cancel_quiet(self, converse):
+    async def test_an_empty_slot_keeps_a_cancel_quiet(self, start_conversation):
         """The plugin sends its empty message only for the future in the slot."""
-        talk = await converse("silence", bare=True)
-        theirs = await talk.asked()
+        talk = await start_conversation("silence", bare=True)
+        theirs = await talk.ask_plugin()
         talk.realtime._pending_generation_fut = None
         theirs.cancel()
-        await talk.commit()
+        await talk.settle()
 
         assert [] == talk.server.cancels
 
-    async def test_a_generation_is_created_first_and_uninitiated(self, converse):
+    async def test_a_generation_is_created_first_and_uninitiated(self, start_conversation):
         """So the agent reads the same streams with a handle of its own."""
-        talk = await converse("ok", bare=True)
+        talk = await start_conversation("ok", bare=True)
         made = []
         reply = talk.realtime.generate_reply()
         talk.realtime.on(
@@ -338,9 +335,9 @@ class TestContract:
 
         assert [(False, False)] == made
 
-    async def test_refusals_are_told_in_words(self, converse):
+    async def test_refusals_are_told_in_words(self, start_conversation):
         """``HTTP 401: ...``, and no attribute tells the status."""
-        talk = await converse("unauthorized", bare=True)
+        talk = await start_conversation("unauthorized", bare=True)
         errors = []
         talk.realtime.on("error", errors.append)
         await talk.settle(1)
@@ -348,9 +345,9 @@ class TestContract:
         assert [False] == [e.recoverable for e in errors]
         assert str(errors[0].error).startswith("HTTP 401")
 
-    async def test_an_event_comes_before_its_effect(self, converse):
+    async def test_an_event_comes_before_its_effect(self, start_conversation):
         """So a new call is seen while what the old one was saying is still there."""
-        talk = await converse("slow:5", bare=True)
+        talk = await start_conversation("slow:5", bare=True)
         seen = []
         talk.realtime.on(
             "ultravox_server_event_received",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One agent talking to one server, and what the telemetry says of it."""
+"""One agent that talks to one server, and the telemetry of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from traced_retry import semconv
 
 
 class Conversation:
-    """A running AgentSession, its server, and what was heard."""
+    """A running AgentSession and its server."""
 
     def __init__(self, server, model, session):
         self.server = server
@@ -19,7 +19,9 @@ class Conversation:
         self.closed = []
         session.on("error", self.errors.append)
         session.on("close", self.closed.append)
+        self.generations = []
         self._realtime = session._activity._rt_session
+        self._realtime.on("generation_created", self.generations.append)
 
     @property
     def realtime(self):
@@ -48,9 +50,40 @@ class Conversation:
         error = await self.reply(**kwargs)
         return error, round(now() - began, 3)
 
-    async def commit(self, seconds=30.0):
-        """Let time pass: whatever would be heard late is heard now."""
+    async def received(self, requests=1):
+        """Wait until the server has received this many requests."""
+        await self.server.wait_for(lambda: len(self.server.requests) >= requests)
+
+    async def ask_agent(self, **kwargs):
+        """Ask for a reply and wait until the server has the request; returns the SpeechHandle."""
+        before = len(self.server.requests)
+        handle = self.ask(**kwargs)
+        await self.received(before + 1)
+        return handle
+
+    async def ask_plugin(self, **kwargs):
+        """Ask the plugin for a reply, wait for the server likewise, and return the future."""
+        before = len(self.server.requests)
+        reply = self.realtime.generate_reply(**kwargs)
+        await self.received(before + 1)
+        return reply
+
+    async def settle(self, seconds=30.0):
+        """Let time pass, so that a late reply is heard now."""
         await asyncio.sleep(seconds)
+
+
+class NovaSonicConversation(Conversation):
+    """A conversation with Nova Sonic."""
+
+    @property
+    def heard(self):
+        """The agent's texts, without the empty message that LiveKit adds for each reply."""
+        return [text for text in super().heard if text]
+
+    def ask(self, **kwargs):
+        """Ask for a reply, with instructions unless there are other arguments."""
+        return super().ask(**(kwargs or {"instructions": "SECRET instructions"}))
 
 
 def now():

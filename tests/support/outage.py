@@ -14,8 +14,8 @@ from support.clock import VirtualClockLoop
 from support.scripted import ProviderError
 
 from traced_retry import RetryPolicy
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.loop import Reply
+from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
 
 DOWN = 600.0

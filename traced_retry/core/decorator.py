@@ -6,100 +6,19 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from opentelemetry import metrics, trace
 
-from traced_retry import semconv
-from traced_retry.core.failure import Failure, explain, failure
 from traced_retry.core.loop import Reply
 from traced_retry.core.policy import RetryPolicy
+from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class CallRequest(Generic[T]):
-    """A plain callable as a :class:`~traced_retry.core.request.Request`.
-
-    It is sent again after each failure.
-
-    Args:
-        call: returns a future, or a coroutine to run.
-        resend_after_timeout: whether a request that got no answer may be sent again. False
-            where the late answer to the first could still be heard.
-    """
-
-    __slots__ = ("_call", "_resend_after_timeout")
-
-    def __init__(
-        self, call: Callable[[], Awaitable[T]], *, resend_after_timeout: bool = True
-    ) -> None:
-        self._call = call
-        self._resend_after_timeout = resend_after_timeout
-
-    def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
-        """Call it; a coroutine becomes a task, so that it can be cancelled by itself."""
-        result: Any = self._call()
-        if inspect.iscoroutine(result):
-            return _start(result)
-        if asyncio.isfuture(result):
-            return result
-        if inspect.isawaitable(result):
-            return asyncio.ensure_future(result)
-        raise TypeError(
-            f"{self._call!r} returned a {type(result).__name__}, and only a function that is "
-            "async or returns a future can be retried"
-        )
-
-    def limit(self, action: semconv.Action) -> float | None:
-        """The policy's business."""
-        return None
-
-    def explain(self, error: BaseException) -> Failure:
-        """Classify by the default table."""
-        return explain(error)
-
-    def timed_out(self, seconds: float) -> Failure:
-        """A ``TimeoutError`` of ours."""
-        error = TimeoutError(f"no answer within {seconds:.1f} s")
-        return failure(error, "timeout", ended_locally=True)
-
-    def next_action(self, why: Failure) -> semconv.Action | None:
-        """Send again, unless the first may still be answered."""
-        unanswered = why.kind in ("timeout", "connection_lost")
-        return None if unanswered and not self._resend_after_timeout else "send"
-
-    def ready(self) -> bool:
-        """Always."""
-        return True
-
-    def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
-        """Cancel what still runs."""
-        attempt.cancel()
-
-    def cancel(self, attempt: asyncio.Future[T]) -> None:
-        """Carry the caller's cancel inward."""
-        attempt.cancel()
-
-    def delivery(self, result: T) -> None:
-        """A call that has returned is all there is."""
-
-
-if sys.version_info >= (3, 12):
-
-    def _start(coroutine: Any) -> asyncio.Future[Any]:
-        # A call that need not wait then costs no turn of the event loop.
-        return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
-
-else:
-
-    def _start(coroutine: Any) -> asyncio.Future[Any]:
-        return asyncio.ensure_future(coroutine)
 
 
 def retry(

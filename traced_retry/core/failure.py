@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Final, Literal, TypeVar
 
@@ -222,3 +223,21 @@ def _attribute(error: BaseException, name: str, kind: type[T]) -> T | None:
     except Exception:  # noqa: BLE001 - a property may do anything; aiohttp's `code` warns
         return None
     return value if isinstance(value, kind) else None
+
+
+NOTE: Final = "traced_retry: "
+"""The start of each note that we add to an exception."""
+
+
+def copy_error(failure: Failure) -> Failure:
+    """Return ``failure`` with a copy of its error, without our notes.
+
+    The agent of another reply may hold the original, with the note of that reply.
+    """
+    try:
+        copied = copy.copy(failure.error)
+    except Exception:  # noqa: BLE001 - a provider's class may have an __init__ of its own
+        return failure
+    if notes := getattr(failure.error, "__notes__", None):  # The copy would share the list.
+        copied.__notes__ = [note for note in notes if not note.startswith(NOTE)]
+    return replace(failure, error=copied)

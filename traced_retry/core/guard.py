@@ -16,12 +16,12 @@ logger = logging.getLogger(semconv.SCOPE)
 _logged: set[str] = set()
 
 
-def log_once(message: str) -> None:
-    """Log ``message`` as an ERROR, the first time in this process."""
+def log_once(message: str, level: int = logging.ERROR) -> None:
+    """Log ``message`` the first time in this process."""
     if message not in _logged:
         _logged.add(message)
         with contextlib.suppress(Exception):  # a user's filter may raise, and nobody guards us
-            logger.error(message)
+            logger.log(level, message)
 
 
 def log_suppressed(what: str, error: BaseException) -> None:

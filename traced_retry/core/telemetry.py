@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
@@ -22,6 +22,7 @@ from opentelemetry.util.types import AttributeValue
 from traced_retry import semconv
 from traced_retry._version import __version__
 from traced_retry.core import budget
+from traced_retry.core.attempt import Attempt
 from traced_retry.core.failure import Failure
 from traced_retry.core.guard import log_suppressed, suppress_and_log
 
@@ -205,42 +206,18 @@ def _suppress_and_log(method: M) -> M:
     return guarded  # type: ignore[return-value]
 
 
-def _attempt_end(
-    result: semconv.Result,
-    failure: Failure | None,
-    then: semconv.Action | None,
-    next_delay: float,
-) -> Attributes:
-    """What is known once an attempt has ended."""
-    attributes: Attributes = {semconv.RESULT: result}
+def _attempt_end(attempt: Attempt[Any]) -> Attributes:
+    """Return the attributes that are known once an attempt has ended."""
+    attributes: Attributes = {semconv.RESULT: attempt.result}
+    failure = attempt.failure
     if failure is not None:
         attributes[semconv.ERROR_TYPE] = failure.error_type
         attributes[semconv.RECOVERABLE] = failure.recoverable
-        attributes[semconv.DECISION] = "stop" if then is None else "retry"
+        attributes[semconv.DECISION] = "stop" if attempt.next_action is None else "retry"
         if failure.code is not None:
             attributes[semconv.ERROR_CODE] = failure.code
-        if then is not None:
-            attributes[semconv.NEXT_DELAY] = next_delay
-    return attributes
-
-
-def _reply_end(
-    outcome: semconv.Outcome,
-    stop: semconv.StopReason | None,
-    attempts: int,
-    waited: float,
-    failure: Failure | None,
-) -> Attributes:
-    """What is known once a reply has ended."""
-    attributes: Attributes = {
-        semconv.OUTCOME: outcome,
-        semconv.ATTEMPTS: attempts,
-        semconv.DELAY_TOTAL: waited,
-    }
-    if stop is not None:
-        attributes[semconv.STOP_REASON] = stop
-    if failure is not None:
-        attributes[semconv.ERROR_TYPE] = failure.error_type
+        if attempt.next_action is not None:
+            attributes[semconv.NEXT_DELAY] = attempt.next_delay
     return attributes
 
 
@@ -256,171 +233,182 @@ def _current(context: otel_context.Context | None) -> Iterator[None]:
 
 
 class ReplyTrace:
-    """One reply's spans, metrics and log records. No method of it ever raises.
+    """The spans, metrics and log records of one reply. No method but :meth:`call` ever raises.
 
-    Arguments are positional, and where nothing traces no attribute is put together: this is on
-    the path of every reply.
+    Arguments are positional, and attributes are built only if the span is recording, because this
+    code runs for every reply.
     """
 
     __slots__ = (
-        "_action",
-        "_attempt",
-        "_attempt_context",
+        "_attempts",
+        "_context",
         "_live",
-        "_reply",
-        "_reply_context",
         "_silent",
+        "_span",
         "_telemetry",
+        "_waited",
         "target",
     )
 
     def __init__(self, telemetry: Telemetry, target: Target) -> None:
         self._telemetry = telemetry
         self.target = target
-        # Retries go on where instrumentation is suppressed; they are just not told of.
+        # Retries go on if instrumentation is suppressed. They are only not recorded.
         self._silent = bool(otel_context.get_value(_SUPPRESSED))
         self._live = False
-        self._reply: trace.Span = trace.INVALID_SPAN
-        self._attempt: trace.Span = trace.INVALID_SPAN
-        self._reply_context: otel_context.Context | None = None
-        self._attempt_context: otel_context.Context | None = None
-        self._action: semconv.Action = "send"
+        self._span: trace.Span = trace.INVALID_SPAN
+        self._context: otel_context.Context | None = None
+        self._attempts = 0
+        self._waited = 0.0
 
     @property
     def trace_id(self) -> str | None:
-        """32 hex digits, or None where nothing traces."""
-        context = self._reply.get_span_context()
+        """32 hexadecimal digits, or None if the reply is not traced."""
+        context = self._span.get_span_context()
         return trace.format_trace_id(context.trace_id) if self._live else None
 
     @_suppress_and_log
     def begin(self) -> None:
-        """The agent asked for a reply."""
+        """Start the span of the reply."""
         if self._silent:
             return
-        self._reply = self._telemetry.tracer.start_span(
+        self._span = self._telemetry.tracer.start_span(
             semconv.SPAN_SAY if self.target.say else semconv.SPAN_REPLY,
             kind=SpanKind.INTERNAL,
             attributes=self.target.attributes,
         )
-        # Without an SDK the span has no context of its own: nothing to nest, nothing to describe.
-        self._live = self._reply.get_span_context().is_valid
+        # Without an SDK the span has no context of its own, so there is no span to nest below.
+        self._live = self._span.get_span_context().is_valid
         if self._live:
-            self._reply_context = trace.set_span_in_context(self._reply)
-        self._telemetry.in_flight.add(1, self.target.labels, self._reply_context)
+            self._context = trace.set_span_in_context(self._span)
+        self._telemetry.in_flight.add(1, self.target.labels, self._context)
 
     @_suppress_and_log
-    def attempt_began(self, number: int, action: semconv.Action, delay: float) -> None:
-        """An attempt begins, after ``delay`` seconds of waiting."""
-        self._action = action
+    def attempt_began(self, attempt: Attempt[Any]) -> None:
+        """Start the span of ``attempt``."""
+        self._attempts = attempt.number
         if not self._live:
             return
         attributes = {
             **self.target.attributes,
-            semconv.ATTEMPT: number,
-            semconv.ACTION: action,
-            semconv.DELAY: delay,
+            semconv.ATTEMPT: attempt.number,
+            semconv.ACTION: attempt.action,
+            semconv.DELAY: attempt.delay,
         }
         if self._telemetry.in_livekit:
-            attributes[semconv.LK_RETRY_COUNT] = number - 1
-        self._attempt = self._telemetry.tracer.start_span(
+            attributes[semconv.LK_RETRY_COUNT] = attempt.number - 1
+        attempt.span = self._telemetry.tracer.start_span(
             semconv.SPAN_SAY_ATTEMPT if self.target.say else semconv.SPAN_ATTEMPT,
-            context=self._reply_context,
+            context=self._context,
             kind=SpanKind.CLIENT,
             attributes=attributes,
         )
-        self._attempt_context = trace.set_span_in_context(self._attempt, self._reply_context)
+        attempt.context = trace.set_span_in_context(attempt.span, self._context)
 
-    def call(self, function: Callable[[semconv.Action], T], action: semconv.Action) -> T:
-        """Call ``function`` with the attempt's span as the current one.
+    def call(self, attempt: Attempt[Any], function: Callable[[semconv.Action], T]) -> T:
+        """Call ``function`` with the action of ``attempt``, and its span as the current one.
 
         Raises:
-            BaseException: what ``function`` raises, untouched.
+            BaseException: if ``function`` raises, unchanged.
         """
-        if self._attempt_context is None:
-            return function(action)
-        token = otel_context.attach(self._attempt_context)
+        if attempt.context is None:
+            return function(attempt.action)
+        token = otel_context.attach(attempt.context)
         try:
-            return function(action)
+            return function(attempt.action)
         finally:
             otel_context.detach(token)
 
     @_suppress_and_log
-    def attempt_ended(
-        self,
-        result: semconv.Result,
-        seconds: float,
-        failure: Failure | None = None,
-        then: semconv.Action | None = None,
-        next_delay: float = 0.0,
-        at: int | None = None,
-    ) -> None:
-        """The attempt ended ``at`` (Unix ns; None: now); ``then`` follows in ``next_delay`` s."""
-        if failure is not None and then is not None:
-            self._log_retry(failure, then, next_delay)
+    def attempt_ended(self, attempt: Attempt[Any], seconds: float, at: int | None) -> None:
+        """End the span of ``attempt`` at ``at`` (Unix ns, None for now) and count the attempt."""
+        failure = attempt.failure
+        if failure is not None and attempt.next_action is not None:
+            self._log_retry(attempt.context, failure, attempt.next_action, attempt.next_delay)
         if self._silent:
             return
-        telemetry, context = self._telemetry, self._attempt_context
-        labels = self.target.attempt_labels[self._action, result]
+        telemetry, context = self._telemetry, attempt.context
+        labels = self.target.attempt_labels[attempt.action, attempt.result]
         if failure is not None:
             labels = {**labels, semconv.ERROR_TYPE: failure.error_type}
         try:
             if self._live:
-                self._attempt.set_attributes(_attempt_end(result, failure, then, next_delay))
+                attempt.span.set_attributes(_attempt_end(attempt))
                 if failure is not None:
-                    self._attempt.set_status(StatusCode.ERROR)
+                    attempt.span.set_status(StatusCode.ERROR)
             telemetry.attempt_duration.record(seconds, labels, context)
             if failure is not None:
                 labels = {**labels, semconv.RECOVERABLE: failure.recoverable}
             telemetry.attempts.add(1, labels, context)
         finally:
-            self._attempt.end(at)
+            attempt.span.end(at)
 
     @_suppress_and_log
     def waited(self, seconds: float) -> None:
-        """A wait between two attempts ended (or was cut short)."""
+        """Record a wait before an attempt. It may have been cut short."""
+        self._waited += seconds
         if not self._silent:
-            self._telemetry.delay.record(seconds, self.target.labels, self._reply_context)
+            self._telemetry.delay.record(seconds, self.target.labels, self._context)
 
     @_suppress_and_log
     def end(
         self,
         stop: semconv.StopReason | None,
-        attempts: int,
-        waited: float,
         seconds: float,
-        failure: Failure | None = None,
-        at: int | None = None,
+        failure: Failure | None,
+        at: int | None,
     ) -> None:
-        """The reply ended; ``stop`` is None where it is there, ``failure`` is what is told."""
+        """End the span of the reply at ``at`` (Unix ns, None for now) and count the reply.
+
+        ``stop`` is None if the reply succeeded. ``failure`` holds the error raised to the agent.
+        """
         if stop is not None:
             outcome = semconv.OUTCOME_OF[stop]
         else:
-            outcome = "succeeded" if attempts == 1 else "recovered"
+            outcome = "succeeded" if self._attempts == 1 else "recovered"
         if failure is not None and stop is not None:
-            self._log_failed(failure, outcome, stop, attempts, seconds)
+            self._log_failed(failure, outcome, stop, self._attempts, seconds)
         if self._silent:
             return
-        telemetry, context = self._telemetry, self._reply_context
+        telemetry, context = self._telemetry, self._context
         labels = self.target.reply_labels[outcome]
         try:
             if self._live:
-                self._reply.set_attributes(_reply_end(outcome, stop, attempts, waited, failure))
+                self._span.set_attributes(self._end_attributes(outcome, stop, failure))
                 if failure is not None:
-                    self._reply.set_status(StatusCode.ERROR)
+                    self._span.set_status(StatusCode.ERROR)
             telemetry.in_flight.add(-1, self.target.labels, context)
             telemetry.reply_duration.record(seconds, labels, context)
             if stop is not None:
                 labels = {**labels, semconv.STOP_REASON: stop}
             telemetry.replies.add(1, labels, context)
         finally:
-            self._reply.end(at)
+            self._span.end(at)
+
+    def _end_attributes(
+        self,
+        outcome: semconv.Outcome,
+        stop: semconv.StopReason | None,
+        failure: Failure | None,
+    ) -> Attributes:
+        """Return the attributes that are known once the reply has ended."""
+        attributes: Attributes = {
+            semconv.OUTCOME: outcome,
+            semconv.ATTEMPTS: self._attempts,
+            semconv.DELAY_TOTAL: self._waited,
+        }
+        if stop is not None:
+            attributes[semconv.STOP_REASON] = stop
+        if failure is not None:
+            attributes[semconv.ERROR_TYPE] = failure.error_type
+        return attributes
 
     @_suppress_and_log
     def late(self) -> None:
         """The reply was heard after the agent was told that it had failed."""
         if not self._silent:
-            self._telemetry.late_replies.add(1, self.target.labels, self._reply_context)
-        with _current(self._reply_context):
+            self._telemetry.late_replies.add(1, self.target.labels, self._context)
+        with _current(self._context):
             logger.warning(
                 "%s %s heard after it was reported as failed, trace %s",
                 self.target.provider,
@@ -432,8 +420,14 @@ class ReplyTrace:
     # --- log records ---------------------------------------------------------------------------
 
     @_suppress_and_log
-    def _log_retry(self, failure: Failure, then: semconv.Action, next_delay: float) -> None:
-        with _current(self._attempt_context):
+    def _log_retry(
+        self,
+        context: otel_context.Context | None,
+        failure: Failure,
+        then: semconv.Action,
+        next_delay: float,
+    ) -> None:
+        with _current(context):
             logger.info(
                 "%s attempt failed (%s), %s in %.2f s",
                 self.target.provider,
@@ -458,7 +452,7 @@ class ReplyTrace:
         attempts: int,
         seconds: float,
     ) -> None:
-        with _current(self._reply_context):
+        with _current(self._context):
             logger.warning(
                 "%s %s failed (%s) after %d attempt(s) and %.2f s: %s, stopped by %s, trace %s",
                 self.target.provider,

@@ -30,8 +30,8 @@ def run_checks(
 ) -> Iterator[Check]:
     """Check this process as :func:`traced_retry.enable` would find it.
 
-    If no tracer provider is set, set the SDK up as ``enable`` would. Do not call this function in
-    an event loop, because it waits for servers.
+    If no tracer provider is set, set the SDK up as ``enable`` would. Do not call it inside an
+    event loop, because it waits for servers.
 
     Args:
         preset: as for ``enable``.

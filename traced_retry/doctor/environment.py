@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
+from traced_retry import supported
 from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
 from traced_retry.doctor.check import Check, is_url, redact_url
 
@@ -47,6 +48,8 @@ _PLAIN = re.compile(
 )
 """Variables without secrets. The values of other variables are hidden or shown in part."""
 _FILES = re.compile(r"OTEL_EXPORTER_OTLP_\w*(CERTIFICATE|CLIENT_KEY)|REQUESTS_CA_BUNDLE")
+_OURS = (*ENV, supported.VARIABLE)
+"""Variables that traced-retry reads."""
 _NAME = re.compile(r"[\w.-]{1,40}")
 
 
@@ -54,8 +57,8 @@ def variables() -> Iterator[Check]:
     """Show each set variable that is read, without secrets."""
     found = sorted(name for name in os.environ if _READ.match(name) and os.environ[name])
     for name in found:
-        if name.startswith("TRACED_RETRY_") and name not in ENV:
-            like = difflib.get_close_matches(name, ENV, 1, cutoff=0.85)
+        if name.startswith("TRACED_RETRY_") and name not in _OURS:
+            like = difflib.get_close_matches(name, _OURS, 1, cutoff=0.85)
             if like:
                 yield Check(name, "warn", "is not read", f"did you mean {like[0]}?")
             continue
@@ -70,7 +73,7 @@ def variables() -> Iterator[Check]:
 
 def _shown(name: str, value: str) -> str:
     """Return the value without secrets."""
-    if name in ENV or _PLAIN.fullmatch(name) or _FILES.fullmatch(name):
+    if name in _OURS or _PLAIN.fullmatch(name) or _FILES.fullmatch(name):
         return value
     if name.endswith("_ENDPOINT") or name.upper().endswith("_PROXY"):
         return redact_url(value) if is_url(value) else "(hidden: no http:// or https:// URL)"

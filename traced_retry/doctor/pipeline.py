@@ -12,7 +12,7 @@ from traced_retry import semconv
 from traced_retry._version import __version__
 from traced_retry.doctor.check import Check, redact_url
 from traced_retry.doctor.probe import deliver, diagnose, in_jaeger, jaeger_query_url, server
-from traced_retry.errors import UsageError
+from traced_retry.errors import UsageError, install_command
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import Span, TracerProvider
@@ -34,8 +34,8 @@ def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Che
 
         destination = enable._set_up_once(preset, None).destination
     except ModuleNotFoundError as error:
-        fix = "pip install 'traced-retry[livekit,presets]'"
-        yield Check("provider", "fail", f"spans go nowhere: there is no {error.name}", fix)
+        message = f"spans go nowhere: {error.name} is not installed"
+        yield Check("provider", "fail", message, install_command("agent"))
         return
     except Exception as error:  # noqa: BLE001 - whatever the SDK raises; its text may hold a key
         said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__} in set-up"

@@ -6,16 +6,15 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from traced_retry import supported
 from traced_retry.doctor.check import Check
+from traced_retry.errors import install_command
+from traced_retry.supported import LIVEKIT, installed
 
-TESTED: Final = ((1, 7, 0), (1, 8, 9))
-"""The first and the last version of LiveKit's plugins that the adapters were tested with."""
 _BASE_PLUGIN: Final = {"xai": "openai"}
 """Plugins whose session derives from another's."""
 
@@ -25,50 +24,58 @@ def checks() -> Iterator[Check]:
     try:
         from traced_retry.livekit.registry import ADAPTERS  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        fix = "pip install 'traced-retry[livekit]'"
-        yield Check("livekit", "fail", f"nothing is retried: there is no {error.name}", fix)
+        message = f"nothing is retried: {error.name} is not installed"
+        yield Check("livekit", "fail", message, install_command("livekit"))
         return
-    yield Check("livekit", "ok", f"livekit-agents {_version('livekit-agents')}")
+    chosen: supported.Choice = "warn"
+    try:
+        chosen = supported.choice()
+    except supported.SupportError as error:
+        yield Check(supported.VARIABLE, "fail", str(error), "correct the variable, or unset it")
+    yield _livekit(installed("livekit-agents") or "", chosen)
     known = sorted(
         {home.split(".")[2] for home in ADAPTERS if ".plugins." in home} | set(_BASE_PLUGIN)
     )
     for name in known:
-        if installed := _version(f"livekit-plugins-{name}"):
-            yield _plugin(name, installed, ADAPTERS)
-    if installed := _version("livekit-plugins-nvidia"):
-        yield Check("plugin nvidia", "ok", f"{installed}: has no generate_reply; nothing to retry")
+        if there := installed(f"livekit-plugins-{name}"):
+            yield _plugin(name, there, ADAPTERS, chosen)
+    if there := installed("livekit-plugins-nvidia"):
+        yield Check("plugin nvidia", "ok", f"{there}: has no generate_reply; nothing to retry")
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+def _livekit(there: str, chosen: supported.Choice) -> Check:
+    said = f"livekit-agents {there}"
+    if LIVEKIT.newer(there) and chosen != "allow":
+        effect = "traced and not retried" if chosen == "observe" else "retried all the same"
+        message = f"{said} is newer than {LIVEKIT.newest}, the newest tested; replies are {effect}"
+        fix = f"look for a newer traced-retry, or set {supported.VARIABLE}=allow"
+        return Check("livekit", "warn", message, fix)
+    return Check("livekit", "ok", said)
 
 
-def _plugin(name: str, installed: str, adapters: dict[str, str]) -> Check:
+def _plugin(name: str, there: str, adapters: dict[str, str], chosen: supported.Choice) -> Check:
     check, like = f"plugin {name}", f"livekit.plugins.{_BASE_PLUGIN.get(name, name)}."
     adapter = next(adapter for home, adapter in adapters.items() if home.startswith(like))
-    parts = tuple(int(part) for part in re.findall(r"\d+", installed)[:3])
-    tested = TESTED[0] <= parts <= TESTED[1]
+    tested = there in LIVEKIT
     names = [n for home, a in adapters.items() if a == adapter and (n := session_names(home))]
     module, _, class_name = adapter.partition(":")
     try:
         required = getattr(importlib.import_module(module), class_name).required_attributes
     except ModuleNotFoundError as error:
-        said = f"{installed}: its realtime part is not installed (no {error.name})"
+        said = f"{there}: its realtime part is not installed (no {error.name})"
         return Check(check, "ok", said)
-    missing = [name for name in required if not any(name in there for there in names)]
-    between = "tested are {}.{}.{} to {}.{}.{}".format(*TESTED[0], *TESTED[1])
+    missing = [name for name in required if not any(name in found for found in names)]
+    between = f"tested are {LIVEKIT.oldest} to {LIVEKIT.newest}"
     fix = f"install a version of livekit-plugins-{name} that was tested: {between}"
     if names and missing:
         gone = ", ".join(missing)
-        return Check(check, "warn", f"{installed}: observe-only, for {gone} is gone", fix)
+        return Check(check, "warn", f"{there}: observe-only, for {gone} is gone", fix)
     if not names and not tested:
-        said = f"{installed}: no RealtimeSession was found; it may be observe-only"
+        said = f"{there}: no RealtimeSession was found; it may be observe-only"
         return Check(check, "warn", said, fix)
-    untested = "" if tested else f" (not a version it was tested with; {between})"
-    return Check(check, "ok", f"{installed}: {class_name} is active{untested}")
+    if not tested and chosen != "allow":
+        return Check(check, "warn", f"{there}: {class_name} is active; {between}", fix)
+    return Check(check, "ok", f"{there}: {class_name} is active")
 
 
 def session_names(module: str) -> set[str]:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,16 +56,11 @@ def load(path: str | os.PathLike[str]) -> ConfigFile:
         ConfigurationFileError: if the file cannot be read or holds an invalid value.
     """
     path = Path(path)
-    try:
-        from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
-            ConfigurationError,
-            load_config_file,
-        )
-    except ModuleNotFoundError:
-        raise ConfigurationFileError(
-            f"{path}: configuration files need opentelemetry-configuration: "
-            "pip install 'traced-retry[presets]'"
-        ) from None
+    from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
+        ConfigurationError,
+        load_config_file,
+    )
+
     try:
         model = load_config_file(path)
     except ConfigurationError as error:
@@ -207,7 +202,9 @@ def _is_url(endpoint: str | None) -> bool:
 
 
 def _plugin_names() -> set[str]:
-    return {e.name for e in entry_points() if e.group.startswith("opentelemetry_")}
+    # entry_points() without arguments is deprecated on Python 3.11.
+    found = (entry for distribution in distributions() for entry in distribution.entry_points)
+    return {entry.name for entry in found if entry.group.startswith("opentelemetry_")}
 
 
 def _extract_options(path: Path, model: OpenTelemetryConfiguration) -> RetryOptions:

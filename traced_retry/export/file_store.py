@@ -14,7 +14,7 @@ import glob
 import json
 import os
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Final
@@ -60,7 +60,7 @@ def latest_store() -> Path | None:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).strftime(_STAMP)
+    return datetime.now(UTC).strftime(_STAMP)
 
 
 class StoreExporter(SpanExporter):

@@ -22,9 +22,10 @@ from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter
 
+from traced_retry import shipped_files
 from traced_retry.core.guard import logger
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.export import files
+from traced_retry.errors import missing_extra
 from traced_retry.export.file_store import StoreExporter, new_store, store_processor
 from traced_retry.export.processor import (
     METRICS_WITHIN,
@@ -71,7 +72,7 @@ def set_up(preset: str | None, service_name: str | None) -> SdkSetup:
         ExportError: if the preset does not exist, or if a variable is invalid.
         ConfigurationFileError: if the configuration file is invalid.
     """
-    known = files.presets()
+    known = shipped_files.presets()
     if preset is not None and preset not in known:
         raise ExportError(f"preset is {preset!r}; it must be one of {', '.join(known)}")
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
@@ -81,7 +82,7 @@ def set_up(preset: str | None, service_name: str | None) -> SdkSetup:
     if _exporter_names("TRACES") is not None or _exporter_names("METRICS") is not None:
         return _from_environment(service_name or SERVICE)
     if preset is not None:
-        declared = _load_file(known[preset])
+        declared = _load_file(known[preset], f"preset {preset!r}")
         if service_name is not None and not os.environ.get("OTEL_SERVICE_NAME"):
             _set_service_name(declared, service_name)
         return _from_config_file(declared, f"preset {preset}")
@@ -97,10 +98,14 @@ def file_policy() -> RetryPolicy | None:
     return _load_file(Path(path)).options.policy() if path else None
 
 
-def _load_file(path: Path) -> ConfigFile:
+def _load_file(path: Path, feature: str = "OTEL_CONFIG_FILE") -> ConfigFile:
     # Import this late: the import blocks the job's event loop for 0.5 s.
-    from traced_retry.export.config_file import load  # noqa: PLC0415
+    try:
+        import opentelemetry.configuration  # noqa: F401, PLC0415 - an extra of its own
 
+        from traced_retry.export.config_file import load  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ExportError(str(missing_extra(feature, error))) from None
     return load(path)
 
 

@@ -16,10 +16,9 @@ from typing import Any, ClassVar, Protocol
 from livekit.agents import APIConnectionError, llm
 
 from traced_retry import semconv
-from traced_retry.core.decorator import CallRequest
 from traced_retry.core.failure import CODES, Failure, Kind, explain, failure, plain_code
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.core.request import Delivery, Request
+from traced_retry.core.request import CallRequest, Delivery, Request
 from traced_retry.core.telemetry import Target
 
 Generation = llm.GenerationCreatedEvent

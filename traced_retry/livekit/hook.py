@@ -24,10 +24,11 @@ from livekit.agents import telemetry as livekit_telemetry
 from opentelemetry import metrics
 from opentelemetry import trace as otel_trace
 
-from traced_retry import semconv
-from traced_retry.core.failure import Failure
+from traced_retry import semconv, supported
+from traced_retry.core.cooldown import SessionCooldown
+from traced_retry.core.failure import Failure, copy_error
 from traced_retry.core.guard import log_once, suppress_and_log
-from traced_retry.core.loop import FailedReply, Reply, SessionCooldown, copy_error
+from traced_retry.core.loop import FailedReply, Reply
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.core.request import Request
 from traced_retry.core.telemetry import Target, Telemetry
@@ -49,6 +50,8 @@ class _Config:
     policy: RetryPolicy
     telemetry: Telemetry
     on_exhausted: OnExhausted | None = None
+    may_retry: bool = True
+    """False if the user does not want retries on this version of LiveKit."""
 
 
 def _config(
@@ -61,7 +64,8 @@ def _config(
     # set the global provider; without that call it follows the global one.
     tracer = livekit_telemetry.tracer if tracer_provider is None else None
     telemetry = Telemetry(tracer_provider, meter_provider, tracer=tracer, in_livekit=True)
-    return _Config(policy or RetryPolicy.from_env(), telemetry, on_exhausted)
+    may_retry = supported.check_livekit()
+    return _Config(policy or RetryPolicy.from_env(), telemetry, on_exhausted, may_retry)
 
 
 class SessionHook:
@@ -81,7 +85,7 @@ class SessionHook:
         self._open: dict[Reply[Generation], PassthroughRequest] = {}
         self._callbacks: set[asyncio.Future[None]] = set()
         self._closed_by: tuple[Failure, semconv.StopReason] | None = None
-        self._retry_after = SessionCooldown()
+        self._cooldown = SessionCooldown()
         self._checked = False
         self._adapter = adapter_class(session)(session, self)
         setattr(session, _HOOK, self)
@@ -109,7 +113,7 @@ class SessionHook:
             request,
             self._config.policy,
             self._target,
-            retry_after=self._retry_after,
+            cooldown=self._cooldown,
             on_failed=self._schedule_callback if self._config.on_exhausted is not None else None,
         )
 
@@ -127,7 +131,7 @@ class SessionHook:
         policy: RetryPolicy,
         target: Target,
         *,
-        retry_after: SessionCooldown | None = None,
+        cooldown: SessionCooldown | None = None,
         on_failed: Callable[[FailedReply], None] | None = None,
     ) -> asyncio.Future[Generation]:
         trace = self._config.telemetry.reply(target)
@@ -136,7 +140,7 @@ class SessionHook:
             request,
             policy,
             trace,
-            retry_after=retry_after,
+            cooldown=cooldown,
             on_failed=on_failed,
             on_ended=self._ended,
         )
@@ -214,10 +218,13 @@ class SessionHook:
         if not self._checked:
             self._checked = True
             if missing := self._adapter.missing_attributes():
+                tested = supported.LIVEKIT
                 log_once(
                     f"{type(self._session).__module__} has no {', '.join(missing)} any more: its "
-                    "replies are traced and not retried; look for a newer traced-retry"
+                    "replies are traced and not retried. Install a tested version of the plugin, "
+                    f"{tested.oldest} to {tested.newest}, or a newer traced-retry."
                 )
+            if missing or not self._config.may_retry:
                 self._adapter = Adapter(self._session, self)
             self._identify_target()
         return self._adapter

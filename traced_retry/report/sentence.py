@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Final
 
 from traced_retry import semconv
@@ -61,7 +61,7 @@ def overview(replies: Sequence[Reply], *, unreadable_lines: int = 0) -> str:
 
 def when(at: float) -> str:
     """Return Unix seconds ``at`` as date and time, UTC."""
-    return datetime.fromtimestamp(at, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def seconds(value: float) -> str:

@@ -515,7 +515,7 @@ class _Config:
 
 def _trusting(real: Any, ca: bytes) -> Any:
     """The SDK's transport, as a class that trusts the simulator's certificate and no other."""
-    from awscrt import io  # type: ignore[import-untyped]  # noqa: PLC0415 - the plugin brings it
+    from awscrt import io  # noqa: PLC0415 - the plugin brings it
 
     class Transport(real):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from traced_retry.simulator.script import FAULTS, Fault, Script
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 # Seconds, on the loop's clock, that a client has to answer a close frame.
 CLOSE_TIMEOUT = 1.0

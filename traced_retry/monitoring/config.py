@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives, thresholds and windows of the shipped alerts: read from a file, and checked.
+"""The objectives, thresholds and windows of the shipped alerts, read from a file and checked.
 
-``dashboards/config.yaml`` has the defaults, and says what each is for.
+``dashboards/config.yaml`` has the defaults and explains each of them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"([1-9][0-9]*)([smhd])")
 
 _EVERY: Final = 0.999
-"""A ratio that even a total outage hardly exceeds: one success in a thousand keeps it below."""
+"""A ratio that even a total outage hardly exceeds: one success in a thousand keeps it lower."""
 
 STEP: Final = 60
-"""Seconds between two samples of the rolled-up series; no window can be shorter."""
+"""Seconds between two samples of the rolled-up series, the shortest possible window."""
 
 
 class ThresholdError(UsageError):
-    """A threshold that cannot be; the message names it, its value and what is allowed."""
+    """An invalid threshold; the message names it, its value and the allowed values."""
 
 
 def seconds(duration: str) -> int:
-    """Seconds of a Prometheus duration of one unit, such as ``90s``, ``5m``, ``1h``, ``3d``.
+    """Return the seconds of a Prometheus duration of one unit, such as ``90s``, ``5m``, ``1h``.
 
     Raises:
-        ThresholdError: it is not one.
+        ThresholdError: if the duration is invalid.
     """
     match = _DURATION.fullmatch(duration) if isinstance(duration, str) else None
     if match is None:
@@ -49,7 +49,7 @@ class BurnRate:
 
     severity: Literal["critical", "warning"]
     factor: float
-    """How many times faster than the objective allows the budget burns."""
+    """The rate at which the budget burns, as a multiple of the rate that the objective allows."""
     long: str
     short: str
     for_: str
@@ -94,21 +94,21 @@ class Thresholds:
         """The share of replies that may be exhausted, 0 to 1."""
         return round(1 - self.objective / 100, 10)
 
-    def but(self, **changes: Any) -> Thresholds:
-        """These with some changed; None changes nothing.
+    def replace(self, **changes: Any) -> Thresholds:
+        """Return a copy with some values changed; None changes nothing.
 
         Raises:
-            ThresholdError: one of them cannot be.
+            ThresholdError: if a value is invalid.
         """
         return replace(self, **{name: v for name, v in changes.items() if v is not None})
 
 
 def read(path: Path) -> Thresholds:
-    """The thresholds in a file of the shape of ``dashboards/config.yaml``.
+    """Return the thresholds in a file in the format of ``dashboards/config.yaml``.
 
     Raises:
-        ThresholdError: it cannot be read, a key is missing, unknown or of the wrong kind, or a
-            value cannot be.
+        ThresholdError: if the file cannot be read, if a key is missing, unknown or of the wrong
+            type, or if a value is invalid.
     """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -121,7 +121,7 @@ def read(path: Path) -> Thresholds:
 
 
 def parse(found: Any, where: str) -> Thresholds:
-    """The thresholds in what a YAML file held.
+    """Return the thresholds in the content of a YAML file.
 
     Raises:
         ThresholdError: as :func:`read`.

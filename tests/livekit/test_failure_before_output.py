@@ -4,36 +4,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from typing import NamedTuple
 
 import aiohttp
 import pytest
-from livekit.agents import Agent, AgentSession, function_tool, llm
-from support.conversation import Conversation, codes, ended, now
-from support.kin import ALL, VOICELIVE, connected
-from support.without_ids import a_nova_sonic, a_phonic, an_ultravox
+from livekit.agents import Agent, function_tool, llm
+from support.conversation import codes, ended, now
+from support.providers import OPENAI_COMPATIBLE, PROVIDERS, VOICELIVE
 
-import traced_retry
 from traced_retry import semconv
 
 
-@pytest.fixture(params=ALL)
-def kin(request):
-    """One of those whose replies carry the id of their request."""
-    return ALL[request.param]
-
-
-@pytest.fixture
-def converse(converse, kin):
-    """The shared ``converse``, over one of them."""
-
-    async def converse_over_kin(script, **kwargs):
-        talk = await converse(script, model=kin.model, simulator=kin.simulator, **kwargs)
-        if kin is VOICELIVE:
-            await connected(talk)
-        return talk
-
-    return converse_over_kin
+@pytest.fixture(params=OPENAI_COMPATIBLE)
+def provider(request):
+    """Return each provider whose replies carry the id of their request."""
+    return PROVIDERS[request.param]
 
 
 RECOVERS = {
@@ -49,35 +34,49 @@ RECOVERS = {
     "failed_later,slow:1": ["server_error"],
 }
 
+
+class Row(NamedTuple):
+    """The expected result of one reply."""
+
+    heard: list[str]
+    """The texts that the agent says."""
+    requests: int
+    """The number of requests that the server receives."""
+    outcome: str
+    stop_reason: str | None
+    code: str | None
+    """The code of the error that the agent gets."""
+
+
 TOLD = {
     # script: heard, requests, outcome, stop reason, the code the agent gets
-    "failed_later": ([], 4, "exhausted", "max_attempts", "server_error"),
-    "failed_message": ([], 4, "exhausted", "max_attempts", "server_error"),
-    "failed_later:insufficient_quota,ok": (
+    "failed_later": Row([], 4, "exhausted", "max_attempts", "server_error"),
+    "failed_message": Row([], 4, "exhausted", "max_attempts", "server_error"),
+    "failed_later:insufficient_quota,ok": Row(
         [],
         1,
         "not_recoverable",
         "not_recoverable",
         "insufficient_quota",
     ),
-    "failed_later,error:invalid_value,ok": (
+    "failed_later,error:invalid_value,ok": Row(
         [],
         2,
         "not_recoverable",
         "not_recoverable",
         "invalid_value",
     ),
-    "incomplete,ok": ([], 1, "not_recoverable", "not_recoverable", "content_filter"),
-    "failed_during,ok": (["reply"], 1, "not_recoverable", "output_started", "server_error"),
-    "failed_later,failed_during": (
+    "incomplete,ok": Row([], 1, "not_recoverable", "not_recoverable", "content_filter"),
+    "failed_during,ok": Row(["reply"], 1, "not_recoverable", "output_started", "server_error"),
+    "failed_later,failed_during": Row(
         ["reply"],
         2,
         "not_recoverable",
         "output_started",
         "server_error",
     ),
-    "drop_during,ok": (["reply"], 1, "not_recoverable", "output_started", None),
-    "stalled": ([], 1, "exhausted", "deadline", None),
+    "drop_during,ok": Row(["reply"], 1, "not_recoverable", "output_started", None),
+    "stalled": Row([], 1, "exhausted", "deadline", None),
 }
 
 
@@ -107,29 +106,29 @@ def helper(called):
 
 class TestBeforeTheFirstWord:
     @pytest.mark.parametrize("script", RECOVERS)
-    async def test_it_recovers(self, script, kin, converse, recorder):
+    async def test_it_recovers(self, script, provider, start_conversation, recorder):
         """The agent sees one generation and one event, and hears one reply, whole."""
-        talk = await converse(script, deadline=60.0)
+        talk = await start_conversation(script, deadline=60.0)
         events = []
         talk.realtime.on("generation_created", events.append)
 
         assert None is await talk.reply(instructions="SECRET")
-        await talk.commit()
+        await talk.settle()
 
         failed = RECOVERS[script]
-        if kin is VOICELIVE:  # its plugin sends a dropped request again by itself
+        if provider is VOICELIVE:  # its plugin sends a dropped request again by itself
             failed = [code for code in failed if code != "connection_lost"]
         number = len(talk.server.requests)
         assert [f"reply {number}"] == talk.heard
         assert [("recovered", None)] == ended(recorder)
         assert [*failed, None] == codes(recorder)
-        assert {kin.provider} == {a[semconv.PROVIDER] for a in recorder.attempts}
+        assert {provider.name} == {a[semconv.PROVIDER] for a in recorder.attempts}
         assert 1 == len([event for event in events if event.user_initiated])
         assert 0 == recorder.open_spans
 
-    async def test_the_history_knows_what_was_heard(self, converse):
+    async def test_the_history_knows_what_was_heard(self, start_conversation):
         """Under the id of the server's item: else the next turn would delete it there."""
-        talk = await converse("failed_message,ok,ok")
+        talk = await start_conversation("failed_message,ok,ok")
         spoken = []
         talk.server._on_event = lambda direction, event: spoken.extend(
             item["id"]
@@ -146,28 +145,28 @@ class TestBeforeTheFirstWord:
         assert set(spoken) <= set(connection.items)
 
     @pytest.mark.parametrize("script", TOLD)
-    async def test_it_is_told(self, script, converse, recorder):
+    async def test_it_is_told(self, script, start_conversation, recorder):
         """By span and metric, and by the handle's exception(), with the provider's code."""
-        heard, requests, outcome, stop, code = TOLD[script]
-        talk = await converse(script)
+        row = TOLD[script]
+        talk = await start_conversation(script)
 
         error = await talk.reply(instructions="SECRET")
-        await talk.commit()
+        await talk.settle()
 
-        assert [(outcome, stop)] == ended(recorder)
-        assert heard == talk.heard
-        assert requests == len(talk.server.requests)
+        assert [(row.outcome, row.stop_reason)] == ended(recorder)
+        assert row.heard == talk.heard
+        assert row.requests == len(talk.server.requests)
         assert isinstance(error, llm.RealtimeError)
-        assert code == error.code
+        assert row.code == error.code
         assert 0 == recorder.open_spans
 
-    async def test_a_tool_is_called_by_the_next(self, converse, recorder):
+    async def test_a_tool_is_called_by_the_next(self, start_conversation, recorder):
         """The stream of function calls goes on as the messages do."""
         called = []
-        talk = await converse("failed_later,tool:look_up,ok", agent=helper(called))
+        talk = await start_conversation("failed_later,tool:look_up,ok", agent=helper(called))
 
         assert None is await talk.reply(instructions="SECRET")
-        await talk.commit()
+        await talk.settle()
 
         assert [True] == called
         assert ["reply 3"] == talk.heard
@@ -175,13 +174,13 @@ class TestBeforeTheFirstWord:
 
 
 class TestAfterATool:
-    async def test_it_is_told_and_not_asked_again(self, converse, recorder):
+    async def test_it_is_told_and_not_asked_again(self, start_conversation, recorder):
         """A tool may not run twice. LiveKit asks for the reply to its result, which is another."""
         called = []
-        talk = await converse("failed_tool:look_up,ok", agent=helper(called))
+        talk = await start_conversation("failed_tool:look_up,ok", agent=helper(called))
 
         error = await talk.reply(instructions="SECRET")
-        await talk.commit()
+        await talk.settle()
 
         assert [True] == called
         assert ["reply 2"] == talk.heard
@@ -193,14 +192,14 @@ class TestAfterATool:
 
 class TestTheNextReply:
     @pytest.mark.parametrize("script", QUEUED)
-    async def test_queued_behind_one_that_fails(self, script, converse, recorder):
+    async def test_queued_behind_one_that_fails(self, script, start_conversation, recorder):
         """It waits, is asked once, and is heard in its turn."""
         heard, (outcome, stop) = QUEUED[script]
-        talk = await converse(script)
+        talk = await start_conversation(script)
 
         first, second = talk.ask(instructions="SECRET"), talk.ask(instructions="SECRET")
         await asyncio.gather(first, second)
-        await talk.commit()
+        await talk.settle()
 
         assert heard == talk.heard
         assert [(outcome, stop), ("succeeded", None)] == ended(recorder)
@@ -208,9 +207,9 @@ class TestTheNextReply:
         assert second.exception() is None
         assert 0 == recorder.open_spans
 
-    async def test_one_that_stalled_is_cancelled_by_its_id(self, converse):
+    async def test_one_that_stalled_is_cancelled_by_its_id(self, start_conversation):
         """Else it would stay active at the server, which rejects every later request for it."""
-        talk = await converse("stalled,ok")
+        talk = await start_conversation("stalled,ok")
 
         assert isinstance(await talk.reply(), llm.RealtimeError)
         assert None is await talk.reply()
@@ -222,9 +221,11 @@ class TestTheNextReply:
 
 class TestCutShort:
     @pytest.mark.parametrize("seconds", [59, 61, 7200])
-    async def test_by_a_server_that_falls_silent(self, seconds, kin, converse, recorder):
+    async def test_by_a_server_that_falls_silent(
+        self, seconds, provider, start_conversation, recorder
+    ):
         """After a minute without a sign it is told; its response is cancelled by its id."""
-        talk = await converse(f"slow:{seconds},ok")
+        talk = await start_conversation(f"slow:{seconds},ok")
         began = now()
         handle = talk.ask(instructions="SECRET")
         await handle
@@ -240,39 +241,22 @@ class TestCutShort:
         assert 0 == recorder.open_spans
         assert None is await talk.reply()
 
-    @pytest.mark.parametrize("kin", ["openai", "xai", "inference"], indirect=True)
-    async def test_by_an_error_that_ends_the_session(self, converse, recorder):
+    @pytest.mark.parametrize("provider", ["openai", "xai", "inference"], indirect=True)
+    async def test_by_an_error_that_ends_the_session(self, start_conversation, recorder):
         """What was heard in part was not heard: it is told, as after a lost connection."""
-        talk = await converse("slow:3")
+        talk = await start_conversation("slow:3")
         handle = talk.ask(instructions="SECRET")
-        await talk.server.wait_for(lambda: talk.server.requests)
+        await talk.received()
         await asyncio.sleep(1)
         (connection,) = talk.server._open
         fatal = "insufficient_quota"
         await connection.reject(None, fatal, "You exceeded your current quota.", fatal)
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert ["reply"] == talk.heard
         assert ["not_recoverable"] == [outcome for outcome, _ in ended(recorder)]
         assert [fatal] == codes(recorder)
-
-
-@pytest.fixture(params=[an_ultravox, a_phonic, a_nova_sonic])
-async def without_ids(request, recorder):
-    """Of a script makes a conversation with one of those whose replies carry no id."""
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def converse(script, **kwargs):
-            server, model = await request.param(stack, script)
-            policy = traced_retry.RetryPolicy()
-            traced_retry.wrap(model, policy=policy, **recorder.providers, **kwargs)
-            session = await stack.enter_async_context(AgentSession(llm=model))
-            await session.start(Agent(instructions="SECRET instructions"))
-            await asyncio.sleep(1)  # Nova Sonic's plugin opens its stream after 0.55 s
-            return Conversation(server, model, session)
-
-        yield converse
 
 
 async def lose(server):
@@ -283,16 +267,17 @@ async def lose(server):
         client.abort()
 
 
+@pytest.mark.parametrize("provider", ["ultravox", "phonic", "aws"], indirect=True)
 class TestCutShortWithoutIds:
     """Nothing is asked again and no stream is touched; the failure is told."""
 
-    async def test_it_is_told(self, without_ids, recorder, caplog):
+    async def test_it_is_told(self, start_conversation, recorder, caplog):
         """By span, metric, log, on_exhausted and the handle's exception()."""
         failed = []
-        talk = await without_ids("drop_during,ok", on_exhausted=failed.append)
+        talk = await start_conversation("drop_during,ok", on_exhausted=failed.append)
 
         error = await talk.reply(instructions="SECRET")
-        await talk.commit()
+        await talk.settle()
 
         assert isinstance(error, llm.RealtimeError)
         assert [("not_recoverable", "output_started")] == ended(recorder)
@@ -308,9 +293,9 @@ class TestCutShortWithoutIds:
         spans = [s.to_json() for s in recorder.spans() if s.name.startswith(semconv.SPAN_REPLY)]
         assert "SECRET" not in repr([spans, error, failed, [vars(r) for r in ours]])
 
-    async def test_one_that_ends_well(self, without_ids, recorder):
+    async def test_one_that_ends_well(self, start_conversation, recorder):
         """It is told as it ends, and heard from its first words on."""
-        talk = await without_ids("slow:3")
+        talk = await start_conversation("slow:3")
         handle = talk.ask(instructions="SECRET")
         await asyncio.sleep(2.9)
         assert [] == ended(recorder)
@@ -323,45 +308,45 @@ class TestCutShortWithoutIds:
         await handle
         assert None is handle.exception()
 
-    async def test_one_that_is_whole(self, without_ids, recorder):
+    async def test_one_that_is_whole(self, start_conversation, recorder):
         """What is lost after its end is not part of it."""
-        talk = await without_ids("ok")
+        talk = await start_conversation("ok")
         error = await talk.reply(instructions="SECRET")
         await lose(talk.server)
-        await talk.commit()
+        await talk.settle()
 
         assert None is error
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_barge_in(self, without_ids, recorder):
+    async def test_barge_in(self, start_conversation, recorder):
         """It is over at once, and was heard as far as the caller let it."""
-        talk = await without_ids("slow:5")
+        talk = await start_conversation("slow:5")
         talk.ask(instructions="SECRET")
         await asyncio.sleep(1)
         talk.session.interrupt()
         await asyncio.sleep(0.05)
         over = ended(recorder)
         await lose(talk.server)
-        await talk.commit()
+        await talk.settle()
 
         assert [("succeeded", None)] == over
         assert over == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_a_session_that_is_closed(self, without_ids, recorder):
+    async def test_a_session_that_is_closed(self, start_conversation, recorder):
         """As far as that let it, likewise."""
-        talk = await without_ids("slow:5")
+        talk = await start_conversation("slow:5")
         talk.ask(instructions="SECRET")
         await asyncio.sleep(1)
         await talk.realtime.aclose()
-        await talk.commit()
+        await talk.settle()
 
         assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_one_whose_end_nobody_tells(self, without_ids, recorder):
+    async def test_one_whose_end_nobody_tells(self, start_conversation, recorder):
         """No span stays open for longer than a minute; nothing says that it was not heard."""
-        talk = await without_ids("slow:600")
+        talk = await start_conversation("slow:600")
         talk.ask(instructions="SECRET")
         await asyncio.sleep(59)
         assert [] == ended(recorder)
@@ -370,5 +355,5 @@ class TestCutShortWithoutIds:
         assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
         await lose(talk.server)
-        await talk.commit()
+        await talk.settle()
         assert 1 == len(ended(recorder))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One conversation over a real WebSocket, as a program: ``python converse.py SCRIPT``.
+"""One conversation over a real WebSocket, as a program: ``python run_conversation.py SCRIPT``.
 
 It knows nothing of traced-retry but for the simulator, so that it can be run under
 ``opentelemetry-instrument``. It prints what the server heard, as JSON.
@@ -21,7 +21,7 @@ from traced_retry.simulator import OpenAISimulator
 SECRET = "the caller's name is Rumpelstiltskin"
 
 
-async def converse(script: str = "ok") -> dict[str, int]:
+async def run_conversation(script: str = "ok") -> dict[str, int]:
     """Ask for one reply; returns how many requests were heard, and how many completed."""
     async with OpenAISimulator(script) as server, aiohttp.ClientSession() as http:
         model = openai.realtime.RealtimeModel(
@@ -38,4 +38,4 @@ async def converse(script: str = "ok") -> dict[str, int]:
 
 if __name__ == "__main__":
     logging.getLogger("livekit").setLevel(logging.CRITICAL)
-    sys.stdout.write(json.dumps(asyncio.run(converse(*sys.argv[1:]))) + "\n")
+    sys.stdout.write(json.dumps(asyncio.run(run_conversation(*sys.argv[1:]))) + "\n")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: INP001 - a script; the folder ships as data
-"""Write ``grafana/*.json``: the overview, one provider, and the runbook.
+"""The Grafana dashboards: the overview, one provider, and the runbook.
 
-Counts come from the rolled-up series, which read either of the two ways in which replies are
-counted; what only one of them has says so in its description. Thresholds are series as well
-(``rules.py``), so that a dashboard draws those in force.
+Counts come from the rolled-up series, which work for both ways of counting replies. If a panel
+needs one of the two ways, its description says so. Thresholds are series as well
+(``traced_retry.monitoring.alerts``), so that a dashboard draws the thresholds in force.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from build import GENERATE_REPLY
-from build_panels import (
+from panels import (
     Board,
     Markdown,
     Panel,
@@ -27,14 +25,13 @@ from build_panels import (
     rollup,
 )
 
-from traced_retry import rules, semconv
+from traced_retry import semconv
+from traced_retry.monitoring import alerts
+from traced_retry.monitoring.alerts import label
+from traced_retry.monitoring.recording import GENERATE_REPLY
 
-HERE: Final = Path(__file__).parent
-TARGET: Final = HERE / "grafana"
-
-label = rules.label
 PROVIDER: Final = label(semconv.PROVIDER)
-ENVIRONMENT: Final = label(rules.ENVIRONMENT)
+ENVIRONMENT: Final = label(alerts.ENVIRONMENT)
 OUTCOME: Final = label(semconv.OUTCOME)
 STOP: Final = label(semconv.STOP_REASON)
 RESULT: Final = label(semconv.RESULT)
@@ -43,9 +40,9 @@ RECOVERABLE: Final = label(semconv.RECOVERABLE)
 ACTION: Final = label(semconv.ACTION)
 MODEL: Final = label(semconv.MODEL)
 
-REPLIES: Final = rules.REPLIES
-ATTEMPTS: Final = rules.ATTEMPTS
-SILENCE: Final = rules.SILENCE
+REPLIES: Final = alerts.REPLIES
+ATTEMPTS: Final = alerts.ATTEMPTS
+SILENCE: Final = alerts.SILENCE
 ATTEMPT_SECONDS: Final = "provider:traced_retry_attempt_duration_seconds_bucket:increase1m"
 DELAY: Final = "provider:traced_retry_delay_seconds_bucket:increase1m"
 
@@ -82,9 +79,9 @@ def share(part: str, whole: str) -> str:
 
 def of_replies(outcome: str, by: str = "", over: str = EITHER) -> str:
     """The share of replies that ended so, of those that could be heard or fail."""
-    settled = count(REPLIES, rules.SETTLED, by=by, over=over)
+    settled = count(REPLIES, alerts.SETTLED, by=by, over=over)
     return share(
-        count(REPLIES, f'{OUTCOME}=~"{outcome}"', rules.SETTLED, by=by, over=over), settled
+        count(REPLIES, f'{OUTCOME}=~"{outcome}"', alerts.SETTLED, by=by, over=over), settled
     )
 
 
@@ -156,7 +153,7 @@ def glance() -> tuple[Panel, ...]:
             "Burn rate",
             "How many times faster than the objective allows replies are exhausted, of the worst "
             "provider in the last hour. 1 is just what may be; at 14.4 somebody is paged.",
-            f"max({hour_ratio()}) / scalar(1 - max({rules.OBJECTIVE}))",
+            f"max({hour_ratio()}) / scalar(1 - max({alerts.OBJECTIVE}))",
             "short",
             steps=((0, "green"), (1, "yellow"), (6, "red")),
         ),
@@ -191,8 +188,8 @@ def exhaustion() -> Panel:
         "line, and still so in the last minutes, somebody is paged.",
         (
             Query(hour_ratio(), f"{{{{{PROVIDER}}}}}"),
-            Query(f'max({rules.THRESHOLD}{{severity="critical"}})', "pages", dashed="red"),
-            Query(f'min({rules.THRESHOLD}{{severity="warning"}})', "ticket", dashed="yellow"),
+            Query(f'max({alerts.THRESHOLD}{{severity="critical"}})', "pages", dashed="red"),
+            Query(f'min({alerts.THRESHOLD}{{severity="warning"}})', "ticket", dashed="yellow"),
         ),
         "percentunit",
         NO_REPLY,
@@ -260,7 +257,7 @@ def heat(title: str, about: str, series: str, none: str) -> Panel:
 
 def times() -> tuple[Panel, ...]:
     """How long everything took."""
-    objective = Query(f"max({rules.SILENCE_OBJECTIVE})", "objective, p95", dashed="red")
+    objective = Query(f"max({alerts.SILENCE_OBJECTIVE})", "objective, p95", dashed="red")
     attempt, waited = (
         "provider:traced_retry_attempt_duration_seconds_sum:increase1m",
         "provider:traced_retry_reply_duration_seconds_sum:increase1m",
@@ -369,7 +366,7 @@ def health() -> tuple[Panel, ...]:
             (
                 Query(
                     f"sum by ({exporter}, {reason}) "
-                    f"(sum_over_time({rolled(rules.DROPPED)}{{{THERE}}}[{EITHER}])) "
+                    f"(sum_over_time({rolled(alerts.DROPPED)}{{{THERE}}}[{EITHER}])) "
                     "* 60000 / $__rate_interval_ms",
                     f"{{{{{exporter}}}}}: {{{{{reason}}}}}",
                 ),
@@ -468,7 +465,7 @@ _ENVIRONMENTS: Final = choice(
 def overview() -> Board:
     """All providers."""
     return Board(
-        rules.OVERVIEW,
+        alerts.OVERVIEW,
         "Realtime replies: overview",
         "Which provider fails, with what error, how much silence callers hear, and whether "
         "retrying helps.",
@@ -544,7 +541,7 @@ def overview() -> Board:
                         "Requests sent for each reply asked. Above the line a ticket is opened.",
                         (
                             Query(sent_per_reply(by=PROVIDER), f"{{{{{PROVIDER}}}}}"),
-                            Query(f"max({rules.STORM_LIMIT})", "ticket", dashed="yellow"),
+                            Query(f"max({alerts.STORM_LIMIT})", "ticket", dashed="yellow"),
                         ),
                         "short",
                         NO_REPLY,
@@ -579,11 +576,11 @@ def provider() -> Board:
     """One provider."""
     spans = f'span_name="{semconv.SPAN_REPLY}", {PROVIDER}="$provider", {THERE}'
     window = (
-        f'label_replace({{__name__=~"{rules.ratio(".+")}", {CHOSEN}}}, "window", "$1", "__name__", '
-        '".*ratio_rate(.+)")'
+        f'label_replace({{__name__=~"{alerts.ratio(".+")}", {CHOSEN}}}, "window", "$1", '
+        '"__name__", ".*ratio_rate(.+)")'
     )
     return Board(
-        rules.PROVIDER,
+        alerts.PROVIDER,
         "Realtime replies: one provider",
         "One provider: its outcomes, models and codes, and the traces of the replies it lost.",
         (
@@ -623,7 +620,7 @@ def provider() -> Board:
                         "each window that the alerts look at. 1 is just what may be.",
                         (
                             Query(
-                                f"max by (window) ({window}) / scalar(1 - max({rules.OBJECTIVE}))",
+                                f"max by (window) ({window}) / scalar(1 - max({alerts.OBJECTIVE}))",
                                 "{{window}}",
                             ),
                         ),
@@ -760,9 +757,9 @@ def provider() -> Board:
     )
 
 
-def runbook() -> Board:
-    """The runbook's sections, for those who have only Grafana."""
-    whole = (HERE / "runbook.md").read_text(encoding="utf-8")
+def runbook(source: Path) -> Board:
+    """Return the sections of ``runbook.md`` as a dashboard, for users who only have Grafana."""
+    whole = source.read_text(encoding="utf-8")
     sections = re.split(r"^## ", whole, flags=re.MULTILINE)[1:]
     panels = []
     for section in sections:
@@ -770,7 +767,7 @@ def runbook() -> Board:
         about = f"What to do when {title} fires."
         panels.append(Markdown(title.strip(), about, content.strip(), height=12))
     return Board(
-        rules.RUNBOOK,
+        alerts.RUNBOOK,
         "Realtime replies: runbook",
         "What to do, alert by alert.",
         (),
@@ -778,9 +775,7 @@ def runbook() -> Board:
     )
 
 
-BOARDS: Final = {"overview": overview, "provider": provider, "runbook": runbook}
-
-if __name__ == "__main__":
-    TARGET.mkdir(exist_ok=True)
-    for name, board in BOARDS.items():
-        (TARGET / f"{name}.json").write_text(as_json(board()), encoding="utf-8")
+def files(runbook_source: Path) -> dict[str, str]:
+    """Return every dashboard: {path below ``dashboards``: JSON}."""
+    boards = {"overview": overview(), "provider": provider(), "runbook": runbook(runbook_source)}
+    return {f"grafana/{name}.json": as_json(board) for name, board in boards.items()}

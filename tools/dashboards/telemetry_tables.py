@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: INP001 - a script; the folder ships as data
-"""Tables of the telemetry contract: spans, outcomes, instruments.
+"""The tables of the telemetry contract: spans, outcomes and instruments.
 
-Which attributes there are, when, and of what type is not written down here: our own code tells of
-a reply of every kind, and what the SDK then has is what the tables say.
+The tables are measured, not written by hand: our own telemetry code records one reply of every
+kind, and the tables list the attributes and types that reach the SDK.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from traced_retry.export.processor import BoundedSpanProcessor
 
 
 def values(names: tuple[str, ...]) -> str:
-    """Values, as one lists them."""
+    """Return names as a list in Markdown."""
     return ", ".join(f"`{name}`" for name in names)
 
 
@@ -62,7 +61,7 @@ UNLESS_ALWAYS: Final = {
     semconv.ERROR_CODE: "when it failed with one",
     semconv.NEXT_DELAY: "when a retry follows",
 }
-"""When what is there at times only is there. A new attribute without an entry stops the build."""
+"""The condition of each optional attribute. A new attribute without an entry stops the build."""
 OUTCOMES: Final[dict[semconv.Outcome, str]] = {
     "succeeded": "heard, at the first attempt",
     "recovered": "heard, after a retry",
@@ -96,8 +95,8 @@ class _Nowhere:
     def shutdown(self) -> None: ...
 
 
-def _tell(telemetry: Telemetry, target: Target) -> None:
-    """A reply of every kind, with an attempt of every kind."""
+def _record(telemetry: Telemetry, target: Target) -> None:
+    """Record a reply of every kind, with an attempt of every kind."""
     silent = failure(RuntimeError(), "timeout")
     coded = failure(RuntimeError(), "server_error", code="server_error")
     thens: tuple[semconv.Action | None, ...] = (None, *semconv.ACTIONS)
@@ -115,17 +114,17 @@ def _tell(telemetry: Telemetry, target: Target) -> None:
 
 
 def tables() -> dict[str, list[list[str]]]:
-    """Each table's rows by its name, headings first."""
-    logging.getLogger(semconv.SCOPE).disabled = True  # it would tell of each reply that failed
+    """Return the rows of each table by its name, headings first."""
+    logging.getLogger(semconv.SCOPE).disabled = True  # it would log each failed reply
     spans, reader = _Spans(), InMemoryMetricReader()
     tracers, meters = TracerProvider(), MeterProvider([reader])
     tracers.add_span_processor(spans)
-    held = budget.RetryBudget(5.0)  # what it holds is told for as long as it is there
+    held = budget.RetryBudget(5.0)  # the gauge is reported while the budget exists
     held.open("openai", time.monotonic)
     dropping = BoundedSpanProcessor(_Nowhere(), "otlp", meter_provider=meters)
     for inside in (False, True):
         for target in (Target("openai"), Target("openai", "gpt-realtime", "127.0.0.1", 443)):
-            _tell(Telemetry(tracers, meters, in_livekit=inside), target)
+            _record(Telemetry(tracers, meters, in_livekit=inside), target)
     points = reader.get_metrics_data()
     dropping.shutdown()
     meters.shutdown()
@@ -143,16 +142,16 @@ def tables() -> dict[str, list[list[str]]]:
 
 
 def _span(spans: _Spans, name: str) -> list[list[str]]:
-    told = [(start, end) for span, start, end in spans.found if span == name]
-    types = {key: type(value) for _, end in told for key, value in end.items()}
+    recorded = [(start, end) for span, start, end in spans.found if span == name]
+    types = {key: type(value) for _, end in recorded for key, value in end.items()}
     rows = []
     for key, kind in types.items():
-        early = any(key in start for start, _ in told)
+        early = any(key in start for start, _ in recorded)
         when = "from the start" if early else "at the end"
-        if not all(key in end for _, end in told):
+        if not all(key in end for _, end in recorded):
             when += f", {UNLESS_ALWAYS[key]}"
         rows.append([f"`{key}`", TYPES[kind], when, MEANS[key]])
-    # What is known from the start comes first; within that the order is the vocabulary's.
+    # Attributes from the start come first; within each part the order is that of the vocabulary.
     order = [f"`{key}`" for key in MEANS]
     rows.sort(key=lambda row: (row[2].startswith("at the end"), order.index(row[0])))
     return [["attribute", "type", "when", "what"], *rows]
@@ -168,7 +167,7 @@ def _outcomes() -> list[list[str]]:
 
 
 def _place(metric: Any) -> int:
-    """Its place in the vocabulary."""
+    """Return the position of the metric in the vocabulary."""
     return [v for n, v in vars(semconv).items() if n.startswith("METRIC_")].index(metric.name)
 
 
@@ -187,7 +186,7 @@ def _instrument(metric: Any) -> list[str]:
 
 
 def _attributes(points: list[Mapping[str, Any]]) -> Iterator[str]:
-    """Those that each point has; then those that some have, by when that is."""
+    """Yield the attributes of every point, then the optional ones by their condition."""
     names = dict.fromkeys(name for point in points for name in point)
     always = tuple(n for n in names if all(n in point for point in points))
     yield values(always)

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The alerts, and the ratios they compare, from :class:`~traced_retry.thresholds.Thresholds`.
+"""The alerts, and the ratios they compare, from the thresholds of :mod:`.config`.
 
-Source of ``dashboards/prometheus/alerts.yaml`` and of its other forms. They read the series of
-``rollup.yaml`` there: per provider, once a minute, the count of that minute (averaged over five).
-Sums of those over a window weigh by traffic, and do not mind the gaps where nothing was counted.
+This module is the source of ``dashboards/prometheus/alerts.yaml`` and of its other forms. The
+alerts read the series of ``rollup.yaml``: for each provider, once a minute, the count of that
+minute (averaged over five). Sums of these counts over a window weigh by traffic and tolerate gaps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from traced_retry import semconv
-from traced_retry.thresholds import STEP, BurnRate, Thresholds, seconds
+from traced_retry.monitoring.config import BurnRate, Thresholds, seconds
 
 ENVIRONMENT: Final = "deployment.environment.name"
 """Kept throughout; where a deployment names none, all is of one environment without a name."""
@@ -28,7 +25,7 @@ RUNBOOK: Final = "traced-retry-runbook"
 
 
 def label(name: str) -> str:
-    """An attribute's name as Prometheus has it."""
+    """Return an attribute's name as Prometheus has it."""
     return name.replace(".", "_")
 
 
@@ -59,7 +56,7 @@ class Record:
     labels: dict[str, str] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """As Prometheus reads it."""
+        """Return the rule as Prometheus reads it."""
         of: dict[str, Any] = {"record": self.record, "expr": self.expr}
         return {**of, "labels": self.labels} if self.labels else of
 
@@ -79,7 +76,7 @@ class Alert:
     """Whether its series have a provider: its dashboard is that provider's then."""
 
     def document(self, thresholds: Thresholds) -> dict[str, Any]:
-        """As Prometheus reads it."""
+        """Return the rule as Prometheus reads it."""
         return {
             "alert": self.alert,
             "expr": self.expr,
@@ -109,7 +106,7 @@ class Alert:
 
 
 def ratio(window: str) -> str:
-    """The recorded ratio of exhausted replies in that window, by name."""
+    """Return the name of the recorded ratio of exhausted replies in that window."""
     return f"provider:traced_retry_exhausted:ratio_rate{window}"
 
 
@@ -141,13 +138,13 @@ ALERTS: Final = (
 
 
 def windows(thresholds: Thresholds) -> list[str]:
-    """Every window of the burn-rate alerts, once, the shortest first."""
+    """Return every window of the burn-rate alerts once, the shortest first."""
     found = {w for row in thresholds.burn_rates for w in (row.short, row.long)}
     return sorted(found, key=seconds)
 
 
 def records(thresholds: Thresholds) -> list[Record]:
-    """The recording rules: thresholds as series, and a ratio per window."""
+    """Return the recording rules: thresholds as series, and a ratio per window."""
     of = thresholds
     constants = [
         Record(OBJECTIVE, f"vector({of.objective / 100:.10g})"),
@@ -183,7 +180,7 @@ def _ratio(window: str) -> str:
 
 
 def alerts(thresholds: Thresholds) -> list[Alert]:
-    """The alerts, in the order of the runbook."""
+    """Return the alerts in the order of the runbook."""
     of = thresholds
     return [
         *(_burn(row, of) for row in of.burn_rates),
@@ -237,7 +234,7 @@ def _exhausted(of: Thresholds) -> Alert:
     )
 
 
-def _codes(window: str) -> str:
+def codes(window: str) -> str:
     """The codes of one provider's failures that no retry mends, as a template of Prometheus."""
     query = (
         f"sort_desc(sum by ({label(semconv.ERROR_TYPE)}) (sum_over_time({ATTEMPTS}{{"
@@ -262,7 +259,7 @@ def _not_recoverable(of: Thresholds) -> Alert:
         "critical",
         "A provider refuses replies for good: no retry helps.",
         f'{{{{ $value | printf "%.0f" }}}} replies asked of {_WHO} in the last {window} were '
-        f"refused as not recoverable. Codes, the most frequent first:{_codes(window)}.",
+        f"refused as not recoverable. Codes, the most frequent first:{codes(window)}.",
         of.not_recoverable_for,
     )
 
@@ -284,7 +281,7 @@ def _many(of: Thresholds) -> Alert:
 
 
 def amplification(window: str, *matchers: str) -> str:
-    """Requests sent per reply asked in that window, per provider; to listen on sends none."""
+    """Return requests sent per reply in that window, per provider; `listen` sends no request."""
     sent = f'{label(semconv.ACTION)}!="listen"'
     return (
         f"{_counted(ATTEMPTS, sent, *matchers, window=window)}\n/\n"
@@ -358,7 +355,7 @@ def _dropped() -> Alert:
 
 
 def inhibit_rules() -> list[dict[str, Any]]:
-    """For Alertmanager: what is silent while something else tells of it."""
+    """Return Alertmanager's rules that silence an alert while another one reports its cause."""
     return [
         {
             "source_matchers": [f'alertname="{MANY}"'],
@@ -373,176 +370,3 @@ def inhibit_rules() -> list[dict[str, Any]]:
             "equal": [_PROVIDER, _ENVIRONMENT],
         },
     ]
-
-
-# --- as files -------------------------------------------------------------------------------------
-
-
-def files(thresholds: Thresholds, dashboards: Path) -> dict[str, str]:
-    """The alerts in each of their forms: {path below ``dashboards``: text}.
-
-    Args:
-        thresholds: what they compare with.
-        dashboards: the folder with ``prometheus/rollup.yaml`` and ``recording.yaml``; the operator
-            wants all rules in its own form.
-    """
-    groups = _groups(thresholds)
-    recorded = [
-        group
-        for name in ("recording", "rollup")
-        for group in yaml.safe_load((dashboards / f"prometheus/{name}.yaml").read_text("utf-8"))[
-            "groups"
-        ]
-    ]
-    return {
-        "prometheus/alerts.yaml": _file(
-            {"groups": groups},
-            "Alerts, and the ratios they compare: who loses replies, and how fast.",
-        ),
-        "alertmanager/inhibit.yaml": _file(
-            {"inhibit_rules": inhibit_rules()},
-            "Alertmanager: what is silent while another alert tells of it; add to inhibit_rules.",
-        ),
-        "kubernetes/prometheus-rule.yaml": _file(
-            _prometheus_rule([*recorded, *groups]),
-            "All rules, for the Prometheus operator: kubectl apply -f prometheus-rule.yaml",
-        ),
-        "grafana-alerting/alerts.yaml": _file(
-            grafana_alerts(thresholds),
-            "The same alerts, managed by Grafana: into its provisioning/alerting. Take these or",
-            "prometheus/alerts.yaml, not both. The recording rules are needed all the same.",
-        ),
-    }
-
-
-def _groups(thresholds: Thresholds) -> list[dict[str, Any]]:
-    ratios = [record.document() for record in records(thresholds)]
-    found = [alert.document(thresholds) for alert in alerts(thresholds)]
-    return [
-        {"name": "traced_retry_ratios", "interval": f"{STEP}s", "rules": ratios},
-        {"name": "traced_retry_alerts", "rules": found},
-    ]
-
-
-def grafana_alerts(thresholds: Thresholds) -> dict[str, Any]:
-    """The same alerts, managed by Grafana: a file for its ``provisioning/alerting``."""
-    return {
-        "apiVersion": 1,
-        "groups": [
-            {
-                "orgId": 1,
-                "name": "traced-retry",
-                "folder": "Realtime replies",
-                "interval": f"{STEP}s",
-                "rules": [
-                    _grafana_alert(number, alert, thresholds)
-                    for number, alert in enumerate(alerts(thresholds), 1)
-                    # It reads ALERTS, where Grafana's own alerts are not.
-                    if alert.alert != MANY
-                ],
-            }
-        ],
-    }
-
-
-def _grafana_alert(number: int, alert: Alert, thresholds: Thresholds) -> dict[str, Any]:
-    of = alert.document(thresholds)
-    # Grafana's templates know no `query`, and name the value of query A so.
-    words = {
-        name: text.replace(_codes(thresholds.not_recoverable_window), " see the dashboard").replace(
-            "$value", "$values.A.Value"
-        )
-        for name, text in of["annotations"].items()
-    }
-    return {
-        "uid": f"traced-retry-{number:02}",
-        "title": " ".join([alert.alert, *alert.labels.values(), alert.severity]),
-        "condition": "B",
-        "data": [
-            {
-                "refId": "A",
-                "relativeTimeRange": {"from": 600, "to": 0},
-                "datasourceUid": "prometheus",
-                "model": {"refId": "A", "expr": alert.expr, "instant": True},
-            },
-            {
-                "refId": "B",
-                "datasourceUid": "__expr__",
-                "model": {
-                    "refId": "B",
-                    "type": "threshold",
-                    "expression": "A",
-                    "conditions": [{"evaluator": {"type": "gt", "params": [0]}}],
-                },
-            },
-        ],
-        # The query gives a series only where there is something to tell.
-        "noDataState": "OK",
-        "execErrState": "Error",
-        "for": alert.for_,
-        "labels": {"alertname": alert.alert, **of["labels"]},
-        "annotations": words,
-    }
-
-
-def _prometheus_rule(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "apiVersion": "monitoring.coreos.com/v1",
-        "kind": "PrometheusRule",
-        "metadata": {
-            "name": "traced-retry",
-            "labels": {"app.kubernetes.io/name": "traced-retry"},
-        },
-        "spec": {"groups": groups},
-    }
-
-
-def config_maps(boards: dict[str, str]) -> str:
-    """Dashboards, {path: JSON}, as ConfigMaps with the label that Grafana's sidecar looks for."""
-    items = [
-        {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {
-                "name": f"traced-retry-{path.removeprefix('grafana/').removesuffix('.json')}",
-                "labels": {"grafana_dashboard": "1"},
-            },
-            "data": {f"traced-retry-{path.removeprefix('grafana/')}": text},
-        }
-        for path, text in boards.items()
-    ]
-    return _file(
-        {"apiVersion": "v1", "kind": "List", "items": items},
-        "The dashboards, for Grafana's sidecar: kubectl apply -f dashboards.yaml",
-    )
-
-
-def _file(document: Any, *about: str) -> str:
-    return as_yaml(
-        document,
-        *about,
-        "SPDX-License-Identifier: Apache-2.0",
-        "",
-        "Generated by traced_retry/rules.py from config.yaml; do not edit.",
-    )
-
-
-class _Dumper(yaml.SafeDumper):
-    """Text of several lines is a block, so that a query can be read."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def as_yaml(document: Any, *comment: str) -> str:
-    """A document as a file, below a comment of that many lines."""
-    head = "".join(f"# {line}".rstrip() + "\n" for line in comment)
-    return head + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=4096)

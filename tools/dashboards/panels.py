@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: INP001 - a script; the folder ships as data
-"""What our dashboards are made of: panels, queries, variables, by way of Grafana's foundation SDK.
+"""The parts of the dashboards: panels, queries and variables, built with Grafana's foundation SDK.
 
-Every panel says what it shows, in what unit, and what it means when there is nothing to show.
+Every panel has a description, a unit and a text for the case without data.
 """
 
 from __future__ import annotations

@@ -12,17 +12,16 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from traced_retry.errors import UsageError, install_command, missing_extra
+
 try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as error:  # the core installs neither
-    raise SystemExit(
-        f"traced-retry's command line needs {error.name}: pip install 'traced-retry[demo]'"
-    ) from None
+    raise SystemExit(str(missing_extra("the command traced-retry", error))) from None
 
 from traced_retry import __version__
-from traced_retry.dashboards_cli import dashboards
-from traced_retry.errors import UsageError
+from traced_retry.cli.files import dashboards, exporters
 
 app = typer.Typer(
     help="Retries for LiveKit realtime replies, traced: each is heard exactly once, or its "
@@ -38,27 +37,22 @@ To see them in Jaeger, which takes OTLP on port 4318, set this before your agent
   export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318
   export OTEL_SERVICE_NAME=my-agent"""
 
-exporters = typer.Typer(
-    help="Configuration for OpenTelemetry SDKs, Collectors and servers: list, show, copy.",
-    no_args_is_help=True,
-)
 app.add_typer(exporters, name="exporters")
 app.add_typer(dashboards, name="dashboards")
 
 
 def main() -> None:
-    """Run the command line; errors of the user's making are one line on stderr and status 2."""
+    """Run the command line; a usage error is one line on stderr and exit status 2."""
     try:
         app()
     except UsageError as error:
-        print(f"traced-retry: {error}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
+        problem = str(error)
     except ModuleNotFoundError as error:
-        print(  # noqa: T201
-            f"traced-retry: this command needs {error.name}: pip install 'traced-retry[demo]'",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        problem = str(missing_extra("this command", error))
+    else:
+        return
+    print(f"traced-retry: {problem}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(2)
 
 
 def _version(wanted: bool) -> None:
@@ -95,40 +89,41 @@ def demo(
     A real LiveKit AgentSession with the real OpenAI plugin talks to a server on 127.0.0.1; no
     key, no network and no LiveKit server is needed. It takes about fifteen seconds.
     """
-    from traced_retry.demo import SCENES, Act, Scene, play  # noqa: PLC0415
+    from traced_retry.cli.demo import SCENARIOS, Scenario, ScenarioResult, run_demo  # noqa: PLC0415
     from traced_retry.export.file_store import new_store  # noqa: PLC0415
     from traced_retry.export.setup import endpoint  # noqa: PLC0415
     from traced_retry.report.terminal import render  # noqa: PLC0415
 
     if not verbose:
-        # The plugin tells of each failure that the script asked for; the report does it better.
+        # The plugin logs each failure that the script asked for; the report shows them better.
         logging.disable(logging.CRITICAL)
     path = store or new_store("demo")
     console = Console(highlight=False)
     progress = Console(stderr=True, highlight=False)
-    played = 0
+    started = 0
 
-    def on_scene(scene: Scene) -> None:
-        nonlocal played
-        played += 1
-        progress.print(f"{played:>3}/{len(SCENES)}  {scene.script:<24} {scene.story}")
+    def on_start(scenario: Scenario) -> None:
+        nonlocal started
+        started += 1
+        number = f"{started:>3}/{len(SCENARIOS)}"
+        progress.print(f"{number}  {scenario.script:<24} {scenario.description}")
 
-    def on_act(act: Act) -> None:
-        heard = {0: "nothing heard", 1: "heard once"}.get(act.replies_heard, "HEARD TWICE")
-        progress.print(f"        {act.reply.outcome}, {heard}, {act.reply.seconds:.2f} s")
+    def on_result(result: ScenarioResult) -> None:
+        heard = {0: "nothing heard", 1: "heard once"}.get(result.replies_heard, "HEARD TWICE")
+        progress.print(f"        {result.reply.outcome}, {heard}, {result.reply.seconds:.2f} s")
 
-    acts, seconds = play(path, *(() if as_json else (on_scene, on_act)))
+    results, seconds = run_demo(path, *(() if as_json else (on_start, on_result)))
     if as_json:
-        replies = [act.as_dict() for act in acts]
+        replies = [result.as_dict() for result in results]
         typer.echo(
             json.dumps({"store": str(path), "seconds": round(seconds, 1), "replies": replies})
         )
         return
     console.print()
-    render(console, [act.reply for act in acts])
+    render(console, [result.reply for result in results])
     console.print()
     console.print(
-        f"{len(acts)} replies in {seconds:.0f} s. Their spans are in\n  {path}", soft_wrap=True
+        f"{len(results)} replies in {seconds:.0f} s. Their spans are in\n  {path}", soft_wrap=True
     )
     console.print(f"Read them again:\n  traced-retry report {path}", soft_wrap=True)
     if (sent_to := endpoint()) is not None:
@@ -198,7 +193,7 @@ def _describe_script() -> str:
     try:
         from traced_retry.simulator.script import describe_faults  # noqa: PLC0415
     except ModuleNotFoundError:
-        return "The known elements need aiohttp: pip install 'traced-retry[simulator]'"
+        return f"The list needs aiohttp: {install_command('simulator')}"
     return describe_faults()
 
 
@@ -284,45 +279,3 @@ def doctor(
     sys.stdout.flush()
     # Not by the SDK's exit handlers: a reader of metrics takes up to 30 s for a dead server.
     os._exit(0 if well else 1)
-
-
-@exporters.command("list")
-def list_exporters() -> None:
-    """List the files, each with what it is for.
-
-    Those in presets/ are for traced_retry.enable(preset=NAME), or to be copied, edited and named
-    in OTEL_CONFIG_FILE.
-    """
-    from traced_retry.export.files import shipped  # noqa: PLC0415
-
-    files = shipped()
-    width = max(len(file.name) for file in files)
-    for file in files:
-        typer.echo(f"{file.name:<{width}}  {file.description}".rstrip())
-
-
-@exporters.command("show")
-def show_exporter(
-    name: Annotated[str, typer.Argument(help="As listed, such as presets/jaeger.yaml.")],
-) -> None:
-    """Print one file."""
-    from traced_retry.export.files import find  # noqa: PLC0415
-
-    typer.echo(find(name).text, nl=False)
-
-
-@exporters.command("write")
-def write_exporters(
-    directory: Annotated[Path, typer.Argument(help="Where to; it is made.")],
-    *,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what you have edited.")] = False,
-) -> None:
-    """Copy all files, to be edited and used from there."""
-    from traced_retry.export.files import write  # noqa: PLC0415
-
-    for path in write(directory, force=force):
-        typer.echo(str(path))
-
-
-if __name__ == "__main__":
-    main()

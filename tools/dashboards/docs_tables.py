@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: INP001 - a script; the folder ships as data
-"""Write the tables between markers in ``docs/`` and in this folder's README.
+"""The tables between markers in ``docs/`` and in ``dashboards/README.md``.
 
-They come from what the code emits (``build_contract.py``), from the rules, and from the dashboards'
-JSON: run it last. A marker is ``<!-- table: NAME -->``; the table ends at ``<!-- end -->``.
+The tables come from the emitted telemetry (``telemetry_tables.py``), from the generated rules and
+from the dashboards' JSON. A marker is ``<!-- table: NAME -->``; the table ends at ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -14,19 +13,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import build_contract
 import promql_parser
+import telemetry_tables
 import yaml
 
-from traced_retry import rules, thresholds
-from traced_retry.thresholds import Thresholds
+from traced_retry.monitoring import alerts, config
+from traced_retry.monitoring.config import Thresholds
 
-HERE: Final = Path(__file__).parent
-DOCUMENTS: Final = (
-    HERE / "README.md",
-    HERE.parent / "docs" / "dashboards.md",
-    HERE.parent / "docs" / "design.md",
-)
+DOCUMENTS: Final = ("dashboards/README.md", "docs/dashboards.md", "docs/design.md")
 UNITS: Final = {
     "s": "s",
     "percentunit": "ratio, as %",
@@ -47,7 +41,7 @@ Rows = list[list[str]]
 
 
 def markdown(rows: Rows) -> str:
-    """A table; its first row is the headings."""
+    """Return a table; its first row has the headings."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in cells]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
@@ -56,38 +50,38 @@ def markdown(rows: Rows) -> str:
 # --- alerts ---------------------------------------------------------------------------------------
 
 
-def alerts(of: Thresholds) -> Iterator[list[str]]:
-    """Each alert with its numbers, in the order of the runbook."""
+def alert_rows(of: Thresholds) -> Iterator[list[str]]:
+    """Yield each alert with its numbers, in the order of the runbook."""
     yield ["alert", "severity", "when", "for at least"]
-    for alert in rules.alerts(of):
+    for alert in alerts.alerts(of):
         yield [alert.alert, alert.severity, _when(alert, of), alert.for_]
 
 
-def _when(alert: rules.Alert, of: Thresholds) -> str:
-    if alert.alert == rules.BURN:
+def _when(alert: alerts.Alert, of: Thresholds) -> str:
+    if alert.alert == alerts.BURN:
         row = next(r for r in of.burn_rates if (r.long, r.short) == tuple(alert.labels.values()))
         return (
             f"more than {row.factor * of.budget * 100:.4g} % of the replies exhausted in "
             f"{row.long}, and still in {row.short}: {row.factor:g} times what the objective allows"
         )
-    if alert.alert == rules.ABSENT:
+    if alert.alert == alerts.ABSENT:
         return {
             "counts_down": f"the counts from spans ({of.spans_job}) cannot be scraped",
             "agents_silent": "agents run and no reply is counted",
         }[alert.labels["cause"]]
     return {
-        rules.EXHAUSTED: f"{of.exhausted_replies} exhausted in {of.exhausted_window} of fewer than "
-        f"{of.min_replies} replies, where no ratio says anything",
-        rules.NOT_RECOVERABLE: f"{of.not_recoverable_replies} replies, and "
+        alerts.EXHAUSTED: f"{of.exhausted_replies} exhausted in {of.exhausted_window} of fewer "
+        f"than {of.min_replies} replies, where no ratio says anything",
+        alerts.NOT_RECOVERABLE: f"{of.not_recoverable_replies} replies, and "
         f"{of.not_recoverable_share * 100:.4g} % of all, refused for good in "
         f"{of.not_recoverable_window}: a key, a quota",
-        rules.MANY: f"{of.many_providers_providers} providers at once; their own pages are held "
+        alerts.MANY: f"{of.many_providers_providers} providers at once; their own pages are held "
         "back",
-        rules.STORM: f"more than {of.storm_amplification:g} requests per reply in "
+        alerts.STORM: f"more than {of.storm_amplification:g} requests per reply in "
         f"{of.storm_window}",
-        rules.SLOW: f"the {of.silence_quantile * 100:g}th percentile of the silence before a reply "
-        f"above {of.silence_seconds:g} s in {of.silence_window}",
-        rules.SPANS_DROPPED: "spans were not delivered",
+        alerts.SLOW: f"the {of.silence_quantile * 100:g}th percentile of the silence before a "
+        f"reply above {of.silence_seconds:g} s in {of.silence_window}",
+        alerts.SPANS_DROPPED: "spans were not delivered",
     }[alert.alert]
 
 
@@ -110,7 +104,7 @@ def _nodes(node: Any) -> Iterator[Any]:
 
 
 def _reads(expressions: Iterable[str]) -> list[str]:
-    """The series that these select, by name or by the pattern of it; each once."""
+    """Return the names or name patterns of the selected series, each once."""
     found: dict[str, None] = {}
     for expression in expressions:
         text = expression
@@ -127,12 +121,12 @@ def _code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def series() -> Iterator[list[str]]:
-    """Each recorded series, and what it is made of; those made alike together."""
+def series(dashboards: Path) -> Iterator[list[str]]:
+    """Yield each recorded series with its sources; series with the same sources share a row."""
     yield ["series", "labels", "read from"]
     recorded: dict[str, dict[str, Any]] = {}
     for name in ("recording", "rollup", "alerts"):
-        document = yaml.safe_load((HERE / f"prometheus/{name}.yaml").read_text("utf-8"))
+        document = yaml.safe_load((dashboards / f"prometheus/{name}.yaml").read_text("utf-8"))
         for rule in (rule for group in document["groups"] for rule in group["rules"]):
             if "record" in rule:
                 recorded[rule["record"]] = rule
@@ -146,7 +140,7 @@ def series() -> Iterator[list[str]]:
 
 
 def _labels(expression: str, recorded: dict[str, dict[str, Any]]) -> list[str]:
-    """What the first aggregation keeps; where there is none, what is read has."""
+    """Return the labels of the first aggregation, or those of the series it reads."""
     for node in _nodes(promql_parser.parse(expression)):
         if type(node).__name__ == "AggregateExpr":
             return list(node.modifier.labels) if node.modifier else []
@@ -156,9 +150,9 @@ def _labels(expression: str, recorded: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def panels(boards: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """Each panel of the dashboards; one that is on several is told once."""
+    """Yield each panel of the dashboards; a panel that is on several of them has one row."""
     yield ["panel", "on", "unit", "reads", "shown where there is no data"]
-    told: dict[tuple[str, ...], list[str]] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name, board in boards.items():
         for panel in _panels(board):
             defaults = panel["fieldConfig"]["defaults"]
@@ -170,8 +164,8 @@ def panels(boards: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
                 _code(reads) or f"traces, from {panel['datasource']['type'].title()}",
                 defaults["noValue"],
             )
-            told.setdefault(row, []).append(name)
-    for (title, *rest), names in told.items():
+            rows.setdefault(row, []).append(name)
+    for (title, *rest), names in rows.items():
         yield [title, ", ".join(names), *rest]
 
 
@@ -183,16 +177,16 @@ def _panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
 # --- documents ------------------------------------------------------------------------------------
 
 
-def tables() -> dict[str, Rows]:
-    """Every table by its name, headings first."""
+def tables(dashboards: Path) -> dict[str, Rows]:
+    """Return every table by its name, headings first."""
     boards = {
-        name: json.loads((HERE / f"grafana/{name}.json").read_text("utf-8"))
+        name: json.loads((dashboards / f"grafana/{name}.json").read_text("utf-8"))
         for name in ("overview", "provider")
     }
     return {
-        **build_contract.tables(),
-        "alerts": list(alerts(thresholds.read(HERE / "config.yaml"))),
-        "series": list(series()),
+        **telemetry_tables.tables(),
+        "alerts": list(alert_rows(config.read(dashboards / "config.yaml"))),
+        "series": list(series(dashboards)),
         "panels": list(panels(boards)),
     }
 
@@ -201,19 +195,23 @@ _MARKED: Final = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DO
 
 
 def filled(text: str, made: dict[str, Rows]) -> str:
-    """The document with the tables that its markers name.
+    """Return the document with the tables that its markers name.
 
     Raises:
-        KeyError: there is no such table.
+        KeyError: if a marker names an unknown table.
     """
     return _MARKED.sub(lambda m: f"{m[1]}\n{markdown(made[m[2]])}\n\n{m[3]}", text)
 
 
-if __name__ == "__main__":
-    made = tables()
-    texts = {path: filled(path.read_text("utf-8"), made) for path in DOCUMENTS}
+def documents(root: Path) -> dict[str, str]:
+    """Return each document with its tables: {path below ``root``: text}.
+
+    Raises:
+        ValueError: if no document has a marker for a table.
+    """
+    made = tables(root / "dashboards")
+    texts = {name: filled((root / name).read_text("utf-8"), made) for name in DOCUMENTS}
     unused = set(made) - {name for text in texts.values() for _, name, _ in _MARKED.findall(text)}
     if unused:
-        raise SystemExit(f"no document has a marker for {', '.join(sorted(unused))}")
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        raise ValueError(f"no document has a marker for {', '.join(sorted(unused))}")
+    return texts

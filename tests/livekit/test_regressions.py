@@ -11,7 +11,7 @@ import pytest
 from livekit.agents import llm
 from livekit.plugins import openai
 from support.conversation import codes, ended, now
-from support.kin import gpt, grok
+from support.providers import openai_model, xai_model
 from support.steered import SteeredServer
 
 from traced_retry.core import failure
@@ -54,13 +54,13 @@ class TestActiveForEver:
         talk.server.willing = 1
         await handle
 
-    async def test_the_plugin_renews_its_connection(self, converse, recorder):
+    async def test_the_plugin_renews_its_connection(self, start_conversation, recorder):
         """At max_session_duration, without an error; a discarded response is under way."""
 
         def recycled(**kwargs):
-            return gpt(max_session_duration=8.0, **kwargs)
+            return openai_model(max_session_duration=8.0, **kwargs)
 
-        talk = await converse("-", model=recycled, simulator=steered)
+        talk = await start_conversation("-", model=recycled, simulator=steered)
         await asyncio.sleep(6)
         handle = talk.ask()
         await until(lambda: talk.server.waiting)
@@ -76,9 +76,9 @@ class TestActiveForEver:
         assert ("recovered", None) == ended(recorder)[-1]
         assert 1 == len(talk.heard)
 
-    async def test_xai_leaves_a_response_in_flight(self, converse, recorder):
+    async def test_xai_leaves_a_response_in_flight(self, start_conversation, recorder):
         """It begins another and does not end the first; its plugin knows that."""
-        talk = await converse("-", model=grok, simulator=steered)
+        talk = await start_conversation("-", model=xai_model, simulator=steered)
         handle = talk.ask()
         await until(lambda: talk.server.waiting)
         here = talk.server.connection
@@ -94,9 +94,9 @@ class TestActiveForEver:
 
         assert ("recovered", None) == ended(recorder)[-1]
 
-    async def test_who_waits_for_the_one_left_is_told(self, converse, recorder):
+    async def test_who_waits_for_the_one_left_is_told(self, start_conversation, recorder):
         """At once, as its plugin does, and not at the deadline."""
-        talk = await converse("-", model=grok, simulator=steered)
+        talk = await start_conversation("-", model=xai_model, simulator=steered)
         handle = talk.ask(allow_interruptions=False)
         await until(lambda: talk.server.waiting)
         here = talk.server.connection
@@ -110,13 +110,13 @@ class TestActiveForEver:
         assert now() - began < 1
         assert [("interrupted", "interrupted")] == ended(recorder)
 
-    async def test_a_request_lost_by_it_was_no_timeout(self, converse, recorder):
+    async def test_a_request_lost_by_it_was_no_timeout(self, start_conversation, recorder):
         """The plugin drops what waits when it renews its connection."""
 
         def recycled(**kwargs):
-            return gpt(max_session_duration=8.0, **kwargs)
+            return openai_model(max_session_duration=8.0, **kwargs)
 
-        talk = await converse("silence,ok", model=recycled)
+        talk = await start_conversation("silence,ok", model=recycled)
         await asyncio.sleep(1)
 
         assert None is await talk.reply()
@@ -152,9 +152,9 @@ def deferring(**kwargs):
 
 
 class TestSubclass:
-    async def test_its_reply_is_heard(self, converse, recorder):
+    async def test_its_reply_is_heard(self, start_conversation, recorder):
         """Its streams were closed before the first item came."""
-        talk = await converse("-", model=deferring, simulator=steered)
+        talk = await start_conversation("-", model=deferring, simulator=steered)
         handle = talk.ask()
         await until(lambda: talk.server.waiting)
         here = talk.server.connection
@@ -162,14 +162,14 @@ class TestSubclass:
         await asyncio.sleep(0.5)
         await here.complete()
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert 1 == len(talk.heard)
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_it_is_not_asked_twice(self, converse, recorder):
+    async def test_it_is_not_asked_twice(self, start_conversation, recorder):
         """What has no id that we know of cannot be discarded."""
-        talk = await converse("late:3,ok", model=deferring, attempt_timeout=2.0)
+        talk = await start_conversation("late:3,ok", model=deferring, attempt_timeout=2.0)
 
         await talk.reply()
 
@@ -179,9 +179,9 @@ class TestSubclass:
 
 class TestNotes:
     @pytest.mark.parametrize("script", ["quota", "rate_limit:60"])
-    async def test_are_of_the_reply_itself(self, script, converse):
+    async def test_are_of_the_reply_itself(self, script, start_conversation):
         """A session that is dead, or to be left alone, has one failure for all its replies."""
-        talk = await converse(script)
+        talk = await start_conversation(script)
         errors = []
         for _ in range(3):
             with pytest.raises(llm.RealtimeError) as caught:
@@ -193,9 +193,9 @@ class TestNotes:
 
 
 class TestTheUsersOwnLimit:
-    async def test_a_reply_cut_by_it_was_heard(self, converse, recorder):
+    async def test_a_reply_cut_by_it_was_heard(self, start_conversation, recorder):
         """max_response_output_tokens: without us the handle has no exception either."""
-        talk = await converse("-", simulator=steered)
+        talk = await start_conversation("-", simulator=steered)
         handle = talk.ask()
         await until(lambda: talk.server.waiting)
         here = talk.server.connection
@@ -203,14 +203,14 @@ class TestTheUsersOwnLimit:
         await here.say()
         await here.finish(here.active, "incomplete", reason="max_output_tokens")
         await handle
-        await talk.commit()
+        await talk.settle()
 
         assert None is handle.exception()
         assert [("succeeded", None)] == ended(recorder)
 
 
 class TestNothingEscapes:
-    async def test_a_log_filter_that_raises(self, converse, recorder):
+    async def test_a_log_filter_that_raises(self, start_conversation, recorder):
         """It leaves no span open, and no reply untold."""
 
         def broken(record):
@@ -220,7 +220,7 @@ class TestNothingEscapes:
         logger.addFilter(broken)
         level, logger.level = logger.level, logging.INFO
         try:
-            talk = await converse("rate_limit,ok,error:invalid_value")
+            talk = await start_conversation("rate_limit,ok,error:invalid_value")
             await talk.reply()
             error = await talk.reply()
         finally:
@@ -243,7 +243,7 @@ class TestNothingEscapes:
 
 
 class TestMemory:
-    async def test_a_reply_that_ended_is_let_go(self, converse):
+    async def test_a_reply_that_ended_is_let_go(self, start_conversation):
         """An AgentSession keeps all its speeches; they kept our replies, streams included."""
 
         def replies():
@@ -251,10 +251,10 @@ class TestMemory:
             return [thing for thing in gc.get_objects() if type(thing) is Reply]
 
         before = replies()  # of other tests, whose event loops are gone
-        talk = await converse("ok")
+        talk = await start_conversation("ok")
         for _ in range(5):
             await talk.reply()
-        await talk.commit()
+        await talk.settle()
 
         assert [] == [reply for reply in replies() if reply not in before]
 

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Those who share OpenAI's engine, each with its real plugin: xAI, Azure OpenAI, inference."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+import pytest
+from support.conversation import codes, ended
+from support.providers import PROVIDERS, SHARED_ENGINE
+
+
+@pytest.fixture(params=SHARED_ENGINE)
+def provider(request):
+    """Return each provider that shares the engine of OpenAI's plugin."""
+    return PROVIDERS[request.param]
+
+
+class Row(NamedTuple):
+    """The expected result of one reply."""
+
+    heard: list[str]
+    """The texts that the agent says."""
+    outcome: str
+    stop_reason: str | None
+    failed: list[str | None]
+    """The code of each attempt."""
+    code: str | None
+    """The code of the error that the agent gets."""
+    seconds: tuple[float, float]
+    """The shortest and the longest time."""
+
+
+ROWS = {
+    # script: texts heard, outcome, stop reason, codes of the attempts, the code the agent gets,
+    # seconds at least and at most
+    "ok": Row(["reply 1"], "succeeded", None, [None], None, (0, 0.1)),
+    "late:7": Row(["reply 1"], "succeeded", None, [None], None, (7, 7.1)),
+    "late:12,ok": Row(["reply 2"], "recovered", None, ["timeout", None], None, (10, 11.1)),
+    "silence,ok": Row(["reply 2"], "recovered", None, ["timeout", None], None, (10, 11.1)),
+    "late:25": Row([], "exhausted", "deadline", ["timeout"] * 2, None, (20, 20)),
+    "rate_limit,ok": Row(
+        ["reply 2"], "recovered", None, ["rate_limit_exceeded", None], None, (0, 1)
+    ),
+    "error:server_error,ok": Row(
+        ["reply 2"], "recovered", None, ["server_error", None], None, (0, 1)
+    ),
+    "uncorrelated,ok": Row(["reply 2"], "recovered", None, ["server_error", None], None, (0, 1)),
+    "drop_before,ok": Row(
+        ["reply 2"], "recovered", None, ["connection_lost", None], None, (0.1, 1.2)
+    ),
+    "error:invalid_value": Row(
+        [],
+        "not_recoverable",
+        "not_recoverable",
+        ["invalid_value"],
+        "invalid_value",
+        (0, 0.1),
+    ),
+    "quota": Row(
+        [],
+        "not_recoverable",
+        "not_recoverable",
+        ["insufficient_quota"],
+        "insufficient_quota",
+        (0, 0.1),
+    ),
+    "unauthorized": Row(
+        [],
+        "not_recoverable",
+        "not_recoverable",
+        ["authentication"],
+        None,
+        (1.1, 4.2),
+    ),
+    "failed": Row([], "exhausted", "max_attempts", ["server_error"] * 4, "server_error", (0, 7.1)),
+    "drop_during": Row(
+        ["reply"],
+        "not_recoverable",
+        "output_started",
+        ["connection_lost"],
+        None,
+        (0, 0.2),
+    ),
+}
+
+
+class TestEachFault:
+    @pytest.mark.parametrize("script", ROWS)
+    async def test_row(self, script, start_conversation, provider, recorder):
+        """They keep the promise as OpenAI does, under their own name."""
+        row = ROWS[script]
+        talk = await start_conversation(script)
+        began = asyncio.get_running_loop().time()
+
+        error = await talk.reply(instructions="SECRET")
+        took = asyncio.get_running_loop().time() - began
+        await talk.settle(30)
+
+        assert row.heard == talk.heard
+        assert [(row.outcome, row.stop_reason)] == ended(recorder)
+        assert row.failed == codes(recorder)
+        assert row.code == getattr(error, "code", None)
+        assert row.seconds[0] <= took <= row.seconds[1]
+        assert {provider.name} == {a["gen_ai.provider.name"] for a in recorder.attempts}
+        assert {"send"} == {a["traced_retry.action"] for a in recorder.attempts}
+        assert None not in talk.server.cancels
+        assert 0 == recorder.open_spans
+
+
+class TestContract:
+    async def test_raw_events_have_present_names(self, start_conversation):
+        """The engine translates the beta's names before it shows an event."""
+        talk = await start_conversation("ok", bare=True)
+        seen = set()
+        talk.realtime.on("openai_server_event_received", lambda e: seen.add(e["type"]))
+        await talk.reply()
+
+        assert {"response.created", "response.output_text.delta", "response.done"} <= seen
+
+
+@pytest.mark.parametrize("provider", ["xai"], indirect=True)
+class TestSay:
+    """xAI speaks scripted text by itself: no request, and no id in its response."""
+
+    async def test_beside_retries(self, start_conversation, recorder):
+        """What is said is heard once, is no reply of ours, and leaves the next one alone."""
+        talk = await start_conversation("rate_limit,ok")
+
+        await talk.session.say("good morning")
+        await talk.reply()
+        await talk.settle()
+
+        assert ["good morning", "reply 2"] == talk.heard
+        assert [("recovered", None)] == ended(recorder)
+
+    async def test_while_a_reply_is_awaited(self, start_conversation, recorder):
+        """It has a slot of its own among the plugin's futures; the reply keeps its."""
+        talk = await start_conversation("late:3,ok")
+        reply = talk.realtime.generate_reply()
+        await talk.received()
+        said = await talk.realtime.say("one moment")
+        answered = await reply
+        await talk.settle()
+
+        assert said.response_id != answered.response_id
+        assert ["one moment", "reply 1"] == talk.server.completed
+        assert [("succeeded", None)] == ended(recorder)

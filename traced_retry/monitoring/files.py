@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of ``dashboards/``, with the shipped thresholds or with the user's."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from traced_retry import shipped_files
+from traced_retry.monitoring import formats
+from traced_retry.monitoring.config import Thresholds, read
+from traced_retry.shipped_files import ShippedFile
+
+_TOP: Final = ("objective", "min_replies", "grafana_url", "runbook_url")
+
+
+def root() -> Path:
+    """Return the folder."""
+    return shipped_files.folder("dashboards")
+
+
+def files(config: Path | None = None, **changes: Any) -> list[ShippedFile]:
+    """Return every file, sorted by name.
+
+    Args:
+        config: a file in the format of ``dashboards/config.yaml``, which is the default.
+        changes: fields of :class:`.Thresholds` to change; None changes nothing.
+
+    Raises:
+        ThresholdError: if a threshold is invalid; the message names the reason.
+    """
+    folder = root()
+    source = config or folder / "config.yaml"
+    wanted = read(source).replace(**changes)
+    boards = {f"grafana/{p.name}": _read(p) for p in sorted(folder.glob("grafana/*.json"))}
+    found = {
+        "config.yaml": _config(_read(source), wanted),
+        **{name: _read(folder / name) for name in ("jaeger-ui.json", "runbook.md")},
+        **boards,
+        **formats.files(wanted),
+        "kubernetes/dashboards.yaml": formats.config_maps(boards),
+    }
+    return [ShippedFile(name, text) for name, text in sorted(found.items())]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _config(text: str, wanted: Thresholds) -> str:
+    """Return the configuration with the changed values and all comments, ready for reuse."""
+    for name in _TOP:
+        line = f"{name}: {json.dumps(getattr(wanted, name))}".replace("\\", r"\\")
+        text = re.sub(rf"(?m)^{name}:.*$", line, text)
+    return re.sub(
+        r"(?m)^(silence:\n(?:[ #].*\n)*?  seconds:).*$",
+        lambda match: f"{match[1]} {wanted.silence_seconds}",
+        text,
+    )
