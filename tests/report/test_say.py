@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from traced_retry import semconv
+from traced_retry.core.attempt import Attempt
 from traced_retry.core.failure import failure
 from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.report import ReportError, as_dict, read, summarize, write_html
@@ -18,16 +19,18 @@ from .conftest import HEARD
 
 @pytest.fixture
 def said(store):
-    """A reply; and texts, told of by the code that tells of every ``say``: two spoken, one not."""
+    """Store one reply and three ``say`` texts with the real telemetry: two spoken, one failed."""
     store.timed((0, 0.25, HEARD), seconds=0.25, OUTCOME="succeeded")
     telemetry = Telemetry(store.provider)
     for stop in (None, None, "unsafe_to_resend"):
-        failed = None if stop is None else failure(TimeoutError(), "timeout")
-        told = telemetry.reply(Target("x_ai", "grok", say=True))
-        told.begin()
-        told.attempt_began(1, "send", 0.0)
-        told.attempt_ended("succeeded" if failed is None else "failed", 0.1, failed)
-        told.end(stop, 1, 0.0, 0.1, failed)
+        trace = telemetry.reply(Target("x_ai", "grok", say=True))
+        attempt = Attempt(1, "send", 0.0, 0.0)
+        if stop is not None:
+            attempt.result, attempt.failure = "failed", failure(TimeoutError(), "timeout")
+        trace.begin()
+        trace.attempt_began(attempt)
+        trace.attempt_ended(attempt, 0.1, None)
+        trace.end(stop, 0.1, attempt.failure, None)
     return store
 
 
