@@ -17,7 +17,7 @@ from google.genai import types
 from livekit.agents import APIConnectOptions, inference
 from livekit.plugins import google, openai, ultravox, xai
 from support.conversation import Conversation, NovaSonicConversation
-from traced_retry.simulator.openai_kin import (
+from traced_retry.simulator.openai_compatible import (
     AzureOpenAIBetaSimulator,
     AzureOpenAISimulator,
     XAISimulator,
