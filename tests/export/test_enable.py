@@ -328,15 +328,15 @@ class TestAgain:
         ended = fresh(
             CONVERSATION
             + """
-told = []
+reasons = []
 asyncio_run = lambda: asyncio.run(run_conversation("rate_limit:0.01"))["requests"]
 traced_retry.enable(policy=traced_retry.RetryPolicy(max_retries=1, base_delay=0))
 one = asyncio_run()
 traced_retry.enable()
 two = asyncio_run()
 never = traced_retry.RetryPolicy(max_retries=0)
-traced_retry.enable(policy=never, on_exhausted=lambda failed: told.append(failed.stop_reason))
-result = one, two, asyncio_run(), failure_from_event
+traced_retry.enable(policy=never, on_exhausted=lambda failed: reasons.append(failed.stop_reason))
+result = one, two, asyncio_run(), reasons
 """,
             **state,
         )

@@ -17,11 +17,6 @@ from google.genai import types
 from livekit.agents import APIConnectOptions, inference
 from livekit.plugins import google, openai, ultravox, xai
 from support.conversation import Conversation, NovaSonicConversation
-from traced_retry.simulator.openai_compatible import (
-    AzureOpenAIBetaSimulator,
-    AzureOpenAISimulator,
-    XAISimulator,
-)
 
 from traced_retry.livekit.adapter import Adapter
 from traced_retry.livekit.aws import AWSAdapter
@@ -33,6 +28,11 @@ from traced_retry.livekit.ultravox import UltravoxAdapter
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.azure import VoiceLiveSimulator
 from traced_retry.simulator.google import GoogleSimulator
+from traced_retry.simulator.openai_compatible import (
+    AzureOpenAIBetaSimulator,
+    AzureOpenAISimulator,
+    XAISimulator,
+)
 from traced_retry.simulator.phonic import PhonicSimulator, redirected
 from traced_retry.simulator.ultravox import UltravoxSimulator
 
