@@ -152,9 +152,12 @@ class TestPrivacy:
 
         Phonic's own logger writes the key, which we cannot prevent.
         """
-        talk = await start_conversation(f"{script},{script}", ready="unauthorized" not in script)
+        # AWS's plugin cannot be closed while it restarts, so it gets one request.
+        twice = provider.adapter is not AWSAdapter
+        script = f"{script},{script}" if twice else script
+        talk = await start_conversation(script, ready="unauthorized" not in script)
         error = await talk.reply(instructions="SECRET instructions", user_input="SECRET")
-        if provider.adapter is not AWSAdapter:  # Its plugin cannot be closed while it restarts.
+        if twice:
             with contextlib.suppress(llm.RealtimeError):
                 await talk.realtime.generate_reply(instructions="SECRET instructions")
         await talk.settle()
