@@ -160,7 +160,7 @@ class TestPrivacy:
         if twice:
             with contextlib.suppress(llm.RealtimeError):
                 await talk.realtime.generate_reply(instructions="SECRET instructions")
-        await talk.settle()
+            await talk.settle()
 
         # Google's plugin puts the server's text into its own error events, with and without us.
         events = [] if provider.adapter is GoogleAdapter else talk.errors
