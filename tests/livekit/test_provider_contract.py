@@ -152,11 +152,13 @@ class TestPrivacy:
 
         Phonic's own logger writes the key, which we cannot prevent.
         """
-        # AWS's plugin cannot be closed while it restarts, so it gets one request.
+        # AWS's plugin cannot be closed while it restarts, so it gets one request. User input would
+        # be another one.
         twice = provider.adapter is not AWSAdapter
         script = f"{script},{script}" if twice else script
         talk = await start_conversation(script, ready="unauthorized" not in script)
-        error = await talk.reply(instructions="SECRET instructions", user_input="SECRET")
+        user_input = {"user_input": "SECRET"} if twice else {}
+        error = await talk.reply(instructions="SECRET instructions", **user_input)
         if twice:
             with contextlib.suppress(llm.RealtimeError):
                 await talk.realtime.generate_reply(instructions="SECRET instructions")
