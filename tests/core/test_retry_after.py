@@ -23,7 +23,7 @@ def limited(seconds):
 
 @pytest.fixture
 def session(recorder):
-    """``session(script, **policy)`` -> a Reply; all of them heed one another's ``retry_after``."""
+    """Return a function that makes a reply. All its replies share one cooldown."""
     telemetry, shared = Telemetry(**recorder.providers), SessionCooldown()
 
     def session(script, **policy):

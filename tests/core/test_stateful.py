@@ -581,9 +581,10 @@ class TestFound:
         ask, cancel = ("ask", {"then": None}), ("cancel", {"which": 0, "then": None})
         play(Machine(), self.begin(), ask, cancel, ("lose_connection", lost))
 
-    def test_told_to_wait_beyond_the_deadline_while_waiting(self):
-        """Two replies heed a retry-after; the first is then told of another, which is too long for
-        the second: that one does not wait for it.
+    def test_retry_after_beyond_deadline_during_wait_is_not_waited_for(self):
+        """A reply does not wait for a retry-after that ends after its deadline.
+
+        Two replies wait. Then the first receives a longer retry-after than the second may wait.
         """
         limited = {"next_time": lambda: ProviderError("rate_limit_exceeded", retry_after=3.0)}
         ask, prepare = ("ask", {"then": None}), ("prepare", limited)
@@ -591,7 +592,7 @@ class TestFound:
         play(Machine(), self.begin(), prepare, ask, ask, ask, prepare, wait)
 
     def test_interrupted_while_about_to_listen(self):
-        """To listen takes no connection: there is no time in which a late answer goes unheeded."""
+        """A listen needs no connection, so no late answer is missed before it."""
         begin = self.begin(actions=["listen"], limit=1.0, max_retries=3)
         lost = ("lose_connection", {"seconds": 30.0, "then": None})
         ask, interrupt = ("ask", {"then": 1.5}), ("interrupt_one", {"which": 0, "then": None})

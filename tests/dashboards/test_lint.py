@@ -161,7 +161,7 @@ class TestQuery:
         assert not re.search(r"\b(irate|increase)\(", target["expr"])
 
     def test_only_counters_have_a_rate(self, panel, target):
-        """target-counter-agg-rule, and its converse."""
+        """A rate is only of a counter, and a counter is only drawn as a rate."""
         rated = set(re.findall(r"\brate\((\w+)", target["expr"]))
         assert all(name.endswith(("_total", "_sum", "_count", "_bucket")) for name in rated)
 
@@ -175,7 +175,7 @@ class TestQuery:
         if "increase$rollup" in target["expr"] and not target["instant"]:
             assert "$rollup" == target["interval"]
 
-    def test_heeds_the_choices(self, panel, target):
+    def test_query_filters_by_provider_and_environment(self, panel, target):
         """Provider and environment are filtered wherever a reply, an attempt or a wait is meant."""
         for selector in promql.selectors(promql.parse(target["expr"])):
             if selector.metric.startswith(("provider:", "traces_", "traced_retry_")):

@@ -224,7 +224,7 @@ def test_a_status_is_the_reason(pipeline, caplog, status, reason):
 
 @pytest.mark.skipif(SDK < (1, 45), reason="the SDK's exporter takes 429 for final")
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_heeded(pipeline, form):
+def test_retry_after_delays_batch(pipeline, form):
     """A backend that is busy for a second gets the batch after it; nothing is dropped."""
     later = datetime.now(UTC) + timedelta(seconds=2)
     value = "1" if form == "seconds" else later.strftime("%a, %d %b %Y %H:%M:%S GMT")

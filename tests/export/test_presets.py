@@ -251,7 +251,7 @@ class TestABackendThatMisbehaves:
         assert {"requests": 1, "completed": 1} == json.loads(done.stdout)
         assert re.fullmatch(r"shutdown \d+", dropped(done))
 
-    def test_a_files_certificates_are_heeded(self, edited, authority, tmp_path):
+    def test_certificates_of_file_are_used(self, edited, authority, tmp_path):
         """``tls``, for spans; the SDK reads it from variables alone."""
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert("127.0.0.1").configure_cert(tls)

@@ -84,10 +84,10 @@ class GoogleAdapter(Adapter):
         super().__init__(session, replies)
         self.plugin: Any = session
         self.asked: GoogleRequest | None = None
-        """Whose attempt is under way."""
+        """The request with an attempt in progress, if any."""
         self._discard_future: asyncio.Future[Generation] | None = None
-        """In the slot from a restart until the new connection: what the old one still says is
-        buried here, instead of being spoken."""
+        """The future in the slot from a restart until the new connection. It discards replies from
+        the old connection."""
         self._discarded_response: str | None = None
         self._renew_later = False
         self._delivery: tuple[str, Delivery] | None = None

@@ -205,7 +205,7 @@ class Simulator(ABC):
 
     @property
     def next_fault(self) -> Fault:
-        """The element that the next request will meet."""
+        """Return the element of the script for the next request."""
         return self.script.at(self._position)
 
     def advance(self) -> None:
