@@ -60,7 +60,7 @@ class RetryPolicy:
     on_silence: OnSilence | None = None
     """What follows when a request seems lost on a live connection and the provider's replies
     carry no id of the request; None is the provider's safe default. With ``"resend"`` the caller
-    may hear two replies. It does not apply to OpenAI-compatible providers, whose replies carry the id."""
+    may hear two replies. OpenAI-compatible providers ignore it, because replies carry the id."""
     budget: RetryBudget | None = field(default_factory=process_budget)
     """How many retries this process may send, per provider; by default one budget for all
     policies, 10 at once and then one per 10 replies and one per 30 s. None: no limit."""
