@@ -44,7 +44,7 @@ pythons: $(OTHERS:%=.venv/.core-%)  ## the core's tests on every Python here, fr
 	$(foreach version,$(OTHERS),$(call core-tests,$(version)))
 
 define core-tests
-	.venv/core-$(1)/bin/pytest -q tests/core
+	.venv/core-$(1)/bin/pytest -q -p no:randomly tests/core
 
 endef
 
@@ -104,7 +104,7 @@ apart = test -x .venv/$(1)/bin/pytest || { $(2) -m venv .venv/$(1) && .venv/$(1)
 OLDEST := $(patsubst %,livekit-%==1.7.0,agents plugins-openai plugins-xai plugins-google plugins-ultravox plugins-phonic plugins-nvidia[personaplex])
 OLDEST += opentelemetry-api==1.39.0 opentelemetry-sdk==1.39.0 opentelemetry-instrumentation==0.60b0 \
 	opentelemetry-exporter-prometheus==0.60b0 prometheus-client==0.22.0
-OLDEST += pytest pytest-asyncio pytest-randomly pytest-xdist hypothesis h2 trustme backoff promql-parser pyyaml
+OLDEST += azure-ai-voicelive pytest pytest-asyncio pytest-randomly pytest-xdist hypothesis h2 trustme backoff promql-parser pyyaml
 
 .venv/.oldest: .venv/pyvenv.cfg $(SOURCES)
 	@echo "installing the oldest plugins and OpenTelemetry supported into .venv/oldest"
