@@ -35,7 +35,9 @@ class Attempt(Generic[T]):
         "span",
     )
 
-    def __init__(self, number: int, action: semconv.Action, delay: float, began: float) -> None:
+    def __init__(
+        self, number: int, action: semconv.Action, delay: float, began: float, limit: float
+    ) -> None:
         self.number = number
         """1 for the first attempt."""
         self.action = action
@@ -43,7 +45,7 @@ class Attempt(Generic[T]):
         """Seconds waited before the attempt."""
         self.began = began
         """Start on the event loop's clock, in seconds."""
-        self.limit = began
+        self.limit = limit
         """Time on the event loop's clock at which the attempt is given up."""
         self.future: asyncio.Future[T] | None = None
         self.delivery: Delivery | None = None

@@ -11,11 +11,10 @@ from traced_retry.core.failure import Failure
 class SessionCooldown:
     """The last ``retry_after`` of a session's provider, shared by the replies of that session."""
 
-    def __init__(self) -> None:
-        self.until = -math.inf
-        """The event loop's time in seconds."""
-        self.failure: Failure | None = None
-        """The failure that asked for the wait."""
+    until = -math.inf
+    """The event loop's time in seconds."""
+    failure: Failure | None = None
+    """The failure that asked for the wait."""
 
     def update(self, failure: Failure, now: float) -> None:
         """Extend the cooldown if ``failure`` asks for a later time than the current one."""

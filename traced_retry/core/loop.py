@@ -24,7 +24,7 @@ from traced_retry.core.attempt import Attempt
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.driver import Driver, Steps
 from traced_retry.core.failure import NOTE, Failure, copy_error, explain
-from traced_retry.core.guard import log_once, suppress_and_log
+from traced_retry.core.guard import log_once, log_suppressed, suppress_and_log
 from traced_retry.core.policy import Delays, RetryPolicy
 from traced_retry.core.request import Delivery, Request
 from traced_retry.core.telemetry import ReplyTrace
@@ -54,7 +54,7 @@ class FailedReply:
     """32 hexadecimal digits, or None if the reply is not traced."""
 
 
-class Reply(Generic[T]):
+class Reply(Driver, Generic[T]):
     """Attempts for one reply, until one succeeds or no further attempt is allowed.
 
     Args:
@@ -75,13 +75,11 @@ class Reply(Generic[T]):
         "_cooldown",
         "_deadline",
         "_delays",
-        "_driver",
         "_ended",
         "_forced_stop",
         "_future",
         "_jitter",
         "_last",
-        "_loop",
         "_number",
         "_on_ended",
         "_on_failed",
@@ -104,6 +102,7 @@ class Reply(Generic[T]):
         on_failed: Callable[[FailedReply], None] | None = None,
         on_ended: Callable[[Reply[T], BaseException | None], None] | None = None,
     ) -> None:
+        super().__init__()
         self._request = request
         self._policy = policy
         self._trace = trace
@@ -111,7 +110,6 @@ class Reply(Generic[T]):
         self._cooldown = cooldown or SessionCooldown()
         self._on_failed = on_failed
         self._on_ended = on_ended
-        self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[T] = self._loop.create_future()
 
         self._number = 0
@@ -125,7 +123,6 @@ class Reply(Generic[T]):
         self._result: Any = None
         """The first result. The streams of later results are attached to it."""
         self._ended = False
-        self._driver = Driver(self._run(), self.wake, self._fail_internally)
 
     # --- the caller's side ---------------------------------------------------------------------
 
@@ -148,7 +145,7 @@ class Reply(Generic[T]):
             self._policy.budget.earn(self._trace.target.provider, self._loop.time)
         if self._cooldown.until <= self._began:
             self._send("send", 0.0)
-        self._driver.step()
+        self._step()
         future = self._future
         if not future.done():
             future.add_done_callback(self._on_future_done)
@@ -167,10 +164,12 @@ class Reply(Generic[T]):
 
     def wake(self) -> None:
         """Check the reply again, because ``Request.ready`` may have changed."""
-        if not self._driver.running and self._future.cancelled():
+        if self._ended:
+            return
+        if not self._running and self._future.cancelled():
             self.interrupt()  # The future's callback runs only in the event loop's next turn.
-        elif not self._ended:
-            self._driver.wake()
+        else:
+            self._resume()
 
     def interrupt(self, *, cut: bool = False) -> None:
         """End the reply as interrupted, unless it has ended, and cancel its attempt.
@@ -241,11 +240,11 @@ class Reply(Generic[T]):
     def _send(self, action: semconv.Action, delay: float) -> None:
         """Make the next attempt."""
         self._number += 1
-        attempt: Attempt[T] = Attempt(self._number, action, delay, self._loop.time())
-        attempt.limit = self._deadline
+        began, limit = self._loop.time(), self._deadline
         for seconds in (self._policy.attempt_timeout, self._request.limit(action)):
             if seconds is not None:
-                attempt.limit = min(attempt.limit, attempt.began + seconds)
+                limit = min(limit, began + seconds)
+        attempt: Attempt[T] = Attempt(self._number, action, delay, began, limit)
         if self._forced_stop is None:
             self._reported = None
         self._trace.attempt_began(attempt)
@@ -291,8 +290,10 @@ class Reply(Generic[T]):
         assert attempt.future is not None
         result = attempt.future.result()
         delivery = None
-        with suppress_and_log("Request.delivery"):  # The result is valid without its delivery.
+        try:
             delivery = self._request.delivery(result)
+        except Exception as error:  # noqa: BLE001 - the result is valid without its delivery
+            log_suppressed("Request.delivery", error)
         attempt.delivery = delivery
         if self._result is None:
             self._result = result
@@ -426,7 +427,10 @@ class Reply(Generic[T]):
         if future.cancelled():
             self.interrupt()
 
-    def _fail_internally(self, error: BaseException) -> None:
+    def _on_timer(self) -> None:
+        self.wake()
+
+    def _on_error(self, error: BaseException) -> None:
         """End the reply because our own code or an adapter failed."""
         self._give_up(explain(error), "not_recoverable", note=False)
 
@@ -501,7 +505,7 @@ class Reply(Generic[T]):
         first_output: tuple[float, int] | None = None,
     ) -> None:
         self._ended = True
-        self._driver.stop()
+        self._cancel_timer()
         at, unix = first_output or (self._loop.time(), None)
         self._trace.end(stop, at - self._began, failure, unix)
         if stop in ("superseded", "interrupted"):
