@@ -133,7 +133,7 @@ class Delays:
 
     def next(self, failure: Failure) -> float:
         """The wait before the next attempt: jittered, but never less than ``retry_after``."""
-        return max(self._jitter(next(self._bounds)), failure.retry_after or 0.0)
+        return max(self._jitter(next(self._bounds)), min(failure.retry_after or 0.0, MAX_RETRY_AFTER))
 
 
 def _boolean(text: str) -> bool:
@@ -150,7 +150,7 @@ def _budget(text: str) -> RetryBudget | None:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return finite(value) is not None
 
 
 def _check_count(value: Any) -> str | None:
