@@ -51,21 +51,21 @@ def ask(recorder):
 
 
 class TestBucket:
-    def test_begins_full(self, clock):
-        """As many retries at once as it holds, and no more."""
+    def test_new_budget_allows_as_many_retries_as_its_capacity(self, clock):
+        """A new budget allows its capacity of retries at once, and no more."""
         bucket = RetryBudget(3)
 
         assert [True, True, True, False] == [bucket.spend("openai", clock) for _ in range(4)]
 
-    def test_one_per_provider(self, clock):
-        """One provider's outage leaves the others their retries."""
+    def test_outage_of_one_provider_leaves_budget_of_others(self, clock):
+        """One provider's outage leaves the other providers their retries."""
         bucket = RetryBudget(1)
         bucket.spend("openai", clock)
 
         assert not bucket.spend("openai", clock)
         assert bucket.spend("phonic", clock)
 
-    def test_replies_earn(self, clock):
+    def test_ten_replies_earn_one_retry(self, clock):
         """Ten replies earn one retry."""
         bucket = RetryBudget(1, per_reply=0.125, per_second=0)
         bucket.spend("openai", clock)
@@ -76,8 +76,8 @@ class TestBucket:
 
         assert bucket.spend("openai", clock)
 
-    def test_time_earns(self, clock):
-        """A full bucket in capacity / per_second seconds, and never more than that."""
+    def test_budget_refills_with_time_up_to_capacity(self, clock):
+        """An empty budget is full after capacity / per_second seconds, and never exceeds it."""
         bucket = RetryBudget(4, per_second=0.5)
         for _ in range(4):
             bucket.spend("openai", clock)
@@ -87,8 +87,8 @@ class TestBucket:
 
         assert {"openai": 4.0} == bucket.remaining()
 
-    def test_a_clock_that_goes_back(self, clock):
-        """It earns nothing, and takes nothing."""
+    def test_clock_that_goes_back_changes_nothing(self, clock):
+        """A clock that goes back earns no retry and takes none."""
         bucket = RetryBudget(4)
         bucket.spend("openai", clock)
         clock.now -= 500
@@ -96,8 +96,8 @@ class TestBucket:
         assert {"openai": 3.0} == bucket.remaining()
 
     @given(st.lists(st.sampled_from(["earn", "spend", "wait"]), max_size=200))
-    def test_never_more_than_was_earned(self, steps):
-        """However it is used: between nothing and full, and no more retries than tokens."""
+    def test_retries_never_exceed_tokens_earned(self, steps):
+        """The tokens stay between zero and the capacity, and pay for every retry."""
         clock, bucket, spent = Clock(), RetryBudget(5, per_reply=0.25, per_second=0.5), 0
         for step in steps:
             if step == "earn":
@@ -111,45 +111,45 @@ class TestBucket:
         assert spent <= 5 + 0.25 * steps.count("earn") + 0.5 * steps.count("wait")
 
     @pytest.mark.parametrize("value", [0, 0.5, -1, math.nan, math.inf, "10"])
-    def test_a_capacity_that_cannot_be(self, value):
-        """Less than one retry is none: that is max_retries=0."""
+    def test_invalid_capacity_is_refused(self, value):
+        """A capacity below one retry is refused, because max_retries=0 means that."""
         with pytest.raises(ValueError, match=r"capacity is .*finite number >= 1"):
             RetryBudget(value)
 
     @pytest.mark.parametrize("name", ["per_reply", "per_second"])
-    def test_an_income_that_cannot_be(self, name):
-        """Nothing is taken back."""
+    def test_negative_income_is_refused(self, name):
+        """A budget cannot lose tokens by replies or time."""
         with pytest.raises(ValueError, match=rf"{name} is -1; .*>= 0"):
             RetryBudget(**{name: -1})
 
 
 class TestPolicy:
-    def test_policies_share_the_process_s(self):
-        """Unless they bring their own."""
+    def test_policies_share_process_budget_by_default(self):
+        """Policies share the budget of the process unless they bring their own."""
         assert RetryPolicy().budget is RetryPolicy(max_retries=1).budget
         assert RetryPolicy().budget is RetryPolicy.from_env({}).budget
         assert RetryPolicy().budget is not RetryPolicy(budget=RetryBudget()).budget
 
-    def test_from_env(self):
-        """A number of retries at once, or off."""
+    def test_env_variable_sets_budget(self):
+        """The variable holds a number of retries, or off."""
         assert 25.0 == RetryPolicy.from_env({"TRACED_RETRY_BUDGET": "25"}).budget.capacity
         assert None is RetryPolicy.from_env({"TRACED_RETRY_BUDGET": "off"}).budget
 
     @pytest.mark.parametrize("text", ["none", "0", "-3", "nan", "inf"])
-    def test_from_env_refuses(self, text):
-        """What cannot be is refused with the variable's name, and what is allowed."""
+    def test_invalid_env_variable_is_refused(self, text):
+        """The error names the variable and the values allowed."""
         with pytest.raises(PolicyError, match=r"TRACED_RETRY_BUDGET is .*1 or more, or off"):
             RetryPolicy.from_env({"TRACED_RETRY_BUDGET": text})
 
-    def test_in_code(self):
-        """A number is no budget."""
+    def test_number_as_budget_is_refused(self):
+        """A policy takes a budget object and refuses a number."""
         with pytest.raises(PolicyError, match="budget is 10; "):
             RetryPolicy(budget=10)
 
 
 class TestReply:
-    async def test_without_a_token_it_fails_at_once(self, ask, recorder):
-        """One request, no wait, the provider's own error, stop reason budget."""
+    async def test_empty_budget_fails_reply_without_retry(self, ask, recorder):
+        """The reply fails after one request with the provider's error and stop reason budget."""
         policy = RetryPolicy(budget=RetryBudget(2, per_reply=0, per_second=0))
         with pytest.raises(ProviderError):
             await ask(Scripted(DOWN), policy)
@@ -165,16 +165,16 @@ class TestReply:
         ]
         assert [3, 1] == [r["traced_retry.attempts"] for r in recorder.replies]
 
-    async def test_a_first_request_is_always_sent(self, ask):
-        """The budget is for retries; the provider may be well again."""
+    async def test_empty_budget_still_allows_first_request(self, ask):
+        """The budget limits retries only, because the provider may have recovered."""
         policy = RetryPolicy(budget=RetryBudget(1, per_reply=0, per_second=0))
         with pytest.raises(ProviderError):
             await ask(Scripted(DOWN), policy)
 
         assert "hello" == await ask(Scripted("hello"), policy)
 
-    async def test_off(self, ask, recorder):
-        """No budget, no limit."""
+    async def test_policy_without_budget_has_no_limit(self, ask, recorder):
+        """A policy without a budget retries without that limit."""
         for _ in range(20):
             with pytest.raises(ProviderError):
                 await ask(Scripted(DOWN), RetryPolicy(budget=None))
@@ -183,8 +183,8 @@ class TestReply:
             "traced_retry.replies", "traced_retry.stop_reason"
         )
 
-    async def test_to_listen_costs_nothing(self, recorder):
-        """No request goes out."""
+    async def test_listen_takes_no_token(self, recorder):
+        """Listening sends no request, so it takes no token."""
 
         class Listener(CallRequest):
             def next_action(self, why):
@@ -198,8 +198,8 @@ class TestReply:
         assert 4 == len(recorder.attempts)
         assert {"phonic": 1.0} == policy.budget.remaining()
 
-    async def test_a_wait_past_the_deadline_costs_nothing(self, ask):
-        """What is not sent is not paid."""
+    async def test_retry_past_deadline_takes_no_token(self, ask):
+        """A retry that is not sent takes no token."""
         policy = RetryPolicy(budget=RetryBudget(5))
         with pytest.raises(ProviderError):
             await ask(Scripted(ProviderError("rate_limit_exceeded", retry_after=30)), policy)
@@ -208,8 +208,8 @@ class TestReply:
 
 
 class TestGauge:
-    async def test_what_is_left_by_now(self, ask, recorder):
-        """Per provider, with what time has earned since."""
+    async def test_gauge_shows_tokens_left_per_provider(self, ask, recorder):
+        """The gauge includes the tokens that time has earned since the last reply."""
         policy = RetryPolicy(budget=RetryBudget(4, per_reply=0, per_second=0.25))
         with pytest.raises(ProviderError):
             await ask(Scripted(DOWN), policy, "ultravox")  # three retries, and 1 + 2 + 4 s
@@ -219,8 +219,8 @@ class TestGauge:
 
         assert (2.75, 3.0) == (left, recorder.points(GAUGE)[key])
 
-    async def test_the_smallest_of_several(self, recorder, clock):
-        """Two budgets for one provider: the one that will say no first."""
+    async def test_gauge_shows_smallest_of_several_budgets(self, recorder, clock):
+        """Of two budgets for one provider the gauge shows the one that refuses first."""
         Telemetry(**recorder.providers)
         budgets = RetryBudget(9), RetryBudget(5)
         for one in budgets:
@@ -233,8 +233,8 @@ class TestGauge:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_while_it_is_read():
-    """The gauge is read in a thread; a child forked meanwhile must not wait for that for ever."""
+def test_fork_while_gauge_is_read_does_not_deadlock():
+    """A child that is forked while a thread reads the gauge does not wait for its lock."""
     budget = RetryBudget()
     with budget._lock:
         child = os.fork()

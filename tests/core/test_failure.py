@@ -30,8 +30,8 @@ class TestExplain:
             ("never_seen_before", "unknown", True),
         ],
     )
-    def test_by_code(self, code, kind, recoverable):
-        """The provider's code decides; an unknown one is taken as recoverable."""
+    def test_code_decides_kind(self, code, kind, recoverable):
+        """The provider's code decides, and an unknown code is recoverable."""
         why = explain(ProviderError(code))
 
         assert (code, kind, recoverable) == (why.code, why.kind, why.recoverable)
@@ -51,12 +51,12 @@ class TestExplain:
             (599, "server_error"),
         ],
     )
-    def test_by_status(self, status, kind):
-        """An HTTP status is as good as a code."""
+    def test_http_status_decides_kind(self, status, kind):
+        """An HTTP status decides in the same way as a code."""
         assert kind == explain(StatusError(status)).kind
 
-    def test_retryable_false_is_believed(self):
-        """LiveKit's APIError says so itself; True adds nothing to what the table says."""
+    def test_retryable_false_is_not_recoverable(self):
+        """LiveKit's retryable=False is final, and retryable=True changes nothing."""
         assert explain(StatusError(500)).recoverable
         assert not explain(StatusError(500, retryable=False)).recoverable
         assert not explain(StatusError(401, retryable=True)).recoverable
@@ -76,51 +76,51 @@ class TestExplain:
             (ProviderError(), "unknown"),
         ],
     )
-    def test_by_class(self, error, kind):
-        """Python's own errors are mistakes in the code, but for those of the network."""
+    def test_exception_class_decides_kind(self, error, kind):
+        """Python's own errors are bugs, except for network errors."""
         why = explain(error)
 
         assert (kind, RECOVERABLE[kind], error) == (why.kind, why.recoverable, why.error)
 
     @pytest.mark.parametrize("seconds", ["5", -1, float("nan"), float("inf"), None])
-    def test_nonsense_retry_after(self, seconds):
-        """A retry_after that cannot be is as none."""
+    def test_invalid_retry_after_is_ignored(self, seconds):
+        """An invalid retry_after is read as None."""
         assert (
             explain(ProviderError("rate_limit_exceeded", retry_after=seconds)).retry_after is None
         )
 
-    def test_retry_after(self):
-        """Seconds the provider asked for."""
+    def test_retry_after_is_read_in_seconds(self):
+        """The failure holds the seconds that the provider asked for."""
         assert 2.0 == explain(ProviderError("rate_limit_exceeded", retry_after=2)).retry_after
 
 
 class TestErrorType:
-    def test_known_code(self):
+    def test_known_code_is_error_type(self):
         """A known code is its own error.type."""
         assert "rate_limit_exceeded" == explain(ProviderError("rate_limit_exceeded")).error_type
 
-    def test_unknown_code(self):
-        """An unknown one is _OTHER, for the set is bounded; the code stays exact."""
+    def test_unknown_code_has_error_type_other(self):
+        """An unknown code has error.type _OTHER, and the code itself stays exact."""
         why = explain(ProviderError("weird_new_code"))
 
         assert ("_OTHER", "weird_new_code") == (why.error_type, why.code)
 
-    def test_bug(self):
-        """A programming error shows its class."""
+    def test_bug_has_class_name_as_error_type(self):
+        """A programming error has its class as error.type."""
         assert "NotImplementedError" == explain(NotImplementedError()).error_type
 
-    def test_a_code_that_is_text_is_hidden(self):
-        """What does not look like a code may be what a caller said; it goes nowhere."""
+    def test_code_that_is_text_is_not_recorded(self):
+        """A code that looks like prose may hold a caller's words, so it is not recorded."""
         why = explain(ProviderError("the caller said: my PIN is 1234"))
 
         assert ("_OTHER", "_OTHER") == (why.error_type, why.code)
 
     @given(st.one_of(st.none(), st.text(max_size=30), st.sampled_from(sorted(CODES))))
-    def test_is_bounded(self, code):
-        """Whatever the provider sends, error.type is of the known set."""
+    def test_error_type_is_of_known_set(self, code):
+        """Any code that a provider sends has an error.type of the known set."""
         assert explain(ProviderError(code)).error_type in KNOWN_ERROR_TYPES
 
 
-def test_repr_hides_the_error():
-    """A failure that is logged or shown must not carry the exception's text."""
+def test_repr_hides_text_of_exception():
+    """The repr of a failure does not hold the text of the exception."""
     assert "SECRET" not in repr(failure(ProviderError(), "unknown"))

@@ -39,24 +39,24 @@ def outcome(recorder):
 
 
 class TestSuccess:
-    async def test_first_try(self, ask, recorder):
-        """One call, one value, and nothing else."""
+    async def test_success_calls_once(self, ask, recorder):
+        """A successful call is made once and returns its value."""
         script, reply = ask("hello")
 
         assert "hello" == await reply
         assert (1, 0) == (script.calls, script.cancelled)
         assert ("succeeded", None) == outcome(recorder)
 
-    async def test_recovers(self, ask, recorder):
-        """Failures that can pass are tried again."""
+    async def test_recoverable_failures_are_retried(self, ask, recorder):
+        """Recoverable failures are retried until the call succeeds."""
         script, reply = ask(SERVER_ERROR, TimeoutError(), ProviderError("odd_code"), "hello")
 
         assert "hello" == await reply
         assert 4 == script.calls
         assert ("recovered", None) == outcome(recorder)
 
-    async def test_arguments_and_name_pass_through(self):
-        """The decorated function is called as it would be, and keeps its name."""
+    async def test_decorated_function_keeps_arguments_and_name(self):
+        """The decorated function receives its arguments and keeps its name."""
 
         @retry(provider="openai")
         async def say(text, *, loud=False):
@@ -66,8 +66,8 @@ class TestSuccess:
         assert "HI" == await say("hi", loud=True)
         assert ("say", "Say it.") == (say.__name__, say.__doc__)
 
-    async def test_an_object_with_an_async_call(self):
-        """Backoff and tenacity take such an object for a plain function, and never retry it."""
+    async def test_object_with_async_call_is_retried(self):
+        """Backoff and tenacity take such an object for a plain function and never retry it."""
         script = Scripted(SERVER_ERROR, "hello")
 
         class Asker:
@@ -82,8 +82,8 @@ class TestSuccess:
 
 
 class TestFailure:
-    async def test_not_recoverable(self, ask, recorder):
-        """Quota, key and bad requests are not asked twice."""
+    async def test_unrecoverable_failure_is_not_retried(self, ask, recorder):
+        """Failures by quota, key or an invalid request are not retried."""
         error = ProviderError("insufficient_quota")
         script, reply = ask(error)
 
@@ -94,8 +94,8 @@ class TestFailure:
         assert 1 == script.calls
         assert ("not_recoverable", "not_recoverable") == outcome(recorder)
 
-    async def test_runs_out_of_attempts(self, ask, recorder):
-        """The last original exception is raised, with its attributes and a note."""
+    async def test_last_error_is_raised_after_all_attempts(self, ask, recorder):
+        """The last original exception is raised with its attributes and a note."""
         errors = [ProviderError("server_error") for _ in range(3)]
         script, reply = ask(*errors, max_retries=2)
 
@@ -110,8 +110,8 @@ class TestFailure:
         assert 3 == script.calls
         assert ("exhausted", "max_attempts") == outcome(recorder)
 
-    async def test_no_retries_is_one_attempt_still_traced(self, ask, recorder):
-        """max_retries=0 turns retrying off, not tracing."""
+    async def test_zero_retries_still_traces_one_attempt(self, ask, recorder):
+        """max_retries=0 turns retries off and keeps the trace."""
         script, reply = ask(SERVER_ERROR, max_retries=0)
 
         with pytest.raises(ProviderError):
@@ -120,8 +120,8 @@ class TestFailure:
         assert 1 == script.calls == len(recorder.attempts)
 
     @pytest.mark.parametrize("error", [TypeError("x"), NotImplementedError(), KeyError("y")])
-    async def test_programming_errors_pass_through_untouched(self, ask, recorder, error):
-        """No second attempt mends a bug; not even a note is added."""
+    async def test_programming_error_passes_unchanged(self, ask, recorder, error):
+        """A bug is not retried, and its exception gets no note."""
         script, reply = ask(error)
 
         with pytest.raises(type(error)) as caught:
@@ -132,7 +132,7 @@ class TestFailure:
         assert 1 == script.calls
         assert type(error).__name__ == recorder.replies[0]["error.type"]
 
-    async def test_a_bug_before_the_future_is_raised_at_the_call(self, recorder):
+    async def test_bug_before_future_is_raised_by_call(self, recorder):
         """A plugin that raises NotImplementedError does so from the call itself."""
 
         @retry(provider="nvidia", **recorder.providers)
@@ -145,8 +145,8 @@ class TestFailure:
         assert ("not_recoverable", "not_recoverable") == outcome(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_an_error_before_the_future_is_retried(self):
-        """A provider's error counts the same, raised at once or through the future."""
+    async def test_provider_error_before_future_is_retried(self):
+        """A provider's error is retried if the call raises it, as if the future does."""
         script = Scripted("hello")
         raised = []
 
@@ -159,13 +159,13 @@ class TestFailure:
 
         assert "hello" == await sometimes()
 
-    async def test_what_cannot_be_awaited(self):
-        """A plain function's plain value is a mistake, and the error says which."""
+    async def test_plain_value_raises_type_error(self):
+        """A function that returns a plain value is a mistake, and the error names it."""
         with pytest.raises(TypeError, match="returned a int, and only"):
             retry(provider="openai")(lambda: 1)()
 
-    def test_async_generators_are_refused(self):
-        """They cannot be asked again halfway; better told at import than in a call."""
+    def test_async_generator_is_refused_at_decoration(self):
+        """An async generator cannot be restarted halfway, so the decorator refuses it."""
 
         async def words():
             yield "hello"
@@ -173,8 +173,8 @@ class TestFailure:
         with pytest.raises(TypeError, match="async generator"):
             retry(provider="openai")(words)
 
-    async def test_rate_limits_can_be_left_alone(self, ask, recorder):
-        """retry_rate_limits=False makes them final, and the span says so."""
+    async def test_rate_limit_is_final_if_policy_says_so(self, ask, recorder):
+        """retry_rate_limits=False makes rate limits final, and the span records it."""
         script, reply = ask(ProviderError("rate_limit_exceeded"), retry_rate_limits=False)
 
         with pytest.raises(ProviderError):
@@ -186,8 +186,8 @@ class TestFailure:
 
 
 class TestTime:
-    async def test_waits_grow(self, recorder):
-        """The injected jitter's waits are the ones really waited, to the millisecond."""
+    async def test_waits_are_those_of_jitter(self, recorder):
+        """The waits between attempts are those of the injected jitter, to the millisecond."""
         script = Scripted(SERVER_ERROR, SERVER_ERROR, SERVER_ERROR, "hello")
         telemetry = Telemetry(**recorder.providers)
         reply = Reply(
@@ -203,16 +203,16 @@ class TestTime:
         assert [1.0, 2.0, 4.0] == [a["traced_retry.next_delay"] for a in recorder.attempts[:3]]
         assert 7.0 == recorder.replies[0]["traced_retry.delay.total"]
 
-    async def test_retry_after(self, ask):
-        """The provider's own wait is a floor."""
+    async def test_retry_waits_at_least_retry_after(self, ask):
+        """The wait that the provider asks for is a minimum."""
         script, reply = ask(ProviderError("rate_limit_exceeded", retry_after=5.0), "hello")
 
         await reply
 
         assert 5.0 <= script.times[1] - script.times[0] <= 5.0 + 1e-9
 
-    async def test_a_wait_past_the_deadline_is_not_slept(self, ask, recorder):
-        """Silence that can only end in failure is not added to."""
+    async def test_wait_past_deadline_ends_reply_at_once(self, ask, recorder):
+        """A wait that ends after the deadline is not slept, and the reply fails at once."""
         script, reply = ask(ProviderError("rate_limit_exceeded", retry_after=60.0))
 
         with pytest.raises(ProviderError) as caught:
@@ -223,8 +223,8 @@ class TestTime:
         assert 1 == script.calls
         assert ("exhausted", "deadline") == outcome(recorder)
 
-    async def test_a_future_that_never_resolves(self, ask, recorder):
-        """The deadline ends it: no caller hangs."""
+    async def test_unresolved_future_ends_at_deadline(self, ask, recorder):
+        """The deadline ends a future that never resolves, so no caller hangs."""
         script, reply = ask(HANG)
 
         with pytest.raises(TimeoutError, match=r"no answer within 20\.0 s"):
@@ -237,15 +237,15 @@ class TestTime:
         )
         assert ("exhausted", "deadline") == outcome(recorder)
 
-    async def test_attempt_timeout(self, ask):
-        """An attempt may be given less; the abandoned one is cancelled."""
+    async def test_attempt_timeout_cancels_attempt(self, ask):
+        """The attempt timeout cancels an attempt before the deadline."""
         script, reply = ask(HANG, "hello", attempt_timeout=2.0)
 
         assert "hello" == await reply
         assert (2, 1) == (script.calls, script.cancelled)
 
-    async def test_the_providers_own_error_outlives_our_timeout(self, ask, recorder):
-        """When time runs out the agent is told the last thing the provider said."""
+    async def test_deadline_raises_last_provider_error(self, ask, recorder):
+        """At the deadline the agent gets the last error of the provider."""
         error = ProviderError("rate_limit_exceeded")
         _, reply = ask(error, HANG)
 
@@ -257,16 +257,16 @@ class TestTime:
         assert "rate_limit_exceeded" == recorder.replies[0]["error.type"]
         assert ["rate_limit_exceeded", "timeout"] == [a["error.type"] for a in recorder.attempts]
 
-    async def test_an_answer_just_in_time(self, ask):
-        """What comes within the deadline is taken."""
+    async def test_answer_just_before_deadline_is_taken(self, ask):
+        """A result that arrives within the deadline is returned."""
         _, reply = ask((19.999, "hello"))
 
         assert "hello" == await reply
 
 
 class TestCancel:
-    async def test_in_the_attempt(self, ask, recorder):
-        """Barge-in reaches the provider's future at once."""
+    async def test_cancel_in_attempt_cancels_provider_future(self, ask, recorder):
+        """Cancelling the reply cancels the provider's future at once."""
         script, reply = ask(HANG)
         await asyncio.sleep(1.5)
         reply.cancel()
@@ -278,8 +278,8 @@ class TestCancel:
         assert (1, 1.5) == (script.cancelled, asyncio.get_running_loop().time())
         assert ("interrupted", "interrupted") == outcome(recorder)
 
-    async def test_in_the_wait(self, ask, recorder):
-        """Nothing is sent after it."""
+    async def test_cancel_in_wait_sends_nothing(self, ask, recorder):
+        """Nothing is sent after a cancel in the wait between attempts."""
         script, reply = ask(ProviderError("rate_limit_exceeded", retry_after=5.0), "hello")
         await asyncio.sleep(1.0)
         reply.cancel()
@@ -292,8 +292,8 @@ class TestCancel:
         assert ("interrupted", "interrupted") == outcome(recorder)
         assert 1.0 == recorder.replies[0]["traced_retry.delay.total"]
 
-    async def test_before_the_first_step(self, recorder):
-        """A task that is cancelled before it ever ran still ends its spans and its request."""
+    async def test_cancel_before_first_step_ends_spans_and_request(self, recorder):
+        """A task that is cancelled before it runs still ends its spans and its request."""
         script = Scripted(HANG)
         reply = retry(provider="openai", **recorder.providers)(script.future)()
         reply.cancel()
@@ -306,8 +306,8 @@ class TestCancel:
         assert ("interrupted", "interrupted") == outcome(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_the_provider_cancels(self, ask, recorder):
-        """The upstream proposal leaves its caller pending for ever here."""
+    async def test_cancel_by_provider_supersedes_reply(self, ask, recorder):
+        """The reply is superseded; the upstream proposal leaves its caller pending forever."""
         script, reply = ask((1.0, SUPERSEDED), "never")
 
         with pytest.raises(asyncio.CancelledError):
@@ -317,8 +317,8 @@ class TestCancel:
         assert 1 == script.calls
         assert ("superseded", "superseded") == outcome(recorder)
 
-    async def test_wait_for_around_it(self, ask, recorder):
-        """The usual way to bound a call works, and cleans up."""
+    async def test_wait_for_times_out_and_cleans_up(self, ask, recorder):
+        """asyncio.wait_for limits a call, and nothing stays open."""
         script, reply = ask(HANG)
 
         with pytest.raises((TimeoutError, asyncio.TimeoutError)):
@@ -327,8 +327,8 @@ class TestCancel:
         assert 1 == script.cancelled
         assert 0 == recorder.open_spans
 
-    async def test_no_task_is_left(self, ask):
-        """Whatever happened, the loop runs nothing of ours afterwards."""
+    async def test_no_task_is_left_after_any_end(self, ask):
+        """The event loop runs no task of ours after a reply ends."""
         for steps in ((HANG,), (SERVER_ERROR,), ("hello",), ((1.0, SUPERSEDED),)):
             _, reply = ask(*steps)
             await asyncio.wait({reply}, timeout=25)
@@ -338,8 +338,8 @@ class TestCancel:
 
 
 class TestClassify:
-    async def test_overrules_the_table(self, ask):
-        """A failure may be declared final, or worth a retry, or given a wait."""
+    async def test_classify_overrules_table(self, ask):
+        """A classify can make a failure final, recoverable, or set its wait."""
 
         def verdict(why):
             return dataclasses.replace(why, recoverable=why.code == "invalid_value")
@@ -354,8 +354,8 @@ class TestClassify:
         assert 1 == script.calls
 
     @pytest.mark.parametrize("broken", [lambda _: 1 / 0, lambda _: "retry", lambda: None])
-    async def test_a_broken_one_changes_nothing(self, ask, caplog, broken):
-        """It is logged once, without the exception's text, and the default holds."""
+    async def test_broken_classify_falls_back_to_default(self, ask, caplog, broken):
+        """A broken classify is logged once without its text, and the default applies."""
         with caplog.at_level(logging.ERROR, logger="traced_retry"):
             script, reply = ask(SERVER_ERROR, SERVER_ERROR, "hello", classify=broken)
             assert "hello" == await reply
@@ -367,7 +367,7 @@ class TestClassify:
 
 
 class TestManyAtOnce:
-    async def test_replies_do_not_meet(self, recorder):
+    async def test_concurrent_replies_are_independent(self, recorder):
         """A thousand replies share one decorator and nothing else."""
         scripts = [Scripted(SERVER_ERROR, n) for n in range(1000)]
         policy = RetryPolicy(budget=None)

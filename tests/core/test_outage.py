@@ -15,21 +15,21 @@ def default():
     return live_through(RetryBudget())
 
 
-def test_requests_stay_near_the_replies(default):
-    """At most 1.2 requests for each reply."""
+def test_outage_causes_at_most_1_2_requests_per_reply(default):
+    """The default budget limits an outage to 1.2 requests for each reply."""
     assert 10_000 == default.replies
     assert default.requests <= 1.2 * default.replies
 
 
-def test_without_a_budget():
-    """Nearly four."""
+def test_outage_without_budget_causes_four_requests_per_reply():
+    """Without a budget an outage causes nearly four requests for each reply."""
     storm = live_through(None, replies=1_000)
 
     assert storm.requests > 3.5 * storm.replies
 
 
-def test_it_recovers_within_one_refill(default):
-    """Retries are there again when the provider is: blips after the outage are retried."""
+def test_budget_recovers_within_one_refill(default):
+    """Short failures after the outage are retried once the budget has refilled."""
     budget = RetryBudget()
 
     assert default.refilled <= budget.capacity / budget.per_second
@@ -37,8 +37,8 @@ def test_it_recovers_within_one_refill(default):
     assert default.recovered > 0.99 * default.blips
 
 
-def test_a_single_call():
-    """A process that serves one call has few replies to earn from: its ten, and what time earns."""
+def test_single_call_has_retries_of_capacity_and_time():
+    """A process with one call has its first ten retries and those that time earns."""
     told = live_through(RetryBudget(), replies=100)
 
     assert 110 <= told.requests <= 100 + 10 + 0.1 * 100 + 600 / 30

@@ -15,15 +15,15 @@ import pytest
 import traced_retry
 
 
-def test_the_installed_package_is_tested():
-    """Not the folder beside these tests."""
+def test_tests_run_against_installed_package():
+    """The tests import the installed package and not the folder beside them."""
     site = Path(sysconfig.get_path("purelib"))
 
     assert site / "traced_retry" == Path(traced_retry.__file__).parent
 
 
-def test_the_core_needs_two_packages():
-    """Only backoff and the OpenTelemetry API, in the metadata and at import."""
+def test_core_needs_only_backoff_and_otel_api():
+    """The metadata and the import need only backoff and the OpenTelemetry API."""
     base = [r for r in requires("traced-retry") if "extra ==" not in r]
     script = (
         "import sys; before = set(sys.modules); import traced_retry\n"
@@ -43,8 +43,8 @@ def test_the_core_needs_two_packages():
 
 
 @pytest.mark.parametrize("folder", ["exporters", "dashboards"])
-def test_data_ships_below_the_package(folder):
-    """And not as a top-level name of its own in site-packages."""
+def test_data_folders_install_below_package(folder):
+    """The data folders are no top-level names in site-packages."""
     assert (files("traced_retry") / folder / "README.md").is_file()
     assert not (Path(sysconfig.get_path("purelib")) / folder).exists()
 
@@ -55,13 +55,13 @@ def test_data_folders_ship_without_code(folder):
     assert [] == list(Path(str(files("traced_retry") / folder)).rglob("*.py"))
 
 
-def test_is_typed():
-    """Type checkers use our annotations."""
+def test_package_is_marked_as_typed():
+    """Type checkers use the package's annotations."""
     assert (files("traced_retry") / "py.typed").is_file()
 
 
-def test_public_names():
-    """What is public is listed, and is there (what needs LiveKit only where that is installed)."""
+def test_public_names_are_listed_and_importable():
+    """Each public name is listed and importable, LiveKit's only if it is installed."""
     for name in set(traced_retry.__all__) - {"enable", "instrument", "uninstrument", "wrap"}:
         assert getattr(traced_retry, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

@@ -21,7 +21,7 @@ def waits(policy, count, *, jitter=lambda bound: bound, why=FAILURE):
 
 
 class TestRetryPolicy:
-    def test_defaults(self):
+    def test_defaults_are_those_of_upstream(self):
         """The defaults are those of the upstream proposal, with a deadline."""
         policy = RetryPolicy()
 
@@ -38,59 +38,59 @@ class TestRetryPolicy:
             policy.classify,
         )
 
-    def test_is_frozen(self):
-        """A policy in use cannot change under a reply."""
+    def test_policy_is_frozen(self):
+        """A policy cannot change while a reply uses it."""
         with pytest.raises(dataclasses.FrozenInstanceError):
             RetryPolicy().deadline = 5.0
 
     @pytest.mark.parametrize("value", ["3", -1, 1.5, True, None, math.nan])
-    def test_bad_max_retries(self, value):
-        """Only a whole number of retries is one."""
+    def test_invalid_max_retries_is_refused(self, value):
+        """max_retries takes only a whole number from zero."""
         with pytest.raises(PolicyError, match=r"max_retries is .*whole number, 0 or more"):
             RetryPolicy(max_retries=value)
 
     @pytest.mark.parametrize("name", ["base_delay", "max_delay", "deadline", "attempt_timeout"])
     @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "2", True])
-    def test_bad_seconds(self, name, value):
-        """Seconds are finite numbers, and not negative."""
+    def test_invalid_seconds_are_refused(self, name, value):
+        """Seconds have to be finite and not negative."""
         with pytest.raises(PolicyError, match=rf"{name} is .*finite number"):
             RetryPolicy(**{name: value})
 
     @pytest.mark.parametrize("name", ["deadline", "attempt_timeout"])
-    def test_no_time_at_all(self, name):
-        """A limit of zero would fail each reply before it is asked for."""
+    def test_limit_of_zero_seconds_is_refused(self, name):
+        """A limit of zero would fail each reply before it is requested."""
         with pytest.raises(PolicyError, match=f"{name} is 0"):
             RetryPolicy(**{name: 0})
 
-    def test_base_above_max(self):
-        """The first wait cannot be longer than the longest."""
+    def test_base_delay_above_max_delay_is_refused(self):
+        """The first wait cannot be longer than the longest wait."""
         with pytest.raises(PolicyError, match=r"base_delay is 5, above max_delay, 2"):
             RetryPolicy(base_delay=5, max_delay=2)
 
-    def test_unknown_word(self):
-        """on_silence takes three words, and the error tells them."""
+    def test_unknown_on_silence_is_refused(self):
+        """on_silence takes three words, and the error lists them."""
         with pytest.raises(PolicyError, match=r"on_silence is 'maybe'.*restart, listen, resend"):
             RetryPolicy(on_silence="maybe")
 
-    def test_classify_must_be_callable(self):
-        """A classify that cannot be called is refused at once, not at the first failure."""
+    def test_classify_that_is_not_callable_is_refused(self):
+        """A classify that is not callable is refused at once, not at the first failure."""
         with pytest.raises(PolicyError, match="classify is 'x'"):
             RetryPolicy(classify="x")
 
 
 class TestFromEnv:
-    def test_empty(self):
-        """Nothing set, nothing changed; blank counts as not set."""
+    def test_empty_environment_gives_defaults(self):
+        """Without variables the defaults apply, and a blank variable counts as unset."""
         assert RetryPolicy() == RetryPolicy.from_env({})
         assert RetryPolicy() == RetryPolicy.from_env({"TRACED_RETRY_DEADLINE": "  "})
 
-    def test_reads_the_process_environment(self, monkeypatch):
-        """Without an argument it reads os.environ."""
+    def test_from_env_reads_os_environ_by_default(self, monkeypatch):
+        """Without an argument from_env reads os.environ."""
         monkeypatch.setenv("LIVEKIT_REALTIME_MAX_RETRIES", "7")
 
         assert 7 == RetryPolicy.from_env().max_retries
 
-    def test_all(self):
+    def test_each_variable_sets_its_field(self):
         """Each variable reaches its field."""
         policy = RetryPolicy.from_env(
             {
@@ -122,28 +122,28 @@ class TestFromEnv:
             ("TRACED_RETRY_ON_SILENCE", "Restart!", "restart, listen, resend"),
         ],
     )
-    def test_bad_value(self, variable, value, allowed):
-        """The error names the variable, the value and what is allowed; nothing falls back."""
+    def test_invalid_variable_is_refused(self, variable, value, allowed):
+        """The error names the variable, its value and the values allowed."""
         with pytest.raises(PolicyError, match=f"{variable} is '{value}'.*{allowed}"):
             RetryPolicy.from_env({variable: value})
 
-    def test_base_above_the_default_max(self):
-        """Two values that do not fit each other name both variables."""
+    def test_conflicting_variables_are_both_named(self):
+        """Two values that contradict each other are refused, with both names."""
         with pytest.raises(PolicyError, match=r"BASE_DELAY and .*MAX_DELAY.*base_delay is 30"):
             RetryPolicy.from_env({"LIVEKIT_REALTIME_RETRY_BASE_DELAY": "30"})
 
 
 class TestDelays:
-    def test_doubles_up_to_the_maximum(self):
-        """The bounds are backoff's exponential ones."""
+    def test_delay_doubles_up_to_max_delay(self):
+        """The bounds are the exponential ones of backoff."""
         assert [1, 2, 4, 5, 5] == waits(RetryPolicy(max_delay=5.0), 5)
 
-    def test_no_base_no_wait(self):
+    def test_base_delay_of_zero_never_waits(self):
         """A base of zero never waits, not even after a thousand retries (2.2.1 would overflow)."""
         assert {0} == set(waits(RetryPolicy(base_delay=0.0), 2000))
 
-    def test_retry_after_is_a_floor(self):
-        """Jitter may lengthen what the provider asked for, never undercut it."""
+    def test_jitter_never_goes_below_retry_after(self):
+        """Jitter may lengthen the wait that the provider asked for, and never shortens it."""
         asked = failure(Exception(), "rate_limit", retry_after=3.0)
 
         assert [3.0] == waits(RetryPolicy(), 1, jitter=lambda _: 0.1, why=asked)
@@ -151,8 +151,8 @@ class TestDelays:
             RetryPolicy(), 3, why=failure(Exception(), "rate_limit", retry_after=0.5)
         )
 
-    def test_retry_after_may_pass_the_maximum(self):
-        """max_delay bounds our own waits; the provider knows better."""
+    def test_retry_after_may_exceed_max_delay(self):
+        """max_delay limits only our own waits."""
         asked = failure(Exception(), "rate_limit", retry_after=15.0)
 
         assert [15.0] == waits(RetryPolicy(), 1, why=asked)
@@ -163,8 +163,8 @@ class TestDelays:
         st.one_of(st.none(), st.floats(0, 100)),
         st.integers(0, 40),
     )
-    def test_full_jitter_stays_within_its_bounds(self, base, top, asked, count):
-        """Whatever the policy, a wait is at least what was asked and at most the bound or that."""
+    def test_full_jitter_stays_within_bounds(self, base, top, asked, count):
+        """A wait is at least retry_after, and at most the larger of it and the bound."""
         policy = RetryPolicy(base_delay=base, max_delay=top)
         delays = policy.delays()
         why = Failure(Exception(), "rate_limit", recoverable=True, retry_after=asked)

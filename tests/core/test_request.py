@@ -72,8 +72,8 @@ def now():
 
 
 class TestActions:
-    async def test_listen_and_restart_do_not_wait(self, reply, recorder):
-        """Between two windows of listening no reply may slip through; no delay, no jitter."""
+    async def test_listen_and_restart_start_without_delay(self, reply, recorder):
+        """No delay separates two windows of listening, so no reply is missed between them."""
         script = Scripted(HANG, HANG, HANG, "hello")
         request = Request(
             script,
@@ -88,24 +88,24 @@ class TestActions:
         ]
         assert {0.0} == {a["traced_retry.delay"] for a in recorder.attempts}
 
-    async def test_each_failed_attempt_is_abandoned_with_what_follows(self, reply):
-        """The adapter knows what comes next, and that nothing does."""
+    async def test_abandon_gets_next_action(self, reply):
+        """abandon() receives the next action of each failed attempt, or None."""
         request = Request(Scripted(ProviderError("server_error")), next_actions=["send", None])
 
         with pytest.raises(ProviderError):
             await reply(request).start()
         assert ["send", "abandon, then send", "send", "abandon, then None"] == request.asked
 
-    async def test_nothing_is_safe(self, reply, recorder):
-        """A recoverable failure after which nothing may be sent."""
+    async def test_no_safe_action_ends_reply(self, reply, recorder):
+        """A recoverable failure ends the reply if no action is safe."""
         request = Request(Scripted(ProviderError("server_error")), next_actions=[None])
 
         with pytest.raises(ProviderError):
             await reply(request).start()
         assert "unsafe_to_resend" == recorder.replies[0]["traced_retry.stop_reason"]
 
-    async def test_a_broken_adapter(self, reply, recorder):
-        """Its error reaches the caller, and nothing stays open."""
+    async def test_error_of_adapter_reaches_caller(self, reply, recorder):
+        """The error of a broken adapter reaches the caller, and nothing stays open."""
         request = Request(Scripted(ProviderError("server_error")))
         request.next_actions = None  # next_action works; ready does not:
         request.is_ready = property()
@@ -120,8 +120,8 @@ class TestActions:
 
 
 class TestReadiness:
-    async def test_waits_for_it(self, reply, recorder):
-        """After the delay the request waits until it could be answered, and not a turn longer."""
+    async def test_retry_waits_until_request_is_ready(self, reply, recorder):
+        """After the delay the retry waits until the request is ready, and no turn longer."""
         script = Scripted(ProviderError("server_error"), "hello")
         request = Request(script)
         request.is_ready = False
@@ -136,8 +136,8 @@ class TestReadiness:
         assert [1.0] == [a["traced_retry.next_delay"] for a in recorder.attempts[:1]]
         assert [0.0, 4.0] == [a["traced_retry.delay"] for a in recorder.attempts]
 
-    async def test_never_ready(self, reply, recorder):
-        """The deadline ends it, with the provider's error."""
+    async def test_request_that_is_never_ready_ends_at_deadline(self, reply, recorder):
+        """The deadline ends the wait with the provider's error."""
         request = Request(Scripted(ProviderError("server_error")))
         request.is_ready = False
 
@@ -148,8 +148,8 @@ class TestReadiness:
 
 
 class TestNews:
-    async def test_ends_the_attempt_at_once(self, reply, recorder):
-        """Evidence that the request is lost need not wait for a time-out."""
+    async def test_reported_failure_ends_attempt_at_once(self, reply, recorder):
+        """A reported failure ends the attempt before its timeout."""
         script = Scripted(HANG, "hello")
         asked = reply(Request(script))
         future = asked.start()
@@ -161,8 +161,8 @@ class TestNews:
         assert ["connection_lost", None] == [a.get("error.type") for a in recorder.attempts]
 
     @pytest.mark.parametrize("after", [0.0, 0.5])
-    async def test_with_a_stop_nothing_follows(self, reply, recorder, after):
-        """In the attempt as in the wait, and in the very call."""
+    async def test_reported_failure_with_stop_ends_reply(self, reply, recorder, after):
+        """The reply ends within the call, in an attempt as in a wait."""
         asked = reply(Request(Scripted((0.25, ProviderError("server_error")))))
         future = asked.start()
         await asyncio.sleep(after)
@@ -173,8 +173,8 @@ class TestNews:
         assert gone is future.exception()
         assert "not_recoverable" == recorder.replies[0]["traced_retry.stop_reason"]
 
-    async def test_from_inside_a_step(self, reply):
-        """A request may cause the event that ends it."""
+    async def test_failure_reported_during_send_is_used(self, reply):
+        """A request may itself cause the event that ends it."""
 
         class Dying(Request):
             __slots__ = ()
@@ -188,8 +188,8 @@ class TestNews:
         with pytest.raises(ProviderError):
             await asked.start()
 
-    async def test_of_an_ended_reply(self, reply):
-        """Nothing happens."""
+    async def test_failure_reported_after_end_is_ignored(self, reply):
+        """A failure that is reported after the reply has ended changes nothing."""
         asked = reply(Request(Scripted("hello")))
         future = asked.start()
         await future
@@ -210,12 +210,12 @@ class TestDelivery:
         assert "hello" == await asked.start()
         return asked, request.given
 
-    async def test_the_books_stay_open(self, delivered, recorder):
-        """The agent has its reply; whether it is heard is not known yet."""
+    async def test_reply_stays_open_until_output(self, delivered, recorder):
+        """The agent has its result, and the span stays open until the first output."""
         assert 2 == recorder.open_spans
 
-    async def test_heard(self, delivered, recorder):
-        """The silence ends with the first word, not with the last."""
+    async def test_first_output_ends_reply(self, delivered, recorder):
+        """The reply's time ends with the first word and not with the last."""
         await asyncio.sleep(0.5)
         delivered[1].mark_output()
         await asyncio.sleep(5)
@@ -228,8 +228,8 @@ class TestDelivery:
         assert 0 == recorder.open_spans
         assert [] == self.told
 
-    async def test_failed_after_a_word(self, delivered, recorder):
-        """Told on span, metric and log, and to on_exhausted; never counted as heard."""
+    async def test_failure_after_output_is_recorded(self, delivered, recorder):
+        """Span, metric, log and on_exhausted report it, and it does not count as heard."""
         delivered[1].mark_output()
         delivered[1].end(failure(ProviderError("server_error"), "server_error"))
 
@@ -240,8 +240,8 @@ class TestDelivery:
         )
         assert ["output_started"] == [failed.stop_reason for failed in self.told]
 
-    async def test_failed_before_a_word(self, reply, recorder):
-        """An attempt that failed: the next goes on with what the agent was given."""
+    async def test_failure_before_output_is_retried(self, reply, recorder):
+        """The next attempt continues with the result that the agent has."""
         request = Request(Scripted("first", "second"))
         request.given = first = Delivery()
         asked = reply(request)
@@ -256,8 +256,8 @@ class TestDelivery:
         assert "recovered" == recorder.replies[0]["traced_retry.outcome"]
         assert 0 == recorder.open_spans
 
-    async def test_failed_before_it_was_handed_over(self, reply):
-        """The future waits for the next; what it then holds is the first result all the same."""
+    async def test_failure_before_result_keeps_future_pending(self, reply):
+        """The future waits for the next attempt and then holds the first result."""
         request = Request(Scripted("first", "second"))
         request.given = dead = Delivery()
         dead.end(failure(ProviderError("server_error"), "server_error"))
@@ -270,8 +270,8 @@ class TestDelivery:
         assert "first" == await future
         asked.interrupt()
 
-    async def test_nothing_said_until_the_deadline(self, delivered, recorder):
-        """A reply that began and stays silent is a failure, as one that never began."""
+    async def test_response_without_output_fails_at_deadline(self, delivered, recorder):
+        """A response that starts and stays silent fails like one that never starts."""
         await asyncio.sleep(20)
 
         assert ("exhausted", "deadline") == (
@@ -280,8 +280,8 @@ class TestDelivery:
         )
         assert ["deadline"] == [failed.stop_reason for failed in self.told]
 
-    async def test_nothing_said_within_the_attempt_s_time(self, reply, recorder):
-        """The user's own limit holds for an attempt to its first word."""
+    async def test_attempt_timeout_applies_until_output(self, reply, recorder):
+        """The attempt timeout limits an attempt until its first word."""
         request = Request(Scripted("first", "second"))
         request.given = Delivery()
         asked = reply(request, attempt_timeout=3.0)
@@ -298,8 +298,8 @@ class TestDelivery:
             for count, sum_ in recorder.points("traced_retry.attempt.duration").values()
         ]
 
-    async def test_the_session_dies_while_it_speaks(self, delivered, recorder):
-        """The rest is lost: that is told, and not counted as heard."""
+    async def test_session_failure_after_output_is_recorded(self, delivered, recorder):
+        """The rest of the reply is lost: it is recorded, and does not count as heard."""
         delivered[1].mark_output()
         delivered[0].report_failure(failure(ProviderError(), "quota"), "not_recoverable")
 
@@ -308,16 +308,16 @@ class TestDelivery:
             recorder.replies[0]["traced_retry.stop_reason"],
         )
 
-    async def test_it_may_be_slow_once_it_speaks(self, delivered, recorder):
-        """The deadline is for the first word."""
+    async def test_deadline_does_not_apply_after_output(self, delivered, recorder):
+        """The deadline limits only the time to the first word."""
         delivered[1].mark_output()
         await asyncio.sleep(60)
         delivered[1].end()
 
         assert "succeeded" == recorder.replies[0]["traced_retry.outcome"]
 
-    async def test_cancelled_before_a_word(self, delivered, recorder):
-        """The caller did not want it."""
+    async def test_cancel_before_output_interrupts_reply(self, delivered, recorder):
+        """A cancel before the first word ends the reply as interrupted."""
         delivered[1].end(cancelled=True)
 
         assert "interrupted" == recorder.replies[0]["traced_retry.outcome"]
@@ -325,8 +325,10 @@ class TestDelivery:
     @pytest.mark.parametrize(
         ("words", "outcome"), [(False, "not_recoverable"), (True, "succeeded")]
     )
-    async def test_the_session_closes(self, delivered, recorder, words, outcome):
-        """What was begun was heard as far as the caller let it."""
+    async def test_session_close_after_output_counts_as_heard(
+        self, delivered, recorder, words, outcome
+    ):
+        """A reply that has started counts as heard if the session is closed."""
         if words:
             delivered[1].mark_output()
         closed = failure(ProviderError(), "session_closed", ended_locally=True)

@@ -38,8 +38,8 @@ def session(recorder):
     return session
 
 
-async def test_the_next_reply_waits(session, recorder):
-    """Its first request goes out when the provider wants it, and its wait is told."""
+async def test_next_reply_waits_for_retry_after(session, recorder):
+    """The next reply sends its first request after the wait, which its span records."""
     with pytest.raises(ProviderError):
         await session(Scripted(limited(6)), max_retries=0).start()
     script = Scripted("hello")
@@ -51,8 +51,8 @@ async def test_the_next_reply_waits(session, recorder):
     assert "succeeded" == recorder.replies[1]["traced_retry.outcome"]
 
 
-async def test_longer_than_it_may_take(session, recorder):
-    """It fails at once, unasked, with the provider's error; not with the other reply's object."""
+async def test_retry_after_beyond_deadline_fails_next_reply(session, recorder):
+    """The next reply fails at once without a request, with an error object of its own."""
     first, second = session(Scripted(limited(60))), session(Scripted("hello"))
     with pytest.raises(ProviderError) as told:
         await first.start()
@@ -73,8 +73,8 @@ async def test_longer_than_it_may_take(session, recorder):
     )
 
 
-async def test_a_retry_under_way_waits_as_well(session):
-    """Its own delay is over, the provider's is not."""
+async def test_retry_in_progress_waits_for_retry_after(session):
+    """A retry waits for the provider's time even if its own delay is over."""
     script = Scripted(ProviderError("server_error"), "hello")
     waiting = session(script).start()
     await asyncio.sleep(0.5)
@@ -85,8 +85,8 @@ async def test_a_retry_under_way_waits_as_well(session):
     assert [0.0, 4.5] == script.times
 
 
-async def test_what_is_not_retried_holds_nobody_up(session):
-    """``retry_rate_limits=False``: the user wants the next reply asked."""
+async def test_rate_limit_without_retry_does_not_delay_next_reply(session):
+    """With retry_rate_limits=False the next reply is sent at once."""
     with pytest.raises(ProviderError):
         await session(Scripted(limited(6)), retry_rate_limits=False).start()
     script = Scripted("hello")
@@ -95,8 +95,8 @@ async def test_what_is_not_retried_holds_nobody_up(session):
     assert [0.0] == script.times
 
 
-async def test_interrupted_before_it_was_asked(session, recorder):
-    """Barge-in while the provider is left alone: nothing is ever sent."""
+async def test_interruption_during_retry_after_sends_nothing(session, recorder):
+    """An interruption while the provider is left alone ends the reply unsent."""
     with pytest.raises(ProviderError):
         await session(Scripted(limited(6)), max_retries=0).start()
     script = Scripted("hello")
@@ -113,8 +113,8 @@ async def test_interrupted_before_it_was_asked(session, recorder):
     assert 0 == recorder.open_spans
 
 
-async def test_the_session_closes_before_it_was_asked(session, recorder):
-    """The agent is told, and nothing is sent."""
+async def test_session_close_during_retry_after_fails_reply(session, recorder):
+    """The agent gets an error, and nothing is sent."""
     with pytest.raises(ProviderError):
         await session(Scripted(limited(6)), max_retries=0).start()
     script = Scripted("hello")

@@ -259,7 +259,7 @@ class Machine(RuleBasedStateMachine):
                 asked.reply.report_failure(*self.provider.dead)
             with contextlib.suppress(TypeError):  # a programming error passes through
                 assert asked.reply.start() is asked.future
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
@@ -270,7 +270,7 @@ class Machine(RuleBasedStateMachine):
         asked.shut()
         with self.stepped.standing():
             asked.future.cancel()
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
@@ -281,7 +281,7 @@ class Machine(RuleBasedStateMachine):
         asked.shut()
         with self.stepped.standing():
             asked.reply.interrupt()
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.resolved)
@@ -295,7 +295,7 @@ class Machine(RuleBasedStateMachine):
                     if sent.answered and not sent.discarded:
                         sent.over = sent.discarded = True
                 asked.reply.interrupt(cut=True)
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     # --- what the provider does ----------------------------------------------------------------
 
@@ -305,7 +305,7 @@ class Machine(RuleBasedStateMachine):
         """Begin to answer a request, be it wanted or not."""
         with self.stepped.standing():
             self.provider.answer(self.unanswered[which % len(self.unanswered)])
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.unanswered)
@@ -318,7 +318,7 @@ class Machine(RuleBasedStateMachine):
             if sent.delivery is not None:
                 sent.delivery.end()
         sent.over = True
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, words=st.integers(1, 2), then=THEN)
     @precondition(lambda self: self.answering)
@@ -328,7 +328,7 @@ class Machine(RuleBasedStateMachine):
         with self.stepped.standing():
             for _ in range(words):
                 sent.say()
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.answering)
@@ -338,7 +338,7 @@ class Machine(RuleBasedStateMachine):
         with self.stepped.standing():
             sent.say()
         self.end(sent, None)
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, words=st.sampled_from([1, 0]), error=ERRORS, then=THEN)
     @precondition(lambda self: self.answering)
@@ -349,7 +349,7 @@ class Machine(RuleBasedStateMachine):
             for _ in range(words):
                 sent.say()
         self.end(sent, explain(error()))
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.answering)
@@ -362,7 +362,7 @@ class Machine(RuleBasedStateMachine):
             sent.asked.shut()
         with self.stepped.standing():
             sent.delivery.end(cancelled=True)
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, error=ERRORS, then=THEN)
     @precondition(lambda self: self.unanswered)
@@ -373,7 +373,7 @@ class Machine(RuleBasedStateMachine):
         with self.stepped.standing():
             if not sent.future.done():
                 sent.future.set_exception(error())
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.unanswered)
@@ -385,7 +385,7 @@ class Machine(RuleBasedStateMachine):
             if not sent.future.done():
                 sent.asked.superseded = True
                 sent.future.cancel()
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(next_time=ERRORS | st.just("answer"))
     @precondition(lambda self: self.open and self.provider.next_time is None)
@@ -407,7 +407,7 @@ class Machine(RuleBasedStateMachine):
                 sent.over = True
             with self.stepped.standing():
                 asked.reply.report_failure(lost)
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     def come_back(self):
         """It can be asked again."""
@@ -425,7 +425,7 @@ class Machine(RuleBasedStateMachine):
         with self.stepped.standing():
             for asked in self.open:
                 asked.reply.report_failure(*self.provider.dead)
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(seconds=st.sampled_from([1.0, 3.0]))
     @precondition(lambda self: self.open or self.provider.dead)
@@ -554,8 +554,8 @@ class Machine(RuleBasedStateMachine):
             sent.delivery.end(why)
 
 
-def test_the_loop():
-    """Whatever the provider, the agent and the clock do, in whatever order."""
+def test_loop_keeps_promise_in_any_order():
+    """The promise holds for any order of events of provider, agent and clock."""
     Machine.seen.clear()
     run_state_machine_as_test(Machine, settings=effort(examples=200, steps=40))
 
@@ -575,8 +575,8 @@ class TestFound:
         ready = {"impatient": True, "mortal": True, "policy": policy}
         return "begin", {**arguments, **ready, **changes}
 
-    def test_lost_in_the_turn_in_which_it_is_cancelled(self):
-        """The caller was first: interrupted, not exhausted, and nobody is paged."""
+    def test_failure_in_turn_of_cancel_counts_as_interrupted(self):
+        """The cancel came first, so the reply is interrupted and not exhausted."""
         lost = {"seconds": 1.0, "then": None}
         ask, cancel = ("ask", {"then": None}), ("cancel", {"which": 0, "then": None})
         play(Machine(), self.begin(), ask, cancel, ("lose_connection", lost))

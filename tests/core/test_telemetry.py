@@ -223,7 +223,7 @@ async def case(request, recorder):
 
 
 class TestSpans:
-    async def test_attempts(self, case, recorder):
+    async def test_attempt_spans_have_exact_attributes(self, case, recorder):
         """Each attempt's span has exactly the attributes of the contract."""
         expected = [
             {
@@ -237,12 +237,12 @@ class TestSpans:
 
         assert expected == recorder.attempts
 
-    async def test_reply(self, case, recorder):
+    async def test_reply_span_has_exact_attributes(self, case, recorder):
         """The reply's span has exactly the attributes of the contract."""
         assert [{**KNOWN, **case.reply}] == recorder.replies
 
-    async def test_status(self, case, recorder):
-        """A recovered or interrupted reply is no error; each failed attempt is, by itself."""
+    async def test_only_failed_spans_have_error_status(self, case, recorder):
+        """A recovered or interrupted reply is no error, and each failed attempt is one."""
         (reply,) = recorder.spans("generate_reply")
         statuses = {
             (s.attributes["traced_retry.result"] == "failed", s.status.status_code)
@@ -253,7 +253,7 @@ class TestSpans:
         assert statuses <= {(True, StatusCode.ERROR), (False, StatusCode.UNSET)}
         assert not any(s.status.description or s.events for s in recorder.spans())
 
-    async def test_shape(self, case, recorder):
+    async def test_attempts_are_client_children_of_internal_reply(self, case, recorder):
         """Attempts are CLIENT children of the INTERNAL reply, in order, and all have ended."""
         reply, *attempts = recorder.spans()
 
@@ -264,8 +264,8 @@ class TestSpans:
         assert all(a.end_time <= b.start_time for a, b in pairwise(attempts))
         assert 0 == recorder.open_spans
 
-    async def test_what_samplers_see(self, case, recorder):
-        """What is known at the start is given at the start."""
+    async def test_samplers_see_known_attributes(self, case, recorder):
+        """The attributes that are known at the start are given to the sampler."""
         (name, at_start), (_, first), *_ = recorder.at_start
 
         assert ("generate_reply", KNOWN) == (name, at_start)
@@ -276,14 +276,14 @@ class TestSpans:
             "traced_retry.delay": 0.0,
         } == first
 
-    async def test_livekits_own_attribute(self, recorder):
-        """Inside LiveKit an attempt is counted from 0 as well, as its LLM and TTS attempts are."""
+    async def test_attempt_has_livekit_retry_count(self, recorder):
+        """Within LiveKit an attempt is also counted from 0, as its LLM and TTS attempts are."""
         await ask(recorder, RATE_LIMIT, "hello", in_livekit=True)
 
         assert [0, 1] == [a["lk.retry_count"] for a in recorder.attempts]
 
-    async def test_nests_under_the_callers_span(self, recorder):
-        """Our span is a child of whatever span is current, and leaves it current."""
+    async def test_reply_span_is_child_of_current_span(self, recorder):
+        """The reply's span is a child of the current span and leaves it current."""
         tracer = recorder.tracer_provider.get_tracer("agent")
         with tracer.start_as_current_span("agent_session") as session:
             reply = ask(recorder, RATE_LIMIT, "hello")
@@ -292,8 +292,8 @@ class TestSpans:
 
         assert session.context.span_id == recorder.spans("generate_reply")[0].parent.span_id
 
-    async def test_the_attempt_is_current_in_the_call(self, recorder):
-        """What the plugin traces itself is a child of the attempt."""
+    async def test_attempt_span_is_current_during_call(self, recorder):
+        """Spans of the plugin are children of the attempt."""
         seen = []
 
         async def asks():
@@ -306,8 +306,8 @@ class TestSpans:
 
         assert ["generate_reply.attempt"] * 2 == [s.name for s in seen]
 
-    async def test_scope(self, recorder):
-        """Tracer and schema are ours."""
+    async def test_spans_have_own_scope_and_schema(self, recorder):
+        """Spans carry the name of our tracer and its schema URL."""
         await ask(recorder, "hello")
         scope = recorder.spans()[0].instrumentation_scope
 
@@ -364,7 +364,7 @@ def exactly(**attributes):
 
 class TestMetrics:
     @pytest.mark.parametrize("name", CASES)
-    async def test_counters(self, name, recorder):
+    async def test_counters_have_exact_attributes_and_sums(self, name, recorder):
         """Each counter has exactly the attributes of the contract, and the right sums."""
         steps, options, *_ = CASES[name]
         await ended(ask(recorder, *steps, **options))
@@ -380,8 +380,8 @@ class TestMetrics:
             exactly(provider="openai", outcome=outcome, stop_reason=stop_reason): 1
         } == recorder.points("traced_retry.replies")
 
-    async def test_durations(self, recorder):
-        """Histograms are in seconds: attempt, reply (the silence), and the wait between."""
+    async def test_durations_are_in_seconds(self, recorder):
+        """Histograms hold seconds for attempt, reply and the wait between attempts."""
         await ask(recorder, (0.5, RATE_LIMIT), (0.25, "hello"))
 
         assert {
@@ -398,8 +398,8 @@ class TestMetrics:
         )
         assert {exactly(provider="openai"): (1, 1.0)} == recorder.points("traced_retry.delay")
 
-    async def test_in_flight(self, recorder):
-        """One while it lasts, none afterwards, however it ended."""
+    async def test_in_flight_is_one_only_during_reply(self, recorder):
+        """The gauge is one while a reply runs, and none afterwards."""
         reply = ask(recorder, HANG)
         assert {exactly(provider="openai"): 1} == recorder.points("traced_retry.in_flight")
         reply.cancel()
@@ -407,8 +407,8 @@ class TestMetrics:
 
         assert {exactly(provider="openai"): 0} == recorder.points("traced_retry.in_flight")
 
-    async def test_instruments(self, recorder):
-        """Names, units and kinds, all of them."""
+    async def test_instruments_have_names_units_and_kinds(self, recorder):
+        """Every instrument has its name, unit and kind."""
         await ask(recorder, RATE_LIMIT, "hello")
 
         assert {
@@ -421,14 +421,14 @@ class TestMetrics:
             "traced_retry.budget.remaining",
         } == recorder.metric_names()  # late_replies only once there was one
 
-    async def test_the_start_leads_to_no_trace(self, recorder):
-        """An exemplar of "exhausted" must not name the call that happened to be the first."""
+    async def test_initialized_counter_has_no_exemplar(self, recorder):
+        """An exemplar of "exhausted" must not name the call that initialized the counter."""
         with recorder.tracer_provider.get_tracer("agent").start_as_current_span("call"):
             Telemetry(**recorder.providers).initialize_counters("openai")
 
         assert [] == recorder.exemplars("traced_retry.replies")
 
-    async def test_zero_initialised(self, recorder):
+    async def test_counters_start_at_zero(self, recorder):
         """Each outcome and stop reason starts at 0, so that its first count is an increase."""
         telemetry = Telemetry(**recorder.providers)
         telemetry.initialize_counters("openai")
@@ -446,8 +446,8 @@ class TestMetrics:
             {0} == set(replies.values()) == set(recorder.points("traced_retry.attempts").values())
         )
 
-    async def test_exemplars_link_to_the_trace(self, recorder):
-        """Metrics are recorded inside the span, so a point leads to its trace."""
+    async def test_exemplars_lead_to_trace(self, recorder):
+        """Metrics are recorded inside the span, so each exemplar leads to its trace."""
         await ask(recorder, "hello")
         data = recorder._reader.get_metrics_data()
         exemplars = {
@@ -463,8 +463,8 @@ class TestMetrics:
 
 
 class TestLog:
-    async def test_recovered(self, recorder, caplog):
-        """One INFO record per retry, none for a success."""
+    async def test_each_retry_logs_one_info_record(self, recorder, caplog):
+        """Each retry logs one INFO record, and a success logs none."""
         with caplog.at_level(logging.INFO, logger="traced_retry"):
             await ask(recorder, RATE_LIMIT, ProviderError("server_error"), "hello")
 
@@ -474,8 +474,8 @@ class TestLog:
             == caplog.records[0].getMessage()
         )
 
-    async def test_failed(self, recorder, caplog):
-        """One WARN record with the trace id, whatever the number of attempts."""
+    async def test_failed_reply_logs_one_warning(self, recorder, caplog):
+        """A failed reply logs one WARN record with its trace id."""
         with caplog.at_level(logging.WARNING, logger="traced_retry"):
             await ended(ask(recorder, ProviderError("server_error"), max_retries=2))
 
@@ -488,8 +488,8 @@ class TestLog:
             f"stopped by max_attempts, trace {trace_id}"
         ) == record.getMessage()
 
-    async def test_is_made_inside_the_span(self, recorder):
-        """So that OpenTelemetry's logging handler relates it to the trace."""
+    async def test_log_record_is_made_inside_span(self, recorder):
+        """OpenTelemetry's logging handler can relate the record to the trace."""
         seen = []
 
         class Handler(logging.Handler):
@@ -505,8 +505,8 @@ class TestLog:
 
         assert "generate_reply" == seen[-1]
 
-    async def test_interruption_is_not_worth_a_record(self, recorder, caplog):
-        """The caller wanted it so."""
+    async def test_interruption_logs_nothing(self, recorder, caplog):
+        """An interruption by the caller logs no record."""
         with caplog.at_level(logging.INFO, logger="traced_retry"):
             await ended(ask(recorder, HANG, cancel_after=1.0))
 
@@ -514,8 +514,8 @@ class TestLog:
 
 
 class TestLeaks:
-    async def test_no_text_of_an_exception_anywhere(self, recorder, caplog):
-        """Not in spans, metrics or log: it may hold a transcript or a key."""
+    async def test_no_text_of_exception_in_telemetry(self, recorder, caplog):
+        """Spans, metrics and log hold no text of an exception, which may be a transcript."""
         with caplog.at_level(logging.DEBUG, logger="traced_retry"):
             await ended(
                 ask(recorder, ProviderError("code"), ProviderError("the caller said SECRET"))
@@ -541,8 +541,8 @@ class Broken:
 
 class TestHarmless:
     @pytest.mark.parametrize("part", ["tracer", "attempts", "replies", "reply_duration"])
-    async def test_a_failing_sdk(self, recorder, caplog, part):
-        """Is logged once and never changes the result."""
+    async def test_failing_sdk_does_not_change_result(self, recorder, caplog, part):
+        """An error of the SDK is logged once and never changes the result."""
         telemetry = Telemetry(**recorder.providers)
         setattr(telemetry, part, Broken())
         for _ in range(2):
@@ -556,8 +556,8 @@ class TestHarmless:
         assert not any("SECRET" in r.getMessage() for r in records)
         assert 0 == recorder.open_spans
 
-    async def test_suppressed(self, recorder):
-        """Under suppress_instrumentation retries go on, untold."""
+    async def test_suppressed_instrumentation_still_retries(self, recorder):
+        """Under suppress_instrumentation retries continue without telemetry."""
         with suppress_instrumentation():
             assert "hello" == await ask(recorder, RATE_LIMIT, "hello")
 
@@ -565,16 +565,16 @@ class TestHarmless:
         # What is left of the process's budget is not told of this reply.
         assert {"traced_retry.budget.remaining"} == recorder.metric_names()
 
-    async def test_without_an_sdk(self):
-        """The API alone is enough."""
+    async def test_retries_work_without_sdk(self):
+        """Retries need only the API of OpenTelemetry."""
         script = Scripted(RATE_LIMIT, "hello")
         reply = Reply(CallRequest(script.future), RetryPolicy(), Telemetry().reply(TARGET))
 
         assert "hello" == await reply.start()
         assert context.get_current() == {}
 
-    async def test_a_sampled_out_reply(self, recorder):
-        """A sampler that drops it leaves nothing half-recorded, and metrics exact."""
+    async def test_dropped_span_leaves_metrics_exact(self, recorder):
+        """A sampler that drops the span leaves nothing half-recorded, and metrics exact."""
         from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
         telemetry = Telemetry(
@@ -587,18 +587,18 @@ class TestHarmless:
 
 
 class TestVocabulary:
-    def test_outcomes_partition(self):
+    def test_each_stop_reason_has_one_outcome(self):
         """Each stop reason leads to one outcome, and each failed outcome has a stop reason."""
         assert {*semconv.OUTCOMES} - {"succeeded", "recovered"} == {*semconv.OUTCOME_OF.values()}
 
-    def test_stop_reasons(self):
-        """The table covers the type, no more and no less."""
+    def test_table_covers_all_stop_reasons(self):
+        """The table covers exactly the stop reasons of the type."""
         from typing import get_args
 
         assert set(get_args(semconv.StopReason)) == set(semconv.OUTCOME_OF)
 
-    def test_own_names_are_ours(self):
-        """Names outside traced_retry.* belong to OpenTelemetry or LiveKit; none is invented."""
+    def test_own_names_have_own_prefix(self):
+        """Names outside traced_retry.* belong to OpenTelemetry or LiveKit."""
         names = {
             v
             for k, v in vars(semconv).items()

@@ -22,8 +22,8 @@ OVERVIEW, ONE = "overview.json", "provider.json"
 UNTOLD = {
     (OVERVIEW, "Alerts"): "which alerts fire is test_alerts.py's and test_end_to_end.py's",
     (ONE, "Alerts"): "which alerts fire is test_alerts.py's and test_end_to_end.py's",
-    (ONE, "Exhausted"): "a list of traces: test_lost_replies_are_found_in_jaeger compares it",
-    (ONE, "Refused"): "a list of traces: test_lost_replies_are_found_in_jaeger compares it",
+    (ONE, "Exhausted"): "a list of traces: test_jaeger_searches_find_failed_replies compares it",
+    (ONE, "Refused"): "a list of traces: test_jaeger_searches_find_failed_replies compares it",
     (ONE, "Lost replies"): "a list of traces from Tempo, which is not here: never run",
 }
 """Panels without a row, and why."""

@@ -164,7 +164,7 @@ class TestBurn:
     NAME = "TracedRetryExhaustionBurn"
     OURS = f'alertname="{NAME}"'
 
-    def test_fires(self, promtool):
+    def test_burn_pages_by_short_then_by_both_windows(self, promtool):
         """Four in ten are lost: after two minutes by the short pair, after fifteen by both."""
         promtool(
             [calls("succeeded", "0+6x60"), calls("exhausted", "0+4x60", "deadline")],
@@ -175,7 +175,7 @@ class TestBurn:
             ],
         )
 
-    def test_resolves(self, promtool):
+    def test_burn_resolves_after_loss_ends(self, promtool):
         """Twenty minutes of loss: ten minutes later the fast page is over, after an hour both."""
         promtool(
             [calls("succeeded", "0+60x200"), calls("exhausted", "0+40x20 800+0x180", "deadline")],
@@ -206,21 +206,21 @@ class TestBurn:
             ],
         )
 
-    def test_within_the_objective(self, promtool):
+    def test_loss_within_objective_fires_nothing(self, promtool):
         """One in two hundred is lost: half of what may be. Never an alert."""
         promtool(
             [calls("succeeded", "0+199x300"), calls("exhausted", "0+1x300")],
             alerts=[("30m", self.NAME, []), ("290m", self.NAME, [])],
         )
 
-    def test_little_traffic(self, promtool):
+    def test_little_traffic_fires_nothing(self, promtool):
         """Three of three lost in an hour: no ratio that says anything, so no page."""
         promtool(
             [calls("succeeded", "0x90"), calls("exhausted", "0 0 1 1 1 2 2 2 3x80")],
             alerts=[(at, self.NAME, []) for at in ("6m", "10m", "30m")],
         )
 
-    def test_no_traffic(self, promtool):
+    def test_no_traffic_fires_nothing(self, promtool):
         """Nothing asked: no ratio, no alert, and no NaN."""
         promtool(
             [calls("succeeded", "50x90"), calls("exhausted", "50x90")],
@@ -228,7 +228,7 @@ class TestBurn:
             expressions=[("60m", "provider:traced_retry_exhausted:ratio_rate1h", [])],
         )
 
-    def test_a_provider_that_never_failed(self, promtool):
+    def test_provider_without_failure_has_ratio_zero(self, promtool):
         """Its ratio is 0, not absent."""
         series = "provider:traced_retry_exhausted:ratio_rate1h"
         promtool(
@@ -239,7 +239,7 @@ class TestBurn:
             ],
         )
 
-    def test_called_off_replies_do_not_dilute(self, promtool):
+    def test_interrupted_replies_do_not_dilute_ratio(self, promtool):
         """Callers who hear nothing speak: their interruptions are not successes."""
         series = "provider:traced_retry_exhausted:ratio_rate1h"
         promtool(
@@ -257,7 +257,7 @@ class TestBurn:
             ],
         )
 
-    def test_counted_by_the_agents(self, promtool):
+    def test_counts_of_short_lived_agents_fire_too(self, promtool):
         """The same from processes that count for themselves and live for ten minutes each."""
         series = []
         for number in range(6):
@@ -269,7 +269,7 @@ class TestBurn:
             ]
         promtool(series, alerts=[("30m", self.NAME, [FAST, SLOW])])
 
-    def test_per_environment(self, promtool):
+    def test_alert_names_environment_that_fails(self, promtool):
         """Of a provider's environments it names the one that fails, and so does its link."""
         of = {"deployment_environment_name": "eu prod"}
         link = links(1)["dashboard_url"] + "&var-environment=eu+prod"
@@ -309,14 +309,14 @@ class TestRepliesExhausted:
             alerts=[("12m", self.NAME, [self._alert(3)]), ("75m", self.NAME, [])],
         )
 
-    def test_two_are_not_three(self, promtool):
+    def test_two_failures_fire_nothing(self, promtool):
         """Below the threshold nothing is said."""
         promtool(
             [calls("exhausted", "0 0 1 1 1 2x80", "deadline")],
             alerts=[(f"{m}m", self.NAME, []) for m in (5, 10, 12)],
         )
 
-    def test_where_a_ratio_says_enough(self, promtool):
+    def test_three_failures_in_much_traffic_fire_nothing(self, promtool):
         """Three lost among a hundred replies in an hour: the ratio's business, not this one's."""
         promtool(
             [calls("exhausted", "0 0 1 1 1 2 2 2 3x80"), calls("succeeded", "0+10x90")],
@@ -334,7 +334,7 @@ class TestRepliesExhausted:
             alerts=[("9m", self.NAME, [self._alert(3)])],
         )
 
-    def test_no_traffic(self, promtool):
+    def test_no_traffic_fires_nothing(self, promtool):
         """Nothing asked, nothing said."""
         promtool([calls("exhausted", "7x60")], alerts=[("30m", self.NAME, [])])
 
@@ -379,7 +379,7 @@ class TestNotRecoverable:
             ],
         )
 
-    def test_names_the_codes(self, promtool):
+    def test_alert_names_most_frequent_codes_first(self, promtool):
         """The most frequent first."""
         other = attempts(
             "send",
@@ -393,7 +393,7 @@ class TestNotRecoverable:
             alerts=[("20m", self.NAME, [self._alert(20, "invalid_api_key insufficient_quota")])],
         )
 
-    def test_names_the_codes_of_its_environment(self, promtool):
+    def test_alert_names_codes_of_its_environment_only(self, promtool):
         """And not those of another one."""
         alert = self._alert(20, "invalid_api_key")
         alert["exp_labels"]["deployment_environment_name"] = "eu"
@@ -411,25 +411,25 @@ class TestNotRecoverable:
             alerts=[("20m", self.NAME, [alert])],
         )
 
-    def test_a_small_share(self, promtool):
+    def test_small_share_fires_nothing(self, promtool):
         """One bad request among twenty pages nobody."""
         promtool(
             [*self._refuse("0+1x60"), calls("succeeded", "0+19x60")],
             alerts=[("30m", self.NAME, [])],
         )
 
-    def test_too_few(self, promtool):
+    def test_two_refusals_fire_nothing(self, promtool):
         """Two refused are no page, even if they are all."""
         promtool(self._refuse("0 1 2x60"), alerts=[(f"{m}m", self.NAME, []) for m in (2, 4, 8)])
 
-    def test_a_call_that_ended_is_no_refusal(self, promtool):
+    def test_closed_session_is_no_refusal(self, promtool):
         """Replies whose session was closed have the same outcome, and another reason."""
         promtool(
             [calls("not_recoverable", "0+5x60", "session_closed")],
             alerts=[("30m", self.NAME, [])],
         )
 
-    def test_no_traffic(self, promtool):
+    def test_no_traffic_fires_nothing(self, promtool):
         """Nothing asked, nothing said."""
         promtool(self._refuse("9x60"), alerts=[("30m", self.NAME, [])])
 
@@ -475,7 +475,7 @@ class TestManyProviders:
             ],
         )
 
-    def test_per_environment(self, promtool):
+    def test_providers_are_counted_per_environment(self, promtool):
         """Three in one environment are many; one in each of two others are not."""
         where = {"abc": "eu", "d": "us", "e": "asia"}
         outage = [
@@ -495,7 +495,7 @@ class TestManyProviders:
         alert["exp_annotations"]["dashboard_url"] += "?var-environment=eu"
         promtool(outage, alerts=[("20m", self.NAME, [alert])])
 
-    def test_two_are_not_many(self, promtool):
+    def test_two_providers_fire_nothing(self, promtool):
         """Each of them pages for itself."""
         promtool(
             self._outage(["a", "b"]),
@@ -509,7 +509,7 @@ class TestManyProviders:
             ],
         )
 
-    def test_no_traffic(self, promtool):
+    def test_no_traffic_fires_nothing(self, promtool):
         """Ten that ask nothing are no outage."""
         promtool(
             [calls("exhausted", "9x60", provider=f"p{n}") for n in range(10)],
@@ -539,7 +539,7 @@ class TestStorm:
             alerts=[("4m", self.NAME, []), ("25m", self.NAME, [alert]), ("60m", self.NAME, [])],
         )
 
-    def test_listening_on_sends_nothing(self, promtool):
+    def test_listening_is_no_storm(self, promtool):
         """Three windows of listening are not three requests."""
         promtool(
             [
@@ -550,7 +550,7 @@ class TestStorm:
             alerts=[("30m", self.NAME, [])],
         )
 
-    def test_little_and_no_traffic(self, promtool):
+    def test_little_or_no_traffic_fires_nothing(self, promtool):
         """One reply asked twice is no storm; nothing is none either."""
         promtool(
             [calls("recovered", "0 0 0 1x60"), attempts("send", "0 0 0 3x60")],
@@ -588,7 +588,7 @@ class TestSilence:
             alerts=[("9m", self.NAME, []), ("35m", self.NAME, [alert]), ("70m", self.NAME, [])],
         )
 
-    def test_within_the_objective(self, promtool):
+    def test_silence_within_objective_fires_nothing(self, promtool):
         """One in thirty is not the 95th percentile."""
         promtool(
             [
@@ -598,7 +598,7 @@ class TestSilence:
             alerts=[("40m", self.NAME, [])],
         )
 
-    def test_what_was_called_off_does_not_count(self, promtool):
+    def test_interrupted_reply_is_not_slow(self, promtool):
         """A reply that the caller interrupted after seven seconds is no slow reply."""
         promtool(
             [
@@ -610,7 +610,7 @@ class TestSilence:
             alerts=[("40m", self.NAME, [])],
         )
 
-    def test_little_and_no_traffic(self, promtool):
+    def test_little_or_no_traffic_fires_nothing(self, promtool):
         """One slow reply is no percentile; none is none."""
         promtool(
             [
@@ -634,7 +634,7 @@ class TestTelemetryAbsent:
             },
         }
 
-    def test_the_counts_cannot_be_scraped(self, promtool):
+    def test_failed_scrape_fires_until_it_works(self, promtool):
         """The connector is down for a quarter of an hour; then it is back."""
         alert = self._alert(
             "counts_down",
@@ -646,7 +646,7 @@ class TestTelemetryAbsent:
             alerts=[("10m", self.NAME, []), ("30m", self.NAME, [alert]), ("50m", self.NAME, [])],
         )
 
-    def test_agents_run_and_no_reply_is_counted(self, promtool):
+    def test_agents_without_new_counts_fire(self, promtool):
         """Four jobs run; the counts are there and stand still. Then replies come in."""
         alert = self._alert(
             "agents_silent", "4 agent jobs run, and not one reply of theirs was counted."
@@ -659,7 +659,7 @@ class TestTelemetryAbsent:
             alerts=[("14m", self.NAME, []), ("40m", self.NAME, [alert]), ("90m", self.NAME, [])],
         )
 
-    def test_no_counts_at_all(self, promtool):
+    def test_agents_without_series_fire(self, promtool):
         """Likewise where the series are not even there."""
         alert = self._alert(
             "agents_silent", "4 agent jobs run, and not one reply of theirs was counted."
@@ -669,7 +669,7 @@ class TestTelemetryAbsent:
             alerts=[("40m", self.NAME, [alert])],
         )
 
-    def test_no_agents_at_night(self, promtool):
+    def test_no_agents_fire_nothing(self, promtool):
         """No job runs: that nothing is counted is as it should be."""
         promtool(
             [
@@ -714,7 +714,7 @@ class TestSpansDropped:
             alerts=[("10m", self.NAME, [alert]), ("30m", self.NAME, [])],
         )
 
-    def test_none_dropped(self, promtool):
+    def test_no_dropped_spans_fire_nothing(self, promtool):
         """Zero is zero."""
         promtool(
             [_series("traced_retry_export_dropped_total", "0x60", job="agent", instance="a")],
@@ -722,7 +722,7 @@ class TestSpansDropped:
         )
 
 
-def test_a_long_time_is_summed_the_same_from_either_rollup(promtool):
+def test_both_rollups_have_same_sum(promtool):
     """An hour of six replies a minute, of each minute and of each ten: 360 either way."""
     hour = {  # Prometheus 2.42 takes both ends of a range; promtool has each rule each minute
         "provider:traced_retry_replies:increase1m": "59m",

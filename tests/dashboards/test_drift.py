@@ -158,7 +158,7 @@ def test_every_count_keeps_the_environment():
 
 
 @pytest.mark.parametrize(("where", "expression"), [q for q in QUERIES if ".json" in q[0]])
-def test_every_panel_is_of_the_environment_chosen(where, expression):
+def test_every_panel_filters_by_environment(where, expression):
     """So is each annotation, and each variable but that one itself."""
     constant = re.compile(r"up|traced_retry:(objective|.*_(threshold|objective|limit)):.*")
     mixed = [
@@ -182,7 +182,7 @@ def test_every_value_is_emitted(where, expression):
                 assert set(matcher.value.split("|")) - {""} <= values[matcher.label], matcher
 
 
-def test_emitted_values_are_those_of_the_vocabulary(emitted):
+def test_emitted_values_match_vocabulary(emitted):
     """What the test above compares with is what comes out."""
     replies, attempts = (
         emitted["traced_retry_replies_total"],
@@ -233,7 +233,7 @@ def test_every_instrument_is_charted(emitted):
     assert {name.replace("_", ".") for name in vocabulary} == instruments
 
 
-def test_every_attribute_is_charted_or_told_why_not():
+def test_every_attribute_is_charted_or_listed_with_reason():
     """Each attribute of the vocabulary is a label of some panel, or listed with a reason."""
     _, labels = _shown()
     ours = {

@@ -55,11 +55,11 @@ class TestRunbook:
         """Titles of its sections."""
         return re.findall(r"^## (.+)$", (DASHBOARDS / "runbook.md").read_text(), re.MULTILINE)
 
-    def test_a_section_per_alert(self):
+    def test_each_alert_has_section(self):
         """In the order of the list that links count by."""
         assert list(alerts.ALERTS) == self.sections()
 
-    def test_each_section_says_what_is_needed(self):
+    def test_each_section_has_required_parts(self):
         """What callers experience, where to look, why, what to do, how to know."""
         text = (DASHBOARDS / "runbook.md").read_text()
         for section in text.split("\n## ")[1:]:
@@ -72,7 +72,7 @@ class TestRunbook:
             ):
                 assert heading in section, section[:40]
 
-    def test_links_lead_to_the_section(self, shipped):
+    def test_links_lead_to_section(self, shipped):
         """Of each alert; in Grafana by the panel's id, elsewhere by the heading's anchor."""
         board = dashboards()["runbook.json"]
         title = {p["id"]: p["title"] for p in panels(board)}
@@ -85,7 +85,7 @@ class TestRunbook:
             url = alert.document(elsewhere)["annotations"]["runbook_url"]
             assert f"https://wiki.example/runbook#{alert.alert.lower()}" == url
 
-    def test_names_only_panels_that_there_are(self):
+    def test_runbook_names_only_existing_panels(self):
         """What it tells to look at is on a dashboard."""
         text = re.sub(r"\s+", " ", (DASHBOARDS / "runbook.md").read_text())
         named = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text))
@@ -97,7 +97,7 @@ class TestRunbook:
 
 
 class TestWrite:
-    def test_into_a_folder(self, tmp_path):
+    def test_write_puts_all_files_into_folder(self, tmp_path):
         """All files, with our numbers where none are given."""
         done = run("write", tmp_path / "d")
 
@@ -107,7 +107,7 @@ class TestWrite:
         for name in ("prometheus/alerts.yaml", "config.yaml", "grafana/overview.json"):
             assert (DASHBOARDS / name).read_text() == (tmp_path / "d" / name).read_text()
 
-    def test_thresholds_of_ones_own(self, tmp_path):
+    def test_own_thresholds_reach_rules_and_panels(self, tmp_path):
         """They are in the rules, in the drawn thresholds, and in the config that is written."""
         options = {
             "--objective": 99.5,
@@ -141,7 +141,7 @@ class TestWrite:
         assert 0 == done.returncode, done.stderr
 
     @pytest.mark.parametrize("objective", [90, 93.06])
-    def test_what_can_never_fire_is_refused(self, objective, tmp_path):
+    def test_threshold_that_can_never_fire_is_refused(self, objective, tmp_path):
         """It says why, and what would do."""
         done = run("write", tmp_path / "d", "--objective", objective)
 
@@ -160,7 +160,7 @@ class TestWrite:
             ("--config", "/nowhere.yaml", "/nowhere.yaml cannot be read"),
         ],
     )
-    def test_what_cannot_be_is_refused(self, option, value, says, tmp_path):
+    def test_invalid_option_is_refused(self, option, value, says, tmp_path):
         """One line that names it, and status 2."""
         done = run("write", tmp_path / "d", option, value)
 
@@ -168,7 +168,7 @@ class TestWrite:
         assert says in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_nothing_edited_is_lost(self, tmp_path):
+    def test_edited_file_is_kept_without_force(self, tmp_path):
         """A file that differs is not overwritten without --force; then nothing else is."""
         run("write", tmp_path)
         (tmp_path / "prometheus/alerts.yaml").write_text("mine")
@@ -181,7 +181,7 @@ class TestWrite:
         assert 0 == run("write", tmp_path, "--force").returncode
         assert "mine" != (tmp_path / "prometheus/alerts.yaml").read_text()
 
-    def test_list_and_show(self):
+    def test_list_and_show_print_files(self):
         """Each file with its first words; one of them whole."""
         listed = run("list").stdout
         assert {file.name for file in files()} == {line.split()[0] for line in listed.splitlines()}
@@ -227,19 +227,19 @@ class TestConfig:
             ({"burn_rates__0__for": None}, "burn_rates has no for"),
         ],
     )
-    def test_what_cannot_be(self, change, says):
+    def test_invalid_config_is_refused(self, change, says):
         """The error names the key, the value and what is allowed."""
         with pytest.raises(UsageError, match=re.escape(says)):
             config.parse(self.change(**change), "config.yaml")
 
-    def test_something_has_to_page(self):
+    def test_config_without_page_is_refused(self):
         """Only tickets: refused."""
         rows = [row for row in self.change()["burn_rates"] if row["severity"] == "warning"]
         with pytest.raises(UsageError, match="nothing would ever page"):
             config.parse(self.change(burn_rates=rows), "config.yaml")
 
     @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b"])
-    def test_no_configuration_at_all(self, text, tmp_path):
+    def test_file_without_config_is_refused(self, text, tmp_path):
         """Broken YAML, or none that maps: one error."""
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(UsageError, match=r"c\.yaml"):
@@ -247,7 +247,7 @@ class TestConfig:
 
 
 class TestOtherForms:
-    def test_kubernetes(self):
+    def test_kubernetes_objects_hold_all_rules_and_dashboards(self):
         """The operator's object has every rule; the ConfigMaps have every dashboard, unchanged."""
         rule = yaml.safe_load((DASHBOARDS / "kubernetes/prometheus-rule.yaml").read_text())
         prometheus = [
@@ -269,7 +269,7 @@ class TestOtherForms:
             name: json.loads(text) for name, text in found.items()
         }
 
-    def test_grafana_alerts(self, shipped):
+    def test_grafana_alerts_hold_each_alert(self, shipped):
         """Each alert but one is there with its query, labels and links, under a uid of its own."""
         (group,) = yaml.safe_load((DASHBOARDS / "grafana-alerting/alerts.yaml").read_text())[
             "groups"

@@ -228,7 +228,7 @@ def rows(measured, shipped):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_values_are_true(rows, path, capsys):
+def test_panels_show_counts_of_simulators(rows, path, capsys):
     """Counts, ratios and the quantiles' bounds agree with the simulators, within what is stated."""
     lines = [f"\n\ncounted by the {path}: panel, series, value, truth, tolerance"]
     for row in rows(path):
@@ -243,7 +243,7 @@ def test_values_are_true(rows, path, capsys):
     assert [] == [row for row in rows(path) if not row.fits]
 
 
-def test_every_panel_is_beside_its_truth(rows):
+def test_every_panel_has_expected_value_or_reason(rows):
     """Each has a row, or is listed with the reason why not; none is both."""
     told = {(row.board, row.panel) for row in rows("spans")}
     there = {
@@ -256,7 +256,7 @@ def test_every_panel_is_beside_its_truth(rows):
     assert there - told == set(expected.UNTOLD)
 
 
-def test_preview_of_the_list(rows):
+def test_preview_lists_every_panel(rows):
     """docs/panels.md has the list, all but the values of this run; `make preview` writes it."""
     if "aws" not in PROVIDER:
         pytest.skip("the list is of eight providers: AWS's client needs Python 3.12")
@@ -268,7 +268,7 @@ def test_preview_of_the_list(rows):
     assert expected.without_values(made) == expected.without_values(path.read_text())
 
 
-def test_counted_both_ways_is_counted_once(rows):
+def test_replies_counted_both_ways_count_once(rows):
     """As shipped, with spans and agents both counting: what counts at first gives way.
 
     In the seconds until a new provider's spans are counted its agents are believed: in an outage of
@@ -288,7 +288,7 @@ def test_counted_both_ways_is_counted_once(rows):
 
 
 @pytest.mark.parametrize("path", ALL)
-def test_an_environment_is_chosen(measured, path):
+def test_query_shows_only_chosen_environment(measured, path):
     """Its replies are shown and no others, by provider and outcome."""
     there = truth(
         played for played in measured.fleet.played if ENVIRONMENT in str(played.job.environment)
@@ -311,7 +311,7 @@ def test_an_environment_is_chosen(measured, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_panel_is_of_the_environment(measured, shipped, path):
+def test_every_panel_shows_only_chosen_environment(measured, shipped, path):
     """With it chosen, each panel shows the truth of its jobs, and of no others."""
     there = [job for job in measured.fleet.played if ENVIRONMENT in str(job.job.environment)]
     found = expected.Panels(Ask(measured, path, ENVIRONMENT), there, shipped, path)
@@ -319,7 +319,7 @@ def test_every_panel_is_of_the_environment(measured, shipped, path):
     assert [] == [row for row in found.rows() if not row.fits]
 
 
-def test_environments_can_be_chosen_from(measured):
+def test_variable_lists_environments(measured):
     """The variable's values, as Grafana asks for them; and no environment is one."""
     (variable,) = (
         variable
@@ -333,7 +333,7 @@ def test_environments_can_be_chosen_from(measured):
         assert {"", ENVIRONMENT} == {dict(labels).get(label, "") for labels in found}
 
 
-def test_what_is_said_is_no_reply(measured):
+def test_texts_are_in_no_panel(measured):
     """What a plugin was told to say is counted on both paths, and is in no panel."""
     told = sum(played.texts for played in measured.fleet.played)
     own = 'sum(last_over_time(traced_retry_replies_total{traced_retry_operation="say"}[5m]))'
@@ -344,7 +344,7 @@ def test_what_is_said_is_no_reply(measured):
     assert [told] == list(measured.ask(spans).values())
 
 
-def test_dots_lead_to_traces(measured):
+def test_exemplars_lead_to_traces(measured):
     """The exemplars of the panel that has them name traces that Jaeger has."""
     (target,) = {
         json.dumps(t["expr"])
@@ -361,7 +361,7 @@ def test_dots_lead_to_traces(measured):
     ]
 
 
-def test_lost_replies_are_found_in_jaeger(measured):
+def test_jaeger_searches_find_failed_replies(measured):
     """The searches of the provider's dashboard, sent as Grafana sends them, find the lost ones."""
     targets = [
         target
@@ -386,7 +386,7 @@ def test_lost_replies_are_found_in_jaeger(measured):
     assert {outcome: known.of(outcome) for outcome in ("exhausted", "not_recoverable")} == found
 
 
-def test_preview(measured, tmp_path):
+def test_preview_draws_each_panel(measured, tmp_path):
     """Each panel is drawn from its real answers, on a page that loads nothing.
 
     Into the folder TRACED_RETRY_PREVIEW where that is set, with a picture of each dashboard.

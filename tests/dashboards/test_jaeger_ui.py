@@ -19,7 +19,7 @@ LINKS = [item["url"] for menu in UI["menu"] for item in menu["items"]]
 
 
 @pytest.mark.parametrize("url", [url for url in LINKS if url.startswith("/search?")])
-def test_searches_name_what_is_emitted(url):
+def test_searches_use_emitted_names(url):
     """The span, and tags with values that it can have."""
     asked = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
     tags = json.loads(asked.get("tags", ["{}"])[0])

@@ -114,14 +114,14 @@ def test_uids_are_unique():
 
 @pytest.mark.parametrize("panel", PANELS)
 class TestPanel:
-    def test_says_what_it_shows(self, panel):
+    def test_panel_has_title_and_description(self, panel):
         """panel-title-description-rule: a sentence, and no metric's name in it."""
         assert panel["title"]
         assert panel["description"][0].isupper()
         assert panel["description"].endswith(".")
         assert not re.search(r"\w+_\w+_\w+", panel["description"])
 
-    def test_has_a_unit_and_says_what_no_data_means(self, panel):
+    def test_panel_has_unit_and_text_for_no_data(self, panel):
         """panel-units-rule; a healthy zero is not shown as broken."""
         if panel["type"] == "text":
             assert panel["options"]["content"]
@@ -129,7 +129,7 @@ class TestPanel:
         assert panel["fieldConfig"]["defaults"]["unit"] in UNITS
         assert panel["fieldConfig"]["defaults"]["noValue"]
 
-    def test_has_queries_to_a_variable_data_source(self, panel):
+    def test_panel_queries_variable_data_source(self, panel):
         """panel-no-targets-rule, panel-datasource-rule."""
         if panel["type"] == "text":
             return
@@ -137,7 +137,7 @@ class TestPanel:
         for source in (panel["datasource"], *(t["datasource"] for t in panel["targets"])):
             assert f"${{{source['type']}_datasource}}" == source["uid"]
 
-    def test_has_a_legend(self, panel):
+    def test_panel_has_legend(self, panel):
         """Each line has a name that is not its query."""
         if panel["type"] in ("timeseries", "heatmap"):
             assert all(t["legendFormat"] not in ("", "__auto") for t in panel["targets"])
@@ -145,11 +145,11 @@ class TestPanel:
 
 @pytest.mark.parametrize(("panel", "target"), QUERIES)
 class TestQuery:
-    def test_parses(self, panel, target):
+    def test_query_parses(self, panel, target):
         """target-promql-rule."""
         promql.parse(target["expr"])
 
-    def test_aggregates(self, panel, target):
+    def test_query_aggregates_exporter_labels(self, panel, target):
         """Whatever labels an exporter adds (otel_scope_*, instance, ...), series are added up."""
         assert promql.ends_aggregated(promql.parse(target["expr"]))
 
@@ -165,12 +165,12 @@ class TestQuery:
         rated = set(re.findall(r"\brate\((\w+)", target["expr"]))
         assert all(name.endswith(("_total", "_sum", "_count", "_bucket")) for name in rated)
 
-    def test_never_names_a_bucket(self, panel, target):
+    def test_query_names_no_bucket(self, panel, target):
         """Exporters write the same bound in different ways."""
         for selector in promql.selectors(promql.parse(target["expr"])):
             assert "le" not in {m.label for m in selector.matchers}
 
-    def test_is_not_drawn_finer_than_the_data(self, panel, target):
+    def test_query_step_is_not_finer_than_data(self, panel, target):
         """The rolled-up series have a sample a minute, or in ten: below that there are gaps."""
         if "increase$rollup" in target["expr"] and not target["instant"]:
             assert "$rollup" == target["interval"]

@@ -100,8 +100,8 @@ CLOSES_THE_AGENT = {"error:validationException", "error:internalServerException"
 
 class TestEachRow:
     @pytest.mark.parametrize("script", ROWS)
-    async def test_with_us(self, script, start_conversation, recorder):
-        """Heard at most once; the outcome, the attempts and the seconds are exact."""
+    async def test_each_fault_has_expected_result(self, script, start_conversation, recorder):
+        """A reply is heard at most once, with exact outcome, attempts and seconds."""
         row = ROWS[script]
         talk = await start_conversation(script)
 
@@ -118,8 +118,8 @@ class TestEachRow:
             assert isinstance(error, llm.RealtimeError)
 
     @pytest.mark.parametrize("script", BARE)
-    async def test_the_plugin_alone(self, script, start_conversation):
-        """What users have today."""
+    async def test_plugin_alone_has_expected_result(self, script, start_conversation):
+        """The table shows the plugin's behavior without traced-retry."""
         heard, succeeded, seconds = BARE[script]
         talk = await start_conversation(script, bare=True)
 
@@ -128,8 +128,8 @@ class TestEachRow:
 
         assert (heard, succeeded, seconds) == (len(talk.heard), error is None, took)
 
-    async def test_cut_short_alone(self, start_conversation):
-        """The plugin alone never closes such a reply's streams: the agent waits for ever."""
+    async def test_plugin_alone_never_ends_reply_that_is_cut_short(self, start_conversation):
+        """The plugin alone never closes the reply's streams, so the agent waits forever."""
         talk = await start_conversation("drop_during", bare=True)
         handle = talk.ask()
         await asyncio.sleep(300)
@@ -145,14 +145,14 @@ class TestEachRow:
             ("drop_before", ["connection_lost"]),
         ],
     )
-    async def test_why(self, script, cause, start_conversation, recorder):
-        """``error.type`` of each attempt."""
+    async def test_each_fault_has_error_type(self, script, cause, start_conversation, recorder):
+        """Each attempt has the ``error.type`` of its fault."""
         await (await start_conversation(script)).timed_reply()
 
         assert cause == causes(recorder)
 
-    async def test_refused(self, start_conversation, recorder):
-        """AWS's own code is on the span, and the agent can read it."""
+    async def test_refused_stream_has_code_of_aws(self, start_conversation, recorder):
+        """AWS's own code is on the span and in the agent's error."""
         error, _ = await (await start_conversation("unauthorized")).timed_reply()
 
         assert "AccessDeniedException" == error.code
@@ -160,8 +160,8 @@ class TestEachRow:
             a["traced_retry.error_code"] for a in recorder.attempts
         ]
 
-    async def test_asked_of_a_dead_stream(self, start_conversation, recorder):
-        """Known at once, where the plugin alone lets the agent wait."""
+    async def test_request_on_dead_stream_fails_at_once(self, start_conversation, recorder):
+        """The reply fails at once, while the plugin alone lets the agent wait."""
         talk = await start_conversation("drop_before")
         await talk.timed_reply()
         began = now()
@@ -195,8 +195,10 @@ class TestCutShort:
             ("systemInstability", "ValidationException", "ValidationException"),
         ],
     )
-    async def test_by_another_stream(self, exception, code, type_, start_conversation, recorder):
-        """The plugin goes on without the rest, and closes nothing: told at once, and closed."""
+    async def test_new_stream_fails_reply_in_progress(
+        self, exception, code, type_, start_conversation, recorder
+    ):
+        """The plugin drops the rest without closing it; the reply fails and closes at once."""
         talk = await start_conversation("slow:9,ok")
         handle = talk.ask()
         await asyncio.sleep(3)
@@ -220,8 +222,10 @@ class TestCutShort:
         assert (["reply 1", "reply 2"], 2) == (talk.heard, len(talk.server.requests))
         assert 0 == recorder.open_spans
 
-    async def test_what_goes_on_in_another_stream(self, start_conversation, recorder):
-        """Before the first words of an answer to the user, the plugin asks again: it is heard."""
+    async def test_answer_to_user_survives_new_stream_before_output(
+        self, start_conversation, recorder
+    ):
+        """Before the first words of an answer to the user the plugin requests it again."""
         talk = await start_conversation("silence,slow:3")
         handle = talk.ask(user_input="SECRET question")
         await talk.received()
@@ -236,8 +240,10 @@ class TestCutShort:
         assert [OK] == ended(recorder)
         assert (None, ["reply 2"]) == (handle.exception(), talk.heard)
 
-    async def test_what_does_not(self, start_conversation, recorder):
-        """Instructions are lost, also before the first words."""
+    async def test_instructions_are_lost_with_stream_before_output(
+        self, start_conversation, recorder
+    ):
+        """Instructions are lost with the stream, also before the first words."""
         talk = await start_conversation("silence,ok")
         handle = talk.ask()
         await talk.received()
@@ -249,8 +255,8 @@ class TestCutShort:
         assert [CUT] == ended(recorder)
         assert isinstance(handle.exception(), llm.RealtimeError)
 
-    async def test_one_shared_by_two(self, start_conversation, recorder):
-        """Both callers are told."""
+    async def test_both_callers_of_shared_reply_get_failure(self, start_conversation, recorder):
+        """Both callers of a reply that is cut short get the failure."""
         talk = await start_conversation("drop_during")
         handle = talk.ask(user_input="SECRET question")
         await talk.received()
@@ -262,8 +268,8 @@ class TestCutShort:
         assert [CUT, CUT] == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_by_other_tools(self, start_conversation, recorder):
-        """The plugin recycles the session for them: heard as far as the caller let it."""
+    async def test_reply_cut_by_new_tools_counts_as_heard(self, start_conversation, recorder):
+        """The plugin recycles the session for new tools, so the reply counts as heard."""
 
         @function_tool
         async def look_up() -> str:
@@ -282,8 +288,8 @@ class TestCutShort:
 
 
 class TestUserMessage:
-    async def test_is_resent_by_the_plugin(self, start_conversation, recorder):
-        """After throttling the plugin asks again by itself; so we never do."""
+    async def test_user_message_is_resent_only_by_plugin(self, start_conversation, recorder):
+        """After throttling the plugin requests the reply again, so we never do."""
         talk = await start_conversation("rate_limit,ok")
 
         assert (None, 0.05) == await talk.timed_reply(user_input="SECRET question")
@@ -298,10 +304,10 @@ class TestUserMessage:
         ("script", "outcome", "seconds"),
         [("late:12", AGAIN, 12), ("silence", DEADLINE, 20), ("late:25", DEADLINE, 20)],
     )
-    async def test_ends_by_our_deadline(
+    async def test_user_message_ends_at_deadline(
         self, script, outcome, seconds, start_conversation, recorder
     ):
-        """The plugin's future of a user's message has no time-out of its own."""
+        """The plugin's future of a user's message has no timeout of its own."""
         talk = await start_conversation(script)
 
         _, took = await talk.timed_reply(user_input="SECRET question")
@@ -309,8 +315,8 @@ class TestUserMessage:
         assert ([outcome], TWICE, seconds) == (ended(recorder), actions(recorder), took)
         assert 1 == len(talk.server.requests)
 
-    async def test_is_never_cancelled_for_others(self, start_conversation, recorder):
-        """Two callers wait for one reply; one leaves, the other gets it."""
+    async def test_cancel_by_one_caller_keeps_shared_reply(self, start_conversation, recorder):
+        """Two callers wait for one reply; one cancels, and the other gets it."""
         talk = await start_conversation("late:5,ok")
         handle = talk.ask(user_input="SECRET question")
         await talk.received()
@@ -323,8 +329,10 @@ class TestUserMessage:
         assert [("interrupted", "interrupted"), OK] == ended(recorder)
         assert None is talk.realtime._pending_generation_fut
 
-    async def test_shared_by_two(self, start_conversation, recorder):
-        """Both callers are told of the one reply, which is heard once."""
+    async def test_shared_reply_reaches_both_callers_and_is_heard_once(
+        self, start_conversation, recorder
+    ):
+        """Both callers get the one reply, which is heard once."""
         talk = await start_conversation("late:5")
         handle = talk.ask(user_input="SECRET question")
         await talk.received()
@@ -336,8 +344,8 @@ class TestUserMessage:
         assert [OK, OK] == ended(recorder)
         assert ["reply 1"] == talk.heard
 
-    async def test_cancelled_by_another(self, start_conversation, recorder):
-        """Whoever cancels the plugin's own future supersedes the reply; nobody is left waiting."""
+    async def test_cancel_of_plugin_future_supersedes_reply(self, start_conversation, recorder):
+        """A cancel of the plugin's own future supersedes the reply, so no caller waits."""
         talk = await start_conversation("silence")
         handle = talk.ask(user_input="SECRET question")
         await talk.received()
@@ -348,7 +356,7 @@ class TestUserMessage:
 
 
 class TestNothingSent:
-    async def test_nothing_to_answer(self, start_conversation, recorder):
+    async def test_request_without_content_ends_at_deadline(self, start_conversation, recorder):
         """Without instructions or message the plugin sends nothing and never resolves."""
         talk = await start_conversation("ok")
         began = now()
@@ -358,8 +366,8 @@ class TestNothingSent:
 
         assert (20, [], [DEADLINE]) == (now() - began, talk.server.requests, ended(recorder))
 
-    async def test_what_comes_is_its_reply(self, start_conversation, recorder):
-        """It does not take the reply of a request that was sent: both get it."""
+    async def test_request_without_content_shares_next_reply(self, start_conversation, recorder):
+        """It does not take the reply of a request that was sent: both callers get it."""
         talk = await start_conversation("late:3")
         nothing = talk.realtime.generate_reply()
         asked = talk.realtime.generate_reply(instructions="SECRET")
@@ -368,7 +376,7 @@ class TestNothingSent:
         await asyncio.sleep(1)
         assert [OK, OK] == ended(recorder)
 
-    async def test_audio_only(self, start_conversation, recorder):
+    async def test_audio_only_model_returns_empty_reply(self, start_conversation, recorder):
         """A model that takes no text answers at once with nothing: no failure, no retry."""
         talk = await start_conversation("ok")
         talk.model._opts.modalities = "audio"
@@ -378,8 +386,8 @@ class TestNothingSent:
 
 
 class TestInOrder:
-    async def test_two_at_once(self, start_conversation, recorder):
-        """The first is not orphaned by the second, as in the plugin's single slot."""
+    async def test_two_concurrent_requests_are_both_answered(self, start_conversation, recorder):
+        """The second request does not orphan the first, as the plugin's single slot does."""
         talk = await start_conversation("late:3,late:5")
         first = talk.realtime.generate_reply(instructions="SECRET")
         second = talk.realtime.generate_reply(instructions="SECRET")
@@ -393,8 +401,8 @@ class TestInOrder:
         assert ["reply 1", "reply 2"] == talk.heard
         assert [OK, OK] == ended(recorder)
 
-    async def test_two_in_turn(self, start_conversation, recorder):
-        """One conversation, several replies."""
+    async def test_replies_in_turn_are_each_heard(self, start_conversation, recorder):
+        """One conversation has several replies, each heard once."""
         talk = await start_conversation("ok,late:12,ok")
 
         for _ in range(3):
@@ -405,8 +413,8 @@ class TestInOrder:
         assert [OK, AGAIN, OK] == ended(recorder)
         assert 0 == late(recorder)
 
-    async def test_recycled_for_other_tools(self, start_conversation, recorder):
-        """The plugin ends its stream and opens another one: that is no loss of the connection."""
+    async def test_new_tools_are_no_connection_loss(self, start_conversation, recorder):
+        """The plugin ends its stream for new tools and opens another one."""
 
         @function_tool
         async def look_up() -> str:
@@ -423,8 +431,10 @@ class TestInOrder:
         assert 2 == talk.server.connections
         assert ([DEADLINE], TWICE) == (ended(recorder), actions(recorder))
 
-    async def test_recycled_by_the_clock(self, start_conversation, recorder, monkeypatch):
-        """The plugin's recycling cancels itself and leaves nobody to read: known at once."""
+    async def test_recycling_by_clock_fails_reply_at_once(
+        self, start_conversation, recorder, monkeypatch
+    ):
+        """The plugin's recycling cancels itself and leaves no reader, which fails the reply."""
         monkeypatch.setattr(plugin, "MAX_SESSION_DURATION_SECONDS", 15)
         talk = await start_conversation("ok")
         await talk.timed_reply()
@@ -434,8 +444,8 @@ class TestInOrder:
         assert 0 == (await talk.timed_reply())[1]
         assert [OK, DEAD] == ended(recorder)
 
-    async def test_tool(self, start_conversation, recorder):
-        """The plugin has the result answered by itself; nobody asks us for that reply."""
+    async def test_tool_result_is_answered_without_request(self, start_conversation, recorder):
+        """The plugin has the result answered by itself, so no reply is requested of us."""
 
         class Helper(Agent):
             @function_tool
@@ -452,8 +462,8 @@ class TestInOrder:
 
 
 class TestLate:
-    async def test_is_linked_and_logged_once(self, start_conversation, recorder, caplog):
-        """One record, with the trace of the reply that had failed."""
+    async def test_late_reply_is_linked_and_logged_once(self, start_conversation, recorder, caplog):
+        """A late reply logs one record with the trace of the failed reply."""
         talk = await start_conversation("late:25")
         await talk.timed_reply()
         await asyncio.sleep(20)
@@ -462,8 +472,8 @@ class TestLate:
         records = [r for r in caplog.records if "heard after it was reported" in r.getMessage()]
         assert [trace_id] == [r.trace_id for r in records]
 
-    async def test_after_the_user_spoke(self, start_conversation, recorder):
-        """What is heard then answers the user, or cannot be told from it."""
+    async def test_reply_after_user_speech_is_not_late(self, start_conversation, recorder):
+        """After the user spoke, a reply answers the user or cannot be told apart from that."""
         talk = await start_conversation("late:25")
         await talk.timed_reply()
         talk.realtime.emit("input_speech_started", llm.InputSpeechStartedEvent())
@@ -471,8 +481,8 @@ class TestLate:
 
         assert (1, 0) == (len(talk.heard), late(recorder))
 
-    async def test_before_the_next(self, start_conversation, recorder):
-        """It resolves the next request; that one's own reply is then the one too many."""
+    async def test_late_reply_resolves_next_request(self, start_conversation, recorder):
+        """It resolves the next request, and that request's own reply is then one too many."""
         talk = await start_conversation("late:25,late:10")
         await talk.timed_reply()
         await talk.timed_reply()
@@ -483,8 +493,8 @@ class TestLate:
 
 
 class TestOnSilence:
-    async def test_resend(self, start_conversation, recorder):
-        """By explicit choice, after a window of listening; it recovers a lost request."""
+    async def test_resend_recovers_lost_request(self, start_conversation, recorder):
+        """By explicit choice the request is sent again after one window of listening."""
         talk = await start_conversation(
             "silence,ok", on_silence="resend", attempt_timeout=5, base_delay=0
         )
@@ -495,8 +505,8 @@ class TestOnSilence:
         assert ["send", "listen", "send"] == actions(recorder)
         assert (["reply 2"], [AGAIN]) == (talk.heard, ended(recorder))
 
-    async def test_resend_is_at_least_once(self, start_conversation, recorder):
-        """A slow one is then heard twice, which is why it is no default."""
+    async def test_resend_hears_slow_reply_twice(self, start_conversation, recorder):
+        """A slow reply is heard twice, which is why resend is no default."""
         talk = await start_conversation(
             "late:12,ok", on_silence="resend", attempt_timeout=5, base_delay=0
         )
@@ -506,16 +516,16 @@ class TestOnSilence:
 
         assert ["reply 2", "reply 1"] == talk.heard
 
-    async def test_nothing_of_ours_to_resend(self, start_conversation, recorder):
-        """A user's message was sent by update_chat_ctx: asking again would send nothing."""
+    async def test_user_message_is_not_resent(self, start_conversation, recorder):
+        """A user's message was sent by update_chat_ctx, so a resend would send nothing."""
         talk = await start_conversation("silence", on_silence="resend", attempt_timeout=4)
         await talk.timed_reply(user_input="SECRET question")
 
         assert ["send", "listen", "listen", "listen"] == actions(recorder)
         assert [("exhausted", "max_attempts")] == ended(recorder)
 
-    async def test_restart_means_listen(self, start_conversation, recorder):
-        """There is no restart here that would keep an old turn from being answered."""
+    async def test_restart_only_listens(self, start_conversation, recorder):
+        """No restart here could keep an old turn from being answered."""
         await (await start_conversation("silence", on_silence="restart")).reply()
 
         assert TWICE == actions(recorder)
@@ -523,8 +533,10 @@ class TestOnSilence:
 
 class TestInterruption:
     @pytest.mark.parametrize("seconds", [3, 13])
-    async def test_in_the_attempt(self, seconds, start_conversation, recorder):
-        """In ``send`` or ``listen``: over at once. No cancel exists: the reply is still spoken."""
+    async def test_interruption_ends_reply_that_is_still_spoken(
+        self, seconds, start_conversation, recorder
+    ):
+        """The reply ends at once, but no cancel exists, so it is still spoken."""
         talk = await start_conversation("late:15")
         handle = talk.ask()
         await asyncio.sleep(seconds)
@@ -536,8 +548,10 @@ class TestInterruption:
         assert (TWICE if seconds > 10 else ONCE) == actions(recorder)
         assert (1, 0, 0) == (len(talk.heard), late(recorder), recorder.open_spans)
 
-    async def test_before_it_was_sent(self, start_conversation, recorder):
-        """The stream was not up yet: the text is dropped, and never heard."""
+    async def test_interruption_before_stream_opens_drops_request(
+        self, start_conversation, recorder
+    ):
+        """The stream is not open yet, so the text is dropped and never heard."""
         talk = await start_conversation("ok", ready=False)
         handle = talk.ask()
         await asyncio.sleep(0.1)
@@ -548,8 +562,8 @@ class TestInterruption:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert ([], []) == (talk.server.requests, talk.heard)
 
-    async def test_given_up_before_it_was_sent(self, start_conversation, recorder):
-        """The same where our deadline ends it."""
+    async def test_deadline_before_stream_opens_drops_request(self, start_conversation, recorder):
+        """The deadline drops a request that is not sent yet."""
         talk = await start_conversation("ok", ready=False, deadline=0.3)
         error, _ = await talk.timed_reply()
         await asyncio.sleep(20)
@@ -558,8 +572,8 @@ class TestInterruption:
         assert ([DEADLINE], [], []) == (ended(recorder), talk.server.requests, talk.heard)
 
     @pytest.mark.parametrize("seconds", [3, 13])
-    async def test_the_session_is_closed(self, seconds, start_conversation, recorder):
-        """In ``send`` or ``listen``."""
+    async def test_session_close_fails_reply(self, seconds, start_conversation, recorder):
+        """Closing the session fails the reply in ``send`` and in ``listen``."""
         talk = await start_conversation("silence")
         reply = talk.realtime.generate_reply(instructions="SECRET")
         await asyncio.sleep(seconds)
@@ -578,8 +592,10 @@ class TestRawExceptions:
             (OSError("SECRET"), ("exhausted", "unsafe_to_resend"), "connection_lost"),
         ],
     )
-    async def test_of_a_send(self, raw, outcome, cause, start_conversation, recorder, monkeypatch):
-        """LiveKit catches a RealtimeError only; the cause is kept, its text is not repeated."""
+    async def test_raw_exception_becomes_realtime_error(
+        self, raw, outcome, cause, start_conversation, recorder, monkeypatch
+    ):
+        """LiveKit catches only RealtimeError; the cause is kept, its text is not repeated."""
         talk = await start_conversation("ok")
 
         async def fail(*args, **kwargs):
@@ -608,8 +624,8 @@ class TestContract:
 
         assert "amazon.nova-2-sonic-v1:0" == recorder.replies[0]["gen_ai.request.model"]
 
-    async def test_slot(self, start_conversation):
-        """One slot; without instructions its future is shared, else a fresh one is made."""
+    async def test_slot_shares_future_only_without_instructions(self, start_conversation):
+        """Without instructions the slot's future is shared, and otherwise a new one is made."""
         talk = await start_conversation("silence", bare=True)
         realtime = talk.realtime
         empty = realtime.generate_reply()
@@ -621,8 +637,8 @@ class TestContract:
         for future in (first, realtime._pending_generation_fut):
             future.cancel()
 
-    async def test_announcements(self, start_conversation):
-        """Twice per reply, under one id, and never as asked by the user."""
+    async def test_generation_is_announced_twice_under_one_id(self, start_conversation):
+        """Each reply is announced twice under one id, and never as requested by the user."""
         talk = await start_conversation("ok", bare=True)
         await talk.timed_reply()
         await asyncio.sleep(1)
@@ -630,8 +646,8 @@ class TestContract:
         assert [False, False] == [event.user_initiated for event in talk.generations]
         assert 1 == len({event.response_id for event in talk.generations})
 
-    async def test_reader(self, start_conversation):
-        """The one task that reads the stream, and another one after throttling."""
+    async def test_throttling_replaces_reader_task(self, start_conversation):
+        """One task reads the stream, and another one after throttling."""
         talk = await start_conversation("rate_limit", bare=True)
         before = talk.realtime._response_task
         await talk.timed_reply()
@@ -639,8 +655,8 @@ class TestContract:
         assert before.done()
         assert not talk.realtime._response_task.done()
 
-    async def test_what_is_being_spoken(self, start_conversation):
-        """It is in ``_current_generation``, with the stream of its event, until it is closed."""
+    async def test_current_generation_holds_stream_until_closed(self, start_conversation):
+        """``_current_generation`` holds the stream of its event until it is closed."""
         talk = await start_conversation("slow:3", bare=True)
         handle = talk.ask()
         await asyncio.sleep(1)
@@ -650,8 +666,8 @@ class TestContract:
         await handle
         assert None is talk.realtime._current_generation
 
-    async def test_restart(self, start_conversation, monkeypatch):
-        """Another stream is opened by ``_restart_session``, called with what ended the first."""
+    async def test_restart_session_gets_error_of_stream(self, start_conversation, monkeypatch):
+        """``_restart_session`` opens another stream and receives the error of the first."""
         talk = await start_conversation("rate_limit", bare=True)
         original, errors = talk.realtime._restart_session, []
 
@@ -664,8 +680,8 @@ class TestContract:
 
         assert ["ThrottlingException"] == errors
 
-    async def test_cut_short(self, start_conversation):
-        """The plugin alone opens another stream, and leaves the agent waiting for the rest."""
+    async def test_plugin_alone_leaves_agent_waiting_after_loss(self, start_conversation):
+        """The plugin alone opens another stream and leaves the agent waiting for the rest."""
         talk = await start_conversation("slow:9", bare=True)
         handle = talk.ask()
         await asyncio.sleep(3)
@@ -677,8 +693,8 @@ class TestContract:
 
 
 class TestSimulator:
-    def test_frames(self):
-        """What is encoded is decoded, and the SDK's own encoder agrees."""
+    def test_frame_survives_encoding_and_decoding(self):
+        """An encoded frame decodes to the same, and the SDK's own encoder agrees."""
         events = pytest.importorskip("smithy_aws_event_stream.events")
         headers = {":message-type": "event", ":event-type": "chunk"}
         frame = encode_frame(headers, b"payload")
@@ -686,8 +702,8 @@ class TestSimulator:
         assert (headers, b"payload", len(frame)) == decode_frame(frame + b"more")
         assert events.EventMessage(headers=headers, payload=b"payload").encode() == frame
 
-    def test_headers_of_other_types(self):
-        """Those that are no strings are skipped."""
+    def test_headers_that_are_no_strings_are_skipped(self):
+        """The decoder skips headers that are no strings."""
         events = pytest.importorskip("smithy_aws_event_stream.events")
         headers = {"a": True, "b": 5, "c": b"bytes", "d": events.Long(7), "e": "text"}
         frame = events.EventMessage(headers=headers, payload=b"").encode()
@@ -695,21 +711,21 @@ class TestSimulator:
         assert ({"e": "text"}, b"", len(frame)) == decode_frame(frame)
 
     @pytest.mark.parametrize("length", [0, 15, 30])
-    def test_a_frame_in_pieces(self, length):
-        """None until it is whole."""
+    def test_incomplete_frame_decodes_to_none(self, length):
+        """The decoder returns None until the frame is complete."""
         assert None is decode_frame(encode_frame({"a": "b"}, b"a payload")[:length])
 
     @pytest.mark.parametrize("at", [2, -6])
-    def test_a_bad_checksum(self, at):
-        """Of the prelude, or of the whole."""
+    def test_wrong_checksum_is_refused(self, at):
+        """A wrong checksum of the prelude or of the frame raises an error."""
         frame = bytearray(encode_frame({"a": "b"}, struct.pack("!I", 7)))
         frame[at] ^= 1
 
         with pytest.raises(ValueError, match="checksum"):
             decode_frame(bytes(frame))
 
-    async def test_what_it_heard(self, start_conversation):
-        """Requests, texts that asked for nothing, and what it completed."""
+    async def test_simulator_records_requests_and_texts(self, start_conversation):
+        """The simulator records requests, other texts, and the replies it completed."""
         talk = await start_conversation("ok")
         await talk.timed_reply()
 
@@ -726,8 +742,8 @@ class TestSimulator:
             talk.server.connections,
         )
 
-    async def test_words(self, start_conversation):
-        """What can be waited for."""
+    async def test_simulator_events_can_be_waited_for(self, start_conversation):
+        """A test can wait for each of the simulator's events."""
         talk = await start_conversation("drop_before")
         await talk.server.wait_for("connected")
         await talk.timed_reply()
@@ -735,21 +751,21 @@ class TestSimulator:
 
         assert 1 == talk.server.lost
 
-    async def test_refuses(self, start_conversation):
-        """A stream that the script does not let open."""
+    async def test_simulator_refuses_stream_by_script(self, start_conversation):
+        """The script can refuse to open a stream."""
         talk = await start_conversation("unauthorized")
         await talk.server.wait_for("connection_refused")
 
         assert (1, 0) == (talk.server.refused, talk.server.connections)
 
     @pytest.mark.parametrize("script", ["quota", "active", "uncorrelated"])
-    def test_unknown_words(self, script):
-        """A fault that means nothing here is an error."""
+    def test_unknown_fault_is_refused(self, script):
+        """A fault that this simulator does not know raises an error."""
         with pytest.raises(ScriptError, match="means nothing to AWSSimulator"):
             AWSSimulator(script)
 
-    async def test_running(self):
-        """It has a URL while it runs, and is started once."""
+    async def test_simulator_has_url_only_while_running(self):
+        """The simulator has a URL while it runs, and starts only once."""
         server = AWSSimulator()
         with pytest.raises(RuntimeError, match="not running"):
             _ = server.url
@@ -759,8 +775,8 @@ class TestSimulator:
                 await server.start()
         await server.close()
 
-    async def test_redirected_is_undone(self):
-        """The plugin is as it was."""
+    async def test_redirection_is_undone(self):
+        """After the block the plugin is unchanged."""
         names = ("_BedrockRuntimeConfig", "AWSCRTHTTPClient", "_get_credentials_resolver")
         before = [getattr(plugin, name) for name in names]
         async with AWSSimulator() as server:
@@ -769,15 +785,15 @@ class TestSimulator:
 
         assert before == [getattr(plugin, name) for name in names]
 
-    async def test_redirected_where_the_plugin_moved(self, monkeypatch):
-        """The error names what is gone."""
+    async def test_redirection_names_missing_attribute(self, monkeypatch):
+        """The error names the plugin's attribute that is missing."""
         monkeypatch.delattr(plugin, "AWSCRTHTTPClient")
         async with AWSSimulator() as server:
             with pytest.raises(RuntimeError, match="has no AWSCRTHTTPClient"), server.redirected():
                 pass
 
-    def test_old_sdk(self):
-        """Before 0.10 its configuration class was called, not resolved."""
+    def test_configuration_works_with_old_sdk(self):
+        """Before 0.10 the SDK's configuration class was called, not resolved."""
         made = aws._Config(dict, "https://127.0.0.1:1")(endpoint_uri="https://aws", region="x")
 
         assert {"endpoint_uri": "https://127.0.0.1:1", "region": "x"} == made

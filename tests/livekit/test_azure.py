@@ -103,8 +103,8 @@ BARE = {
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ALONE)
-    async def test_alone(self, script, start_conversation, recorder):
-        """A fault that lasts: the failure is known in time, with its code; nothing is heard."""
+    async def test_lasting_fault_fails_reply_in_time(self, script, start_conversation, recorder):
+        """The failure of a lasting fault is known in time with its code, and nothing is heard."""
         row = ALONE[script]
         talk = await start_conversation(script, ready="unauthorized" not in script)
         began = asyncio.get_running_loop().time()
@@ -124,8 +124,8 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", THEN_OK)
-    async def test_followed_by_ok(self, script, start_conversation, recorder):
-        """A fault that passes: the reply is heard exactly once."""
+    async def test_passing_fault_is_recovered_once(self, script, start_conversation, recorder):
+        """After a fault that passes the reply is heard exactly once."""
         requests, failed, (least, most) = THEN_OK[script]
         talk = await start_conversation(script, ready="unauthorized" not in script)
         began = asyncio.get_running_loop().time()
@@ -142,8 +142,8 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", BARE)
-    async def test_the_plugin_alone(self, script, start_conversation):
-        """What it is like without us."""
+    async def test_plugin_alone_has_expected_result(self, script, start_conversation):
+        """The table shows the plugin's behavior without traced-retry."""
         heard, told, seconds = BARE[script]
         talk = await start_conversation(script, bare=True, ready="unauthorized" not in script)
         began = asyncio.get_running_loop().time()
@@ -157,8 +157,10 @@ class TestEachFault:
         code = getattr(error, "code", None)
         assert told == (RuntimeError if error is not None and code is None else code)
 
-    async def test_dropped_for_ever(self, start_conversation, recorder):
-        """The plugin comes back and sends again every 0.1 s; the deadline ends it for us."""
+    async def test_connection_that_always_drops_ends_at_deadline(
+        self, start_conversation, recorder
+    ):
+        """The plugin reconnects and sends again every 0.1 s until our deadline."""
         talk = await start_conversation("drop_before")
         began = asyncio.get_running_loop().time()
 
@@ -171,8 +173,8 @@ class TestEachFault:
         assert pytest.approx(20) == took
         assert 2 == len({request.event_id for request in talk.server.requests})
 
-    async def test_a_server_that_does_not_come_back(self, start_conversation, recorder):
-        """The plugin gives up after 1.1 s, and so do we; LiveKit closes the agent's session."""
+    async def test_server_that_stays_down_fails_reply(self, start_conversation, recorder):
+        """The plugin gives up after 1.1 s, and LiveKit closes the agent's session."""
         talk = await start_conversation("silence")
         reply = talk.realtime.generate_reply()
         await talk.received()
@@ -184,8 +186,8 @@ class TestEachFault:
         assert ["connection_lost"] == codes(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_asked_while_the_socket_is_down(self, start_conversation, recorder):
-        """The plugin keeps it until it is connected; it is sent once."""
+    async def test_request_while_disconnected_is_sent_once(self, start_conversation, recorder):
+        """The plugin keeps the request until it is connected, and sends it once."""
         talk = await start_conversation("ok,drop_queued:1,ok")
         await talk.reply()
         await talk.server.wait_for("connection_lost")
@@ -198,8 +200,10 @@ class TestEachFault:
 
 
 class TestExactlyOnce:
-    async def test_our_own_timeout_on_a_lost_connection(self, start_conversation, recorder):
-        """What we abandoned is not sent again by the plugin."""
+    async def test_abandoned_request_is_not_resent_after_reconnect(
+        self, start_conversation, recorder
+    ):
+        """The plugin does not send a request again that we have abandoned."""
         talk = await start_conversation("ok,drop_queued:1,ok", attempt_timeout=0.4)
         await talk.reply()
         await talk.server.wait_for("connection_lost")
@@ -212,8 +216,8 @@ class TestExactlyOnce:
         assert {"connection_lost", None} == set(codes(recorder))
         assert 2 == len(talk.server.requests)
 
-    async def test_two_replies_at_once(self, start_conversation, recorder):
-        """The server takes one at a time; the other waits for the end of the first."""
+    async def test_two_concurrent_replies_are_answered_in_turn(self, start_conversation, recorder):
+        """The server takes one request at a time, so the second reply waits for the first."""
         talk = await start_conversation("slow:3,ok")
         first, second = talk.realtime.generate_reply(), talk.realtime.generate_reply()
 
@@ -226,8 +230,10 @@ class TestExactlyOnce:
 
 
 class TestInterruption:
-    async def test_on_a_lost_connection(self, start_conversation, recorder):
-        """The plugin does not send again what nobody wants any more."""
+    async def test_interrupted_request_is_not_resent_after_reconnect(
+        self, start_conversation, recorder
+    ):
+        """The plugin does not send an interrupted request again."""
         talk = await start_conversation("ok,drop_queued:3,ok")
         await talk.reply()
         await talk.server.wait_for("connection_lost")
@@ -250,8 +256,10 @@ class TestNames:
             ("http://127.0.0.1:1", "127.0.0.1", 1),
         ],
     )
-    async def test_target(self, endpoint, address, port, start_conversation):
-        """A plain name, and the server's address from the model's endpoint."""
+    async def test_target_has_plain_name_and_address(
+        self, endpoint, address, port, start_conversation
+    ):
+        """The target has a plain name, and the server's address from the model's endpoint."""
         talk = await start_conversation("ok")
         talk.model._opts.endpoint = endpoint
         target = VoiceLiveAdapter(talk.realtime, None).target()
@@ -263,7 +271,7 @@ class TestNames:
 class TestContract:
     """What the VoiceLive adapter relies on, in the installed plugin. See CONTRIBUTING."""
 
-    async def test_a_request_shows_up_by_its_id(self, start_conversation):
+    async def test_request_is_registered_under_sent_id(self, start_conversation):
         """generate_reply adds exactly the sent event_id to _response_created_futures."""
         talk = await start_conversation("ok", bare=True)
         before = set(talk.realtime._response_created_futures)
@@ -274,7 +282,7 @@ class TestContract:
         assert ours == talk.server.requests[0].event_id
 
     @pytest.mark.parametrize("end", ["cancel", "exception", "at once"])
-    async def test_an_abandoned_request_is_cancelled_by_id(self, end, start_conversation):
+    async def test_abandoned_request_is_cancelled_by_id(self, end, start_conversation):
         """Ending the future sends nothing; the late response is cancelled by id, not surfaced."""
         talk = await start_conversation("late:1", bare=True)
         surfaced = []
@@ -297,8 +305,8 @@ class TestContract:
         assert sent == len(talk.server.requests) == len(talk.server.cancels)
         assert None not in talk.server.cancels
 
-    async def test_a_dropped_request_is_sent_again(self, start_conversation):
-        """By the plugin itself, under its id; the same future resolves."""
+    async def test_dropped_request_is_resent_under_same_id(self, start_conversation):
+        """The plugin sends the request again under its id, and the same future resolves."""
         talk = await start_conversation("drop_before,ok", bare=True)
 
         await talk.realtime.generate_reply()
@@ -306,7 +314,7 @@ class TestContract:
         assert 2 == len(talk.server.requests)
         assert 1 == len({request.event_id for request in talk.server.requests})
 
-    async def test_events_are_mappings(self, start_conversation):
+    async def test_raw_events_are_mappings(self, start_conversation):
         """Raw events read like JSON, with the beta's names of events."""
         talk = await start_conversation("ok", bare=True)
         events = []
@@ -318,8 +326,8 @@ class TestContract:
         assert asked_by == talk.server.requests[0].event_id
         assert {"response.text.delta", "response.done"} <= {e["type"] for e in events}
 
-    async def test_a_refused_connection_shows_its_status(self, start_conversation):
-        """In the cause of the cause of the error event's error."""
+    async def test_refused_connection_has_http_status(self, start_conversation):
+        """The HTTP status is in the cause of the cause of the error event's error."""
         talk = await start_conversation("unauthorized", bare=True, ready=False)
         events = []
         talk.realtime.on("error", events.append)

@@ -106,8 +106,10 @@ def helper(called):
 
 class TestBeforeTheFirstWord:
     @pytest.mark.parametrize("script", RECOVERS)
-    async def test_it_recovers(self, script, provider, start_conversation, recorder):
-        """The agent sees one generation and one event, and hears one reply, whole."""
+    async def test_failure_before_output_is_recovered_in_same_streams(
+        self, script, provider, start_conversation, recorder
+    ):
+        """The agent gets one generation and one event, and hears one whole reply."""
         talk = await start_conversation(script, deadline=60.0)
         events = []
         talk.realtime.on("generation_created", events.append)
@@ -126,8 +128,8 @@ class TestBeforeTheFirstWord:
         assert 1 == len([event for event in events if event.user_initiated])
         assert 0 == recorder.open_spans
 
-    async def test_the_history_knows_what_was_heard(self, start_conversation):
-        """Under the id of the server's item: else the next turn would delete it there."""
+    async def test_history_has_item_id_of_heard_reply(self, start_conversation):
+        """The history has the id of the server's item, or the next turn would delete it there."""
         talk = await start_conversation("failed_message,ok,ok")
         spoken = []
         talk.server._on_event = lambda direction, event: spoken.extend(
@@ -145,8 +147,8 @@ class TestBeforeTheFirstWord:
         assert set(spoken) <= set(connection.items)
 
     @pytest.mark.parametrize("script", TOLD)
-    async def test_it_is_told(self, script, start_conversation, recorder):
-        """By span and metric, and by the handle's exception(), with the provider's code."""
+    async def test_final_failure_is_reported_with_code(self, script, start_conversation, recorder):
+        """Span, metric and the handle's exception() report the provider's code."""
         row = TOLD[script]
         talk = await start_conversation(script)
 
@@ -160,8 +162,8 @@ class TestBeforeTheFirstWord:
         assert row.code == error.code
         assert 0 == recorder.open_spans
 
-    async def test_a_tool_is_called_by_the_next(self, start_conversation, recorder):
-        """The stream of function calls goes on as the messages do."""
+    async def test_tool_call_of_next_attempt_reaches_agent(self, start_conversation, recorder):
+        """The stream of function calls continues as the messages do."""
         called = []
         talk = await start_conversation("failed_later,tool:look_up,ok", agent=helper(called))
 
@@ -174,8 +176,8 @@ class TestBeforeTheFirstWord:
 
 
 class TestAfterATool:
-    async def test_it_is_told_and_not_asked_again(self, start_conversation, recorder):
-        """A tool may not run twice. LiveKit asks for the reply to its result, which is another."""
+    async def test_failure_after_tool_call_is_not_retried(self, start_conversation, recorder):
+        """A tool may not run twice. LiveKit requests the reply to its result separately."""
         called = []
         talk = await start_conversation("failed_tool:look_up,ok", agent=helper(called))
 
@@ -192,8 +194,10 @@ class TestAfterATool:
 
 class TestTheNextReply:
     @pytest.mark.parametrize("script", QUEUED)
-    async def test_queued_behind_one_that_fails(self, script, start_conversation, recorder):
-        """It waits, is asked once, and is heard in its turn."""
+    async def test_reply_behind_failing_one_is_heard_in_turn(
+        self, script, start_conversation, recorder
+    ):
+        """The second reply waits, is requested once, and is heard in its turn."""
         heard, (outcome, stop) = QUEUED[script]
         talk = await start_conversation(script)
 
@@ -207,8 +211,8 @@ class TestTheNextReply:
         assert second.exception() is None
         assert 0 == recorder.open_spans
 
-    async def test_one_that_stalled_is_cancelled_by_its_id(self, start_conversation):
-        """Else it would stay active at the server, which rejects every later request for it."""
+    async def test_stalled_response_is_cancelled_by_id(self, start_conversation):
+        """A stalled response would stay active at the server, which rejects later requests."""
         talk = await start_conversation("stalled,ok")
 
         assert isinstance(await talk.reply(), llm.RealtimeError)
@@ -221,10 +225,10 @@ class TestTheNextReply:
 
 class TestCutShort:
     @pytest.mark.parametrize("seconds", [59, 61, 7200])
-    async def test_by_a_server_that_falls_silent(
+    async def test_stall_of_60_s_after_output_fails_reply(
         self, seconds, provider, start_conversation, recorder
     ):
-        """After a minute without a sign it is told; its response is cancelled by its id."""
+        """After 60 s without a sign the reply fails, and its response is cancelled by its id."""
         talk = await start_conversation(f"slow:{seconds},ok")
         began = now()
         handle = talk.ask(instructions="SECRET")
@@ -242,8 +246,8 @@ class TestCutShort:
         assert None is await talk.reply()
 
     @pytest.mark.parametrize("provider", ["openai", "xai", "inference"], indirect=True)
-    async def test_by_an_error_that_ends_the_session(self, start_conversation, recorder):
-        """What was heard in part was not heard: it is told, as after a lost connection."""
+    async def test_fatal_error_after_output_fails_reply(self, start_conversation, recorder):
+        """A reply that is heard in part fails, as after a lost connection."""
         talk = await start_conversation("slow:3")
         handle = talk.ask(instructions="SECRET")
         await talk.received()
@@ -271,8 +275,8 @@ async def lose(server):
 class TestCutShortWithoutIds:
     """Nothing is asked again and no stream is touched; the failure is told."""
 
-    async def test_it_is_told(self, start_conversation, recorder, caplog):
-        """By span, metric, log, on_exhausted and the handle's exception()."""
+    async def test_loss_after_output_is_reported(self, start_conversation, recorder, caplog):
+        """Span, metric, log, on_exhausted and the handle's exception() report the loss."""
         failed = []
         talk = await start_conversation("drop_during,ok", on_exhausted=failed.append)
 
@@ -293,8 +297,8 @@ class TestCutShortWithoutIds:
         spans = [s.to_json() for s in recorder.spans() if s.name.startswith(semconv.SPAN_REPLY)]
         assert "SECRET" not in repr([spans, error, failed, [vars(r) for r in ours]])
 
-    async def test_one_that_ends_well(self, start_conversation, recorder):
-        """It is told as it ends, and heard from its first words on."""
+    async def test_whole_reply_is_recorded_at_its_end(self, start_conversation, recorder):
+        """The reply is recorded as it ends, and its time ends with the first words."""
         talk = await start_conversation("slow:3")
         handle = talk.ask(instructions="SECRET")
         await asyncio.sleep(2.9)
@@ -308,8 +312,8 @@ class TestCutShortWithoutIds:
         await handle
         assert None is handle.exception()
 
-    async def test_one_that_is_whole(self, start_conversation, recorder):
-        """What is lost after its end is not part of it."""
+    async def test_loss_after_end_of_reply_is_ignored(self, start_conversation, recorder):
+        """A connection that is lost after the reply's end does not change it."""
         talk = await start_conversation("ok")
         error = await talk.reply(instructions="SECRET")
         await lose(talk.server)
@@ -318,8 +322,8 @@ class TestCutShortWithoutIds:
         assert None is error
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_barge_in(self, start_conversation, recorder):
-        """It is over at once, and was heard as far as the caller let it."""
+    async def test_interruption_counts_reply_as_heard(self, start_conversation, recorder):
+        """The reply ends at once and counts as heard."""
         talk = await start_conversation("slow:5")
         talk.ask(instructions="SECRET")
         await asyncio.sleep(1)
@@ -333,8 +337,8 @@ class TestCutShortWithoutIds:
         assert over == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_a_session_that_is_closed(self, start_conversation, recorder):
-        """As far as that let it, likewise."""
+    async def test_session_close_counts_reply_as_heard(self, start_conversation, recorder):
+        """A reply in progress counts as heard if the session is closed."""
         talk = await start_conversation("slow:5")
         talk.ask(instructions="SECRET")
         await asyncio.sleep(1)
@@ -344,8 +348,8 @@ class TestCutShortWithoutIds:
         assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_one_whose_end_nobody_tells(self, start_conversation, recorder):
-        """No span stays open for longer than a minute; nothing says that it was not heard."""
+    async def test_reply_without_end_closes_span_after_60_s(self, start_conversation, recorder):
+        """No span stays open for longer than 60 s, and the reply counts as heard."""
         talk = await start_conversation("slow:600")
         talk.ask(instructions="SECRET")
         await asyncio.sleep(59)

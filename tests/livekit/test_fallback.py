@@ -119,8 +119,10 @@ async def asked(talk, number):
 
 
 class TestWithoutASwap:
-    async def test_the_primary_recovers(self, start_with_fallback, order, second, recorder):
-        """One loop, around the model that serves; the second one is not even connected to."""
+    async def test_primary_recovers_without_second_model(
+        self, start_with_fallback, order, second, recorder
+    ):
+        """One loop runs around the active model, and the second model is not connected to."""
         talk = await start_with_fallback("rate_limit,ok")
 
         assert None is await talk.reply()
@@ -136,10 +138,10 @@ class TestWithoutASwap:
 class TestQuota:
     """Fatal on OpenAI: its plugin ends the session, and the adapter swaps."""
 
-    async def test_told_at_once_and_heard_on_the_second(
+    async def test_quota_fails_at_once_and_next_reply_uses_second_model(
         self, start_with_fallback, second, recorder
     ):
-        """The failure is known at once, with its code; asked again, the second model answers."""
+        """The failure is known at once with its code, and the second model answers the next."""
         talk = await start_with_fallback("quota")
         began = asyncio.get_running_loop().time()
 
@@ -161,8 +163,10 @@ class TestQuota:
         assert [("openai", "insufficient_quota"), ("azure_voicelive", None)] == attempts(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_asked_again_at_once(self, start_with_fallback, second, recorder):
-        """In the middle of the swap: the second model answers, once."""
+    async def test_reply_during_swap_is_answered_once_by_second_model(
+        self, start_with_fallback, second, recorder
+    ):
+        """A reply that is requested during the swap is answered once, by the second model."""
         talk = await start_with_fallback("quota")
 
         await talk.reply()
@@ -176,8 +180,8 @@ class TestQuota:
         ]
 
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
-    async def test_the_adapter_alone(self, start_with_fallback, second):
-        """It does not ask the second model for the reply that met the quota either."""
+    async def test_adapter_alone_drops_reply_that_met_quota(self, start_with_fallback, second):
+        """The adapter alone does not request that reply of the second model either."""
         talk = await start_with_fallback("quota")
 
         error = await talk.reply()
@@ -191,8 +195,10 @@ class TestQuota:
 
 class TestSwapWhileAReplyIsPending:
     @pytest.mark.parametrize("script", ["silence", "rate_limit:10"])
-    async def test_a_plain_reply(self, script, start_with_fallback, order, second, recorder):
-        """In an attempt or in a wait: interrupted by the swap, and nothing is sent afterwards."""
+    async def test_swap_interrupts_pending_reply(
+        self, script, start_with_fallback, order, second, recorder
+    ):
+        """The swap interrupts an attempt or a wait, and nothing is sent afterwards."""
         talk = await start_with_fallback(script)
         handle = talk.ask()
         await asked(talk, 1)
@@ -206,8 +212,10 @@ class TestSwapWhileAReplyIsPending:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", ["tool:look_up,silence", "tool:look_up,rate_limit:10"])
-    async def test_a_tools_reply(self, script, start_with_fallback, order, second, recorder):
-        """The adapter asks again: heard once, on the second; the first one's retry has stopped."""
+    async def test_swap_moves_tool_reply_to_second_model(
+        self, script, start_with_fallback, order, second, recorder
+    ):
+        """The reply is heard once on the second model, and the retry of the first has stopped."""
         talk = await start_with_fallback(script)
         talk.ask()
         await asked(talk, 2)
@@ -231,8 +239,10 @@ class TestSwapWhileAReplyIsPending:
             ("tool:look_up,rate_limit:10", []),  # told of failure at once, so no longer "thinking"
         ],
     )
-    async def test_a_tools_reply_without_us(self, script, heard, start_with_fallback):
-        """The adapter alone."""
+    async def test_adapter_alone_moves_tool_reply_to_second_model(
+        self, script, heard, start_with_fallback
+    ):
+        """The adapter alone requests a tool's reply of the second model."""
         talk = await start_with_fallback(script)
         talk.ask()
         await asked(talk, 2)
@@ -241,8 +251,10 @@ class TestSwapWhileAReplyIsPending:
 
         assert heard == talk.heard
 
-    async def test_while_it_is_spoken(self, start_with_fallback, order, second, recorder):
-        """The adapter cuts it short and asks again; both are replies of their own."""
+    async def test_swap_while_speaking_makes_two_replies(
+        self, start_with_fallback, order, second, recorder
+    ):
+        """The adapter cuts the reply short and requests it again; both are replies."""
         talk = await start_with_fallback("slow:5")
         talk.ask()
         await asked(talk, 1)
@@ -256,8 +268,10 @@ class TestSwapWhileAReplyIsPending:
 
 
 class TestAServerThatDies:
-    async def test_a_plain_reply(self, start_with_fallback, order, second, recorder):
-        """Not recoverable as soon as the plugin gives up; not heard, not asked for again."""
+    async def test_dead_server_fails_pending_reply(
+        self, start_with_fallback, order, second, recorder
+    ):
+        """The reply fails as soon as the plugin gives up, and is not requested again."""
         talk = await start_with_fallback("silence")
         handle = talk.ask()
         await asked(talk, 1)
@@ -275,8 +289,10 @@ class TestAServerThatDies:
         assert took <= 1.2
         assert 0 == recorder.open_spans
 
-    async def test_a_tools_reply(self, start_with_fallback, order, second, recorder):
-        """The adapter asks again: heard once, on the second."""
+    async def test_dead_server_moves_tool_reply_to_second_model(
+        self, start_with_fallback, order, second, recorder
+    ):
+        """The adapter requests the reply again, and it is heard once on the second model."""
         talk = await start_with_fallback("tool:look_up,silence")
         talk.ask()
         await asked(talk, 2)
@@ -296,8 +312,8 @@ class TestRefusedOnReconnect:
     """The key is revoked in the middle of a call, while a tool's reply is pending."""
 
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
-    async def test_the_adapter_alone(self, start_with_fallback, second):
-        """It asks again on the second model once the plugin has given up, 1.1 s later."""
+    async def test_adapter_alone_swaps_after_refused_reconnect(self, start_with_fallback, second):
+        """The adapter requests of the second model once the plugin gives up, 1.1 s later."""
         talk = await start_with_fallback("tool:look_up,unauthorized")
         talk.ask()
         await asked(talk, 2)
@@ -305,8 +321,10 @@ class TestRefusedOnReconnect:
 
         assert ["reply 1"] == talk.heard
 
-    async def test_with_us(self, start_with_fallback, order, second, recorder):
-        """No worse than without us: behind a fallback, a refusal is the adapter's business."""
+    async def test_refused_reconnect_is_left_to_adapter(
+        self, start_with_fallback, order, second, recorder
+    ):
+        """Behind a fallback a refusal is left to the adapter, as without traced-retry."""
         talk = await start_with_fallback("tool:look_up,unauthorized")
         talk.ask()
         await asked(talk, 2)

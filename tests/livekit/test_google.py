@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 from google.genai import types
-from livekit.agents import Agent, function_tool, llm
+from livekit.agents import function_tool, llm
 from livekit.plugins import google
 from support.conversation import actions, codes, ended, now
 from support.providers import GOOGLE
@@ -105,8 +105,8 @@ BARE = {
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ROWS)
-    async def test_row(self, script, start_conversation, recorder):
-        """Heard once, or known to have failed; nothing later; no span left open."""
+    async def test_each_fault_has_expected_result(self, script, start_conversation, recorder):
+        """A reply is heard once or fails in time, nothing follows, and no span stays open."""
         row = ROWS[script]
         talk = await start_conversation(script)
         began = now()
@@ -125,8 +125,8 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", BARE)
-    async def test_the_plugin_alone(self, script, start_conversation):
-        """What it is like without us."""
+    async def test_plugin_alone_has_expected_result(self, script, start_conversation):
+        """The table shows the plugin's behavior without traced-retry."""
         heard, told, most = BARE[script]
         talk = await start_conversation(script, bare=True)
         began = now()
@@ -151,16 +151,16 @@ class TestEachFault:
             ("malformed,ok", "_OTHER"),
         ],
     )
-    async def test_the_code_is_told(self, script, code, start_conversation, recorder):
-        """Google's close code, or the code of its message, is on the attempt."""
+    async def test_attempt_has_code_of_google(self, script, code, start_conversation, recorder):
+        """The attempt has Google's close code, or the code of its message."""
         talk = await start_conversation(script)
 
         await talk.reply()
 
         assert code == codes(recorder)[0]
 
-    async def test_a_refused_reconnect(self, start_conversation, recorder):
-        """The plugin takes any connection refused for final, and so do we, with its status."""
+    async def test_refused_reconnect_is_final(self, start_conversation, recorder):
+        """The plugin treats a refused connection as final, and so do we, with its status."""
         talk = await start_conversation("ok,unauthorized")
         await talk.reply()
 
@@ -173,8 +173,8 @@ class TestEachFault:
         assert ("not_recoverable", "not_recoverable") == ended(recorder)[1]
         assert 0 == recorder.open_spans
 
-    async def test_asked_of_a_session_that_was_refused(self, start_conversation):
-        """It is told what the session died of, whoever of us heard that first."""
+    async def test_request_on_refused_session_gets_status(self, start_conversation):
+        """Each later request gets the status that ended the session."""
         talk = await start_conversation("ok,unauthorized")
         await talk.reply()
         told = []
@@ -185,8 +185,8 @@ class TestEachFault:
 
         assert ["401", "401"] == told
 
-    async def test_what_the_model_cannot_do(self, start_conversation, recorder):
-        """Refused by the plugin itself: told at once, and the session is left alone."""
+    async def test_request_refused_by_plugin_fails_at_once(self, start_conversation, recorder):
+        """A request that the plugin refuses fails at once and leaves the session unchanged."""
         talk = await start_conversation("ok")
         talk.model.capabilities.mutable_chat_context = False
 
@@ -199,8 +199,8 @@ class TestEachFault:
 
 
 class TestRestart:
-    async def test_keeps_the_conversation(self, start_conversation):
-        """The new session is told all that was said, each thing once, and then asked."""
+    async def test_restart_keeps_conversation(self, start_conversation):
+        """The new session gets each earlier turn once, and then the request."""
         talk = await start_conversation("ok,silence,ok,ok")
         await talk.reply(user_input="one")
         assert None is await talk.reply(user_input="two", instructions="be brief")
@@ -216,8 +216,8 @@ class TestRestart:
         assert ["reply 1", "reply 3", "reply 4"] == talk.heard
 
     @pytest.mark.parametrize("loss", ["drop_before", "rate_limit", "malformed"])
-    async def test_so_does_a_loss(self, loss, start_conversation):
-        """A lost connection is not resumed either: the server would answer the old turn too."""
+    async def test_loss_keeps_conversation(self, loss, start_conversation):
+        """A lost connection is not resumed, because the server would answer the old turn too."""
         talk = await start_conversation(f"ok,{loss},ok")
         await talk.reply(user_input="one")
 
@@ -231,8 +231,8 @@ class TestRestart:
         assert ["reply 1", "reply 3"] == talk.heard
 
     @pytest.mark.parametrize(("dropped", "heard"), [(False, ["reply 1"]), (True, [])])
-    async def test_why_the_handle_goes(self, dropped, heard, start_conversation):
-        """A session that is resumed answers the turn of the old one."""
+    async def test_resumed_session_answers_old_turn(self, dropped, heard, start_conversation):
+        """A session that is resumed answers the turn of the old session."""
         talk = await start_conversation("late:8", bare=True)
         reply = talk.realtime.generate_reply()
         await talk.received()
@@ -246,8 +246,8 @@ class TestRestart:
 
         assert heard == talk.heard
 
-    async def test_a_handle_that_comes_back(self, start_conversation, monkeypatch):
-        """The old session's last word may be a new handle: the connection made is given up."""
+    async def test_new_handle_of_old_session_is_dropped(self, start_conversation, monkeypatch):
+        """The old session's last message may be a new handle, so that connection is dropped."""
         talk = await start_conversation("late:12,ok")
         mark = talk.realtime._mark_restart_needed
         handles = [next(reversed(talk.server.conversations), None)]
@@ -267,8 +267,8 @@ class TestRestart:
 
     @pytest.mark.parametrize("off", [-0.01, -0.001, 0.0, 0.001, 0.01])
     @pytest.mark.parametrize("at", [SEND_WINDOW, PLUGIN_TIMEOUT, RESTART])
-    async def test_a_reply_in_the_very_moment(self, at, off, start_conversation, recorder):
-        """As one window ends and the next begins, no reply is lost and none is heard twice."""
+    async def test_reply_between_windows_is_heard_once(self, at, off, start_conversation, recorder):
+        """Between two windows no reply is lost and none is heard twice."""
         talk = await start_conversation(f"late:{at + off:.3f},ok")
 
         assert None is await talk.reply()
@@ -281,8 +281,8 @@ class TestRestart:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("off", [-0.01, -0.001, 0.0, 0.001, 0.01])
-    async def test_a_reply_in_the_moment_of_giving_up(self, off, start_conversation, recorder):
-        """It is heard and told as a success, or neither."""
+    async def test_reply_at_last_moment_is_heard_or_fails(self, off, start_conversation, recorder):
+        """The reply is heard and succeeds, or neither."""
         talk = await start_conversation(f"late:{RESTART + off:.3f}", max_retries=1)
 
         error = await talk.reply()
@@ -291,8 +291,10 @@ class TestRestart:
         assert (["reply 1"] if error is None else []) == talk.heard
         assert 0 == recorder.open_spans
 
-    async def test_asked_before_the_loss_is_told(self, start_conversation, monkeypatch):
-        """Between the loss and the event that tells of it a request may be queued: sent once."""
+    async def test_request_between_loss_and_its_event_is_sent_once(
+        self, start_conversation, monkeypatch
+    ):
+        """A request that is queued between the loss and its event is sent once."""
         talk = await start_conversation("ok,late:1")
         await talk.reply()
         mark, asked = talk.realtime._mark_restart_needed, []
@@ -311,8 +313,8 @@ class TestRestart:
 
         assert 2 == len(talk.server.requests)
 
-    async def test_what_the_agent_cuts_itself(self, start_conversation, recorder):
-        """New tools restart the plugin's session, also in the middle of a reply: no failure."""
+    async def test_new_tools_during_reply_are_no_failure(self, start_conversation, recorder):
+        """New tools restart the plugin's session in the middle of a reply, without a failure."""
         talk = await start_conversation("slow:5")
         handle = talk.ask()
         await talk.received()
@@ -326,8 +328,8 @@ class TestRestart:
 
 
 class TestOnSilence:
-    async def test_listen(self, start_conversation, recorder):
-        """Only listens, to the deadline: a slow answer is heard, a lost one is not recovered."""
+    async def test_listen_hears_slow_reply_until_deadline(self, start_conversation, recorder):
+        """Listening hears a slow answer up to the deadline, and does not recover a lost one."""
         talk = await start_conversation("late:18,ok", on_silence="listen", max_retries=1)
 
         assert None is await talk.reply()
@@ -335,8 +337,8 @@ class TestOnSilence:
         assert ["reply 1"] == talk.heard
         assert ["send", "listen"] == actions(recorder)
 
-    async def test_listen_in_vain(self, start_conversation, recorder):
-        """And after the deadline the late reply is not heard."""
+    async def test_late_reply_after_listening_is_not_heard(self, start_conversation, recorder):
+        """A reply after the deadline is not heard."""
         talk = await start_conversation("late:25", on_silence="listen")
         began = now()
 
@@ -348,8 +350,8 @@ class TestOnSilence:
         assert [] == talk.heard
         assert [("exhausted", "deadline")] == ended(recorder)
 
-    async def test_resend(self, start_conversation, recorder):
-        """At least once: here twice, as the user chose."""
+    async def test_resend_hears_slow_reply_twice(self, start_conversation, recorder):
+        """The user's explicit choice is at least once, which is twice here."""
         talk = await start_conversation("late:12,ok", on_silence="resend")
 
         assert None is await talk.reply()
@@ -358,8 +360,8 @@ class TestOnSilence:
         assert ["reply 1", "reply 2"] == sorted(talk.heard)
         assert ["send", "listen", "send"] == actions(recorder)
 
-    async def test_an_attempt_timeout(self, start_conversation, recorder):
-        """Shorter windows, and nothing is cancelled on the way."""
+    async def test_attempt_timeout_shortens_windows(self, start_conversation, recorder):
+        """The windows are shorter, and nothing is cancelled on the way."""
         talk = await start_conversation("late:3", attempt_timeout=2.0)
 
         assert None is await talk.reply()
@@ -367,8 +369,8 @@ class TestOnSilence:
         assert ["reply 1"] == talk.heard
         assert ["send", "listen"] == actions(recorder)
 
-    async def test_no_retries(self, start_conversation, recorder):
-        """One attempt, and the late reply is not heard after the agent was told."""
+    async def test_late_reply_without_retries_is_not_heard(self, start_conversation, recorder):
+        """One attempt is made, and a reply after its failure is not heard."""
         talk = await start_conversation("late:7", max_retries=0)
 
         assert isinstance(await talk.reply(), llm.RealtimeError)
@@ -388,8 +390,10 @@ class TestInterruption:
             ("drop_before,late:5", 0.05),  # before the connection is back
         ],
     )
-    async def test_barge_in(self, script, after, start_conversation, recorder):
-        """Over at once, and never heard: with server VAD nothing else would stop the reply."""
+    async def test_interrupted_reply_is_never_heard(
+        self, script, after, start_conversation, recorder
+    ):
+        """The reply ends at once; with server VAD nothing else would stop it."""
         talk = await start_conversation(script)
         handle = talk.ask(user_input="one")
         await talk.received()
@@ -404,8 +408,8 @@ class TestInterruption:
         assert [] == talk.heard
         assert 0 == recorder.open_spans
 
-    async def test_the_plugin_alone(self, start_conversation):
-        """It speaks the reply that was called off."""
+    async def test_plugin_alone_speaks_interrupted_reply(self, start_conversation):
+        """The plugin alone speaks the reply that was interrupted."""
         talk = await start_conversation("late:4", bare=True)
         handle = talk.ask()
         await talk.received()
@@ -415,8 +419,8 @@ class TestInterruption:
 
         assert ["reply 1"] == talk.heard
 
-    async def test_the_conversation_goes_on(self, start_conversation):
-        """The next reply knows what was said before the barge-in."""
+    async def test_conversation_survives_interruption(self, start_conversation):
+        """The next reply knows the turns before the interruption."""
         talk = await start_conversation("ok,late:5,ok")
         await talk.reply(user_input="one")
         handle = talk.ask(user_input="two")
@@ -437,8 +441,10 @@ class TestInterruption:
         ] == talk.server.contexts[2]
 
     @pytest.mark.parametrize("after", [1.0, 7.0])
-    async def test_manual_activity_detection(self, after, start_conversation, recorder):
-        """There the plugin tells the server that the user speaks, and it stops by itself."""
+    async def test_manual_activity_detection_stops_reply_without_restart(
+        self, after, start_conversation, recorder
+    ):
+        """The plugin signals that the user speaks, and the server stops by itself."""
         talk = await start_conversation("late:8", options={"realtime_input_config": MANUAL})
         reply = talk.realtime.generate_reply()
         await talk.received()
@@ -451,8 +457,8 @@ class TestInterruption:
         assert [] == talk.heard
         assert [("interrupted", "interrupted")] == ended(recorder)
 
-    async def test_as_the_reply_comes(self, start_conversation, recorder):
-        """Cancelled in the very moment it began: nobody reads it, and it is not heard."""
+    async def test_cancel_at_start_of_generation_is_not_heard(self, start_conversation, recorder):
+        """A reply that is cancelled at its start is not read and not heard."""
         talk = await start_conversation("slow:5")
         talk.realtime.on("generation_created", lambda _: reply.cancel())
         reply = talk.realtime.generate_reply()
@@ -465,8 +471,8 @@ class TestInterruption:
         assert [] == talk.heard
         assert 1 == talk.server.connections
 
-    async def test_while_another_is_spoken(self, start_conversation, recorder):
-        """What is being said is said to its end; then the session is begun anew."""
+    async def test_interruption_lets_other_reply_finish(self, start_conversation, recorder):
+        """The reply that is being spoken ends first, and then the session restarts."""
         talk = await start_conversation("slow:3,late:6,ok")
         first = talk.ask()
         await talk.received()
@@ -483,8 +489,8 @@ class TestInterruption:
         assert [None, None] == talk.server.handles
         assert [("succeeded", None), ("interrupted", "interrupted")] == ended(recorder)
 
-    async def test_superseded(self, start_conversation, recorder):
-        """The plugin cancels the older request for a newer one, and so is it told."""
+    async def test_newer_request_supersedes_reply(self, start_conversation, recorder):
+        """The plugin cancels the older request for a newer one, which is recorded."""
         talk = await start_conversation("silence,ok")
         first = talk.realtime.generate_reply()
         await talk.received()
@@ -496,8 +502,8 @@ class TestInterruption:
         assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_superseded_while_listening(self, start_conversation, recorder):
-        """Our own future in the slot goes the same way."""
+    async def test_newer_request_supersedes_listening_reply(self, start_conversation, recorder):
+        """The plugin cancels our own future in the slot likewise."""
         talk = await start_conversation("silence,ok")
         first = talk.realtime.generate_reply()
         await asyncio.sleep(7)
@@ -507,8 +513,8 @@ class TestInterruption:
             await first
         assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
 
-    async def test_a_waiting_one_lets_a_newer_one_pass(self, start_conversation, recorder):
-        """Asked while another waits for the connection: both are heard."""
+    async def test_newer_request_passes_waiting_reply(self, start_conversation, recorder):
+        """A request while another waits for the connection is heard, as is the other."""
         talk = await start_conversation("drop_before,late:2,ok")
         first = talk.realtime.generate_reply()
         await talk.server.wait_for("connection_lost")
@@ -524,7 +530,9 @@ class TestSessionEnds:
     @pytest.mark.parametrize(
         ("script", "after"), [("silence", 1.0), ("silence", 7.0), ("drop_before", 0.05)]
     )
-    async def test_closed(self, script, after, start_conversation, recorder):
+    async def test_session_close_fails_pending_reply(
+        self, script, after, start_conversation, recorder
+    ):
         """Closing the realtime session ends a pending reply, in an attempt or in a wait."""
         talk = await start_conversation(script)
         reply = talk.realtime.generate_reply()
@@ -541,8 +549,8 @@ class TestSessionEnds:
 
 class TestAfterwards:
     @pytest.mark.parametrize("script", ["silence", "drop_before", "late:25"])
-    async def test_the_session_goes_on(self, script, start_conversation, recorder):
-        """One lost reply is not the end of the conversation, even asked for at once."""
+    async def test_next_reply_after_failure_is_heard(self, script, start_conversation, recorder):
+        """The conversation continues after a failed reply, even without a pause."""
         talk = await start_conversation(
             f"{','.join([script] * 2)},ok", max_retries=1, on_silence="resend"
         )
@@ -555,26 +563,6 @@ class TestAfterwards:
             assert None is await talk.reply()
         await talk.settle()
         assert ["reply 3"] == talk.heard
-        assert 0 == recorder.open_spans
-
-    async def test_tools(self, start_conversation, recorder):
-        """A tool call is a reply; Gemini answers its result unasked."""
-        called = []
-
-        class Helper(Agent):
-            @function_tool
-            async def look_up(self) -> str:
-                """Look it up."""
-                called.append(True)
-                return "found"
-
-        talk = await start_conversation("tool:look_up,ok", agent=Helper(instructions="SECRET"))
-        await talk.session.run(user_input="question")
-        await talk.settle()
-
-        assert [True] == called
-        assert ["reply 2"] == talk.heard
-        assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
 
 
@@ -596,8 +584,8 @@ class TestTarget:
             ),
         ],
     )
-    def test_target(self, settings, expected):
-        """Semantic conventions' names, and no URL in any of them."""
+    def test_target_has_conventional_names(self, settings, expected):
+        """The target has the names of the semantic conventions, and no URL in any of them."""
         settings = dict(settings)
         if "http_options" in settings:
             settings["http_options"] = types.HttpOptions(**settings["http_options"])
@@ -612,8 +600,8 @@ class TestTarget:
 class TestContract:
     """What the Google adapter relies on, in the installed plugin. See CONTRIBUTING."""
 
-    async def test_the_slot(self, start_conversation):
-        """The future that generate_reply returns is the slot, and so is one that we put there."""
+    async def test_slot_resolves_future_that_is_in_it(self, start_conversation):
+        """The future of generate_reply is in the slot, and so is one that we put there."""
         talk = await start_conversation("late:1", bare=True)
         reply = talk.realtime.generate_reply()
         assert reply is talk.realtime._pending_generation_fut
@@ -628,8 +616,8 @@ class TestContract:
         assert event.user_initiated
         assert None is talk.realtime._pending_generation_fut
 
-    async def test_the_time_out(self, start_conversation):
-        """The plugin's own is what our window is a little shorter than."""
+    async def test_plugin_timeout_is_longer_than_send_window(self, start_conversation):
+        """Our window is a little shorter than the plugin's own timeout."""
         talk = await start_conversation("silence", bare=True)
         began = now()
 
@@ -639,8 +627,8 @@ class TestContract:
         assert PLUGIN_TIMEOUT == pytest.approx(now() - began)
         assert SEND_WINDOW < PLUGIN_TIMEOUT
 
-    async def test_a_connection_is_told_by_an_empty_request_id(self, start_conversation):
-        """Before anything is read from it, and with the session made active right after."""
+    async def test_new_connection_emits_metrics_without_request_id(self, start_conversation):
+        """The event comes before any read, and the session is active right after it."""
         talk = await start_conversation("ok", bare=True)
         seen = []
 
@@ -658,8 +646,8 @@ class TestContract:
 
         assert [None, True] * 2 == seen  # the first one, and the one after the restart
 
-    async def test_a_request_is_the_only_complete_turn_in_the_queue(self, start_conversation):
-        """Which is how it is taken out again."""
+    async def test_request_is_only_complete_turn_in_queue(self, start_conversation):
+        """The adapter finds the request in the queue by its complete turn."""
         talk = await start_conversation("ok", bare=True)
         await talk.settle(1)
         await talk.realtime.update_chat_ctx(llm.ChatContext([_said("one")]))
@@ -669,8 +657,8 @@ class TestContract:
 
         assert [False, True] == [message.turn_complete for message in messages]
 
-    async def test_a_generation(self, start_conversation):
-        """Its private record tells whether it came to its end."""
+    async def test_generation_records_its_end(self, start_conversation):
+        """The plugin's private record shows whether a generation came to its end."""
         talk = await start_conversation("slow:1", bare=True)
         seen = []
         talk.realtime.on(

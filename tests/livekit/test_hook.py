@@ -37,15 +37,15 @@ def model():
 
 
 class TestWrap:
-    def test_returns_the_same_model(self, model):
-        """The caller keeps the object and its type."""
+    def test_wrap_returns_same_model(self, model):
+        """wrap() returns the model that it gets."""
         label = model.label
 
         assert model is traced_retry.wrap(model)
         assert (openai.realtime.RealtimeModel, label) == (type(model), model.label)
 
-    def test_twice(self, model):
-        """The second time is a no-op with a warning."""
+    def test_second_wrap_warns_and_changes_nothing(self, model):
+        """A second wrap() changes nothing and logs a warning."""
         traced_retry.wrap(model)
         session = model.session
 
@@ -53,13 +53,13 @@ class TestWrap:
             traced_retry.wrap(model)
         assert session is model.session
 
-    def test_what_is_no_realtime_model(self):
-        """The error says what is taken, and what retries by itself."""
+    def test_wrap_refuses_other_models(self):
+        """The error names the models that wrap() takes, and those that retry by themselves."""
         with pytest.raises(TypeError, match=r"takes a livekit.agents.llm.RealtimeModel.*a str"):
             traced_retry.wrap("gpt-realtime")
 
-    def test_a_bad_environment(self, model, monkeypatch):
-        """It is told at start-up, not at the first failure."""
+    def test_invalid_environment_is_refused_at_wrap(self, model, monkeypatch):
+        """An invalid variable raises an error at start-up, not at the first failure."""
         monkeypatch.setenv("LIVEKIT_REALTIME_MAX_RETRIES", "lots")
 
         with pytest.raises(
@@ -67,8 +67,8 @@ class TestWrap:
         ):
             traced_retry.wrap(model)
 
-    async def test_the_session_stays_what_it_was(self, start_conversation):
-        """Identity, class, events and private state are the plugin's."""
+    async def test_wrapped_session_keeps_identity_and_state(self, start_conversation):
+        """Identity, class, events and private state of the session are the plugin's."""
         talk = await start_conversation("ok")
         events = []
         talk.realtime.on("openai_server_event_received", lambda e: events.append(e["type"]))
@@ -80,15 +80,15 @@ class TestWrap:
         assert talk.realtime in talk.model._sessions
         assert "response.done" in events
 
-    async def test_few_attributes_of_the_instance_change(self, start_conversation):
-        """Methods, and a mark of ours."""
+    async def test_wrap_changes_only_methods_and_mark(self, start_conversation):
+        """Only methods and our mark are set on the instance."""
         wrapped, bare = await start_conversation("ok"), await start_conversation("ok", bare=True)
 
         methods = {"generate_reply", "interrupt", "aclose", "emit"}
         assert {*methods, hook._HOOK} == set(vars(wrapped.realtime)) - set(vars(bare.realtime))
 
-    async def test_a_session_is_not_kept_alive(self, recorder):
-        """A closed session goes, with all that we hung on it."""
+    async def test_closed_session_is_released(self, recorder):
+        """A closed session is collected with all that we attached to it."""
 
         class Session(FakeSession):
             pass
@@ -106,8 +106,8 @@ class TestWrap:
 
 
 class TestOnExhausted:
-    async def test_is_told(self, start_conversation, recorder):
-        """Provider, model, codes, attempts, seconds and trace id of each reply that failed."""
+    async def test_on_exhausted_gets_failed_reply(self, start_conversation, recorder):
+        """on_exhausted gets provider, model, codes, attempts, seconds and trace id."""
         told = []
         talk = await start_conversation("rate_limit,error:server_error,ok", bare=True)
         traced_retry.wrap(
@@ -136,8 +136,8 @@ class TestOnExhausted:
         assert 0 < failed.seconds <= 1
 
     @pytest.mark.parametrize("kind", ["raises", "raises later", "hangs"])
-    async def test_a_broken_one_changes_nothing(self, kind, caplog):
-        """The agent gets the provider's error, in time, whatever the callback does."""
+    async def test_broken_on_exhausted_does_not_change_result(self, kind, caplog):
+        """The agent gets the provider's error in time, whatever the callback does."""
 
         async def later(_):
             await asyncio.sleep(1)
@@ -168,16 +168,16 @@ class TestOnExhausted:
 
 
 class TestInstrument:
-    async def test_sessions_created_from_then_on(self, instrumented, start_conversation):
-        """One call, and every realtime session retries."""
+    async def test_instrument_hooks_new_sessions(self, instrumented, start_conversation):
+        """After instrument() every new realtime session retries."""
         talk = await start_conversation("rate_limit,ok", bare=True)
 
         assert None is await talk.reply()
         assert ["reply 2"] == talk.heard
         assert ["recovered"] == [r["traced_retry.outcome"] for r in instrumented.replies]
 
-    async def test_twice(self, instrumented, start_conversation):
-        """No second loop around the first, and a warning."""
+    async def test_second_instrument_warns_and_adds_no_loop(self, instrumented, start_conversation):
+        """A second instrument() adds no loop around the first, and logs a warning."""
         with pytest.warns(RuntimeWarning, match="instrumented already"):
             traced_retry.instrument()
         talk = await start_conversation("rate_limit", bare=True)
@@ -185,8 +185,8 @@ class TestInstrument:
 
         assert 4 == len(talk.server.requests)
 
-    async def test_undone(self, recorder, start_conversation):
-        """uninstrument() restores the class; calling it again does nothing."""
+    async def test_uninstrument_restores_class(self, recorder, start_conversation):
+        """uninstrument() restores the class, and a second call does nothing."""
         before = llm.RealtimeSession.__init__
         traced_retry.instrument(**recorder.providers)
         traced_retry.uninstrument()
@@ -197,16 +197,18 @@ class TestInstrument:
         assert await talk.reply() is not None
         assert [] == recorder.replies
 
-    async def test_with_wrap(self, instrumented, start_conversation):
-        """A wrapped model has one loop, and the policy it was wrapped with."""
+    async def test_wrapped_model_under_instrument_has_one_loop(
+        self, instrumented, start_conversation
+    ):
+        """A wrapped model has one loop, with the policy of its wrap()."""
         talk = await start_conversation("rate_limit", max_retries=1)
         await talk.reply()
 
         assert 2 == len(talk.server.requests)
         assert 1 == len(instrumented.replies)
 
-    async def test_is_an_opentelemetry_instrumentor(self, recorder, start_conversation):
-        """opentelemetry-instrument loads it by this entry point."""
+    async def test_opentelemetry_instrument_loads_entry_point(self, recorder, start_conversation):
+        """opentelemetry-instrument loads the instrumentor by its entry point."""
         (entry,) = entry_points(group="opentelemetry_instrumentor", name="traced_retry")
         instrumentor = entry.load()()
         instrumentor.instrument(policy=RetryPolicy(), **recorder.providers)
@@ -238,8 +240,8 @@ class TestFallbackAdapter:
         yield await start_conversation("rate_limit", bare=True, model=model)
         traced_retry.uninstrument()
 
-    async def test_one_loop(self, talk, recorder):
-        """The child retries, with its own provider's name; the adapter passes it through."""
+    async def test_fallback_adapter_has_one_loop(self, talk, recorder):
+        """The child retries under its own provider's name, and the adapter passes it through."""
         await talk.reply()
 
         assert 4 == len(talk.server.requests)
@@ -247,8 +249,8 @@ class TestFallbackAdapter:
 
 
 class TestWhereSpansGo:
-    async def test_under_livekits_span(self, start_conversation, recorder):
-        """The reply nests under the agent's session, LiveKit's own span."""
+    async def test_reply_span_is_child_of_agent_session(self, start_conversation, recorder):
+        """The reply's span is a child of LiveKit's span of the session."""
         livekit_telemetry.set_tracer_provider(recorder.tracer_provider)
         try:
             talk = await start_conversation("rate_limit,ok")
@@ -261,8 +263,8 @@ class TestWhereSpansGo:
 
         assert "agent_session" == names[reply.parent.span_id]
 
-    async def test_livekits_own_provider(self, start_conversation, recorder):
-        """set_tracer_provider of LiveKit does not set the global one, and is enough."""
+    async def test_livekit_tracer_provider_is_used(self, start_conversation, recorder):
+        """LiveKit's set_tracer_provider does not set the global one, and is enough."""
         livekit_telemetry.set_tracer_provider(recorder.tracer_provider)
         try:
             talk = await start_conversation("rate_limit,ok", bare=True)
@@ -278,8 +280,8 @@ class TestWhereSpansGo:
 
 
 class TestCounters:
-    async def test_start_at_zero_with_the_session(self, recorder):
-        """Before the first reply: a failure that is the first thing to happen is an increase."""
+    async def test_counters_start_at_zero_with_session(self, recorder):
+        """Counters start before the first reply, so that a first failure is an increase."""
         traced_retry.wrap(FakeModel(FakeSession), **recorder.providers).session()
         points = recorder.points("traced_retry.replies")
 
@@ -313,8 +315,8 @@ class TestProviders:
         ],
         ids=["openai", "openai elsewhere", "azure openai", "xai"],
     )
-    async def test_names(self, model, expected):
-        """Semantic conventions' provider names, never a URL or a port."""
+    async def test_target_names_provider_without_url(self, model, expected):
+        """The names are those of the semantic conventions, never a URL or a port."""
         model = model()
         session = FakeSession(model)
         target = OpenAIAdapter(session, None).target()
@@ -397,8 +399,8 @@ class FakeSession(llm.RealtimeSession):
 
 
 class TestUnknownPlugin:
-    async def test_is_traced_and_never_asked_twice(self, recorder):
-        """Nothing is known of what is safe, so nothing is done; the trace says so."""
+    async def test_unknown_plugin_is_traced_and_not_retried(self, recorder):
+        """Nothing is known to be safe there, so the trace shows one attempt."""
         model = FakeModel(FakeSession, [llm.RealtimeError("x", code="server_error")])
         session = traced_retry.wrap(model, **recorder.providers).session()
 
@@ -413,10 +415,10 @@ class TestUnknownPlugin:
             reply["gen_ai.provider.name"],
         )
 
-    async def test_an_engine_that_has_moved_on(
+    async def test_missing_private_attribute_disables_retries(
         self, start_conversation, recorder, monkeypatch, caplog
     ):
-        """A private attribute that is gone degrades to observing, with one clear message."""
+        """Without a private attribute the session is only traced, with one clear message."""
         monkeypatch.setattr(
             OpenAIAdapter, "required_attributes", ("_response_created_futures", "_gone_one")
         )
@@ -444,8 +446,8 @@ class TestUpstreamShape:
         def _do_generate_reply(self, **kwargs):
             return self._ask()
 
-    async def test_one_loop(self, recorder):
-        """The hook goes around the inner method: upstream's loop does not run, ours does."""
+    async def test_upstream_loop_is_replaced_by_ours(self, recorder):
+        """The hook goes around the inner method, so upstream's loop does not run."""
         model = FakeModel(self.Session, [llm.RealtimeError("x", code="server_error")])
         session = traced_retry.wrap(model, **recorder.providers).session()
 
@@ -466,7 +468,7 @@ class TestRetryingRealtimeSession:
     class Correlated(Session):
         resend_after_timeout = True
 
-    async def test_retries(self):
+    async def test_subclass_retries(self):
         """The author writes one method and has retries."""
         model = FakeModel(self.Session, [llm.RealtimeError("x", code="server_error")])
         session = model.session()
@@ -474,7 +476,7 @@ class TestRetryingRealtimeSession:
 
         assert 2 == session.calls
 
-    async def test_silence_is_not_asked_again(self):
+    async def test_subclass_does_not_resend_after_silence(self):
         """By default no late reply can make two."""
         session = FakeModel(self.Session, [None]).session()
         session.retry_policy = RetryPolicy(attempt_timeout=3)
@@ -483,16 +485,16 @@ class TestRetryingRealtimeSession:
             await session.generate_reply()
         assert 1 == session.calls
 
-    async def test_unless_replies_carry_the_id(self):
-        """The author may say that it is safe."""
+    async def test_subclass_resends_after_silence_if_declared_safe(self):
+        """The author may declare that a resend is safe."""
         session = FakeModel(self.Correlated, [None]).session()
         session.retry_policy = RetryPolicy(attempt_timeout=3)
         await session.generate_reply()
 
         assert 2 == session.calls
 
-    async def test_with_the_hook(self, recorder):
-        """wrap() goes around `_do_generate_reply` here as well: one loop."""
+    async def test_hooked_subclass_has_one_loop(self, recorder):
+        """wrap() goes around `_do_generate_reply` here as well, so one loop runs."""
         model = FakeModel(self.Session, [llm.RealtimeError("x", code="insufficient_quota")])
         session = traced_retry.wrap(model, **recorder.providers).session()
 
@@ -500,8 +502,8 @@ class TestRetryingRealtimeSession:
             await session.generate_reply()
         assert (1, 1) == (session.calls, len(recorder.replies))
 
-    async def test_with_the_hook_it_still_retries(self, recorder):
-        """enable() in the agent does not take the plugin's retries away."""
+    async def test_hooked_subclass_still_retries(self, recorder):
+        """enable() in the agent keeps the plugin's own retries."""
         model = FakeModel(self.Session, [llm.RealtimeError("x", code="server_error")])
         session = traced_retry.wrap(model, **recorder.providers).session()
         await session.generate_reply(instructions="hi")
@@ -509,8 +511,8 @@ class TestRetryingRealtimeSession:
         assert (2, 1) == (session.calls, len(recorder.replies))
 
     @pytest.mark.parametrize(("kind", "calls"), [("Session", 1), ("Correlated", 2)])
-    async def test_with_the_hook_silence_is_the_authors_to_judge(self, kind, calls):
-        """And what fails is LiveKit's own error, which alone it catches."""
+    async def test_hooked_subclass_keeps_its_rule_after_silence(self, kind, calls):
+        """The author's rule applies, and a failure is LiveKit's own error."""
         model = FakeModel(getattr(self, kind), [None])
         model = traced_retry.wrap(model, policy=RetryPolicy(attempt_timeout=3))
         session = model.session()
@@ -519,8 +521,8 @@ class TestRetryingRealtimeSession:
 
         assert calls == session.calls
 
-    async def test_with_the_hook_it_may_be_async(self):
-        """As without."""
+    async def test_hooked_subclass_may_be_async(self):
+        """`_do_generate_reply` may be async with the hook as without it."""
 
         class Session(RetryingRealtimeSession, FakeSession):
             async def _do_generate_reply(self, **kwargs):
@@ -531,8 +533,8 @@ class TestRetryingRealtimeSession:
 
         assert 1 == session.calls
 
-    def test_must_be_written(self):
-        """Without _do_generate_reply the class cannot be made."""
+    def test_subclass_without_method_is_refused(self):
+        """Without _do_generate_reply the class cannot be instantiated."""
         with pytest.raises(TypeError, match="_do_generate_reply"):
             type("Empty", (RetryingRealtimeSession,), {})()
 
@@ -540,7 +542,7 @@ class TestRetryingRealtimeSession:
 class TestContract:
     """What the OpenAI adapter relies on, in the installed plugin. See CONTRIBUTING."""
 
-    async def test_a_request_shows_up_by_its_id(self, start_conversation):
+    async def test_request_is_registered_under_sent_id(self, start_conversation):
         """generate_reply adds exactly the sent event_id to _response_created_futures."""
         talk = await start_conversation("ok", bare=True)
         before = set(talk.realtime._response_created_futures)
@@ -550,8 +552,8 @@ class TestContract:
 
         assert ours == talk.server.requests[0].event_id
 
-    async def test_a_discarded_id_is_cancelled(self, start_conversation):
-        """An id in _discarded_event_ids has its response cancelled by id and not surfaced."""
+    async def test_discarded_id_is_cancelled(self, start_conversation):
+        """The response of a discarded event id is cancelled by id and not announced."""
         talk = await start_conversation("late:1", bare=True)
         surfaced = []
         talk.realtime.on("generation_created", surfaced.append)

@@ -183,10 +183,10 @@ def our_tasks():
 
 class TestEndsAtOnce:
     @pytest.mark.parametrize(("provider", "script", "after", "way"), [*cases()])
-    async def test_and_the_next_is_heard(
+    async def test_interruption_ends_reply_and_next_is_heard(
         self, provider, script, after, way, start_slow_retries, recorder
     ):
-        """Told, counted once, done; no request follows, and no word; then the next reply is."""
+        """The reply ends once, sends nothing more, and the next reply is heard."""
         talk = await start_slow_retries(provider, script)
         handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(after)
@@ -219,8 +219,8 @@ class TestEndsAtOnce:
 
     @pytest.mark.parametrize("way", BY_CODE)
     @pytest.mark.parametrize("provider", ["openai", "google", *LISTENING])
-    async def test_the_plugin_alone(self, provider, way, start_slow_retries):
-        """In an attempt, the one state it knows, it lets LiveKit be as quick."""
+    async def test_plugin_alone_ends_attempt_as_fast(self, provider, way, start_slow_retries):
+        """In an attempt, the only state it knows, the plugin alone is as fast."""
         talk = await start_slow_retries(provider, "silence", bare=True)
         handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(1)
@@ -231,8 +231,8 @@ class TestEndsAtOnce:
         assert handle.done()
         await interruption
 
-    async def test_another_is_left_alone(self, start_slow_retries, recorder):
-        """Google tells its session of a cancel; what is being said is not over for that."""
+    async def test_interruption_leaves_other_reply_speaking(self, start_slow_retries, recorder):
+        """Google signals a cancel to its session, and the reply in progress continues."""
         talk = await start_slow_retries("google", "slow:9,silence,ok")
         first = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(1)  # it has begun
@@ -250,8 +250,10 @@ class TestEndsAtOnce:
 
     @pytest.mark.parametrize("way", [the_user_speaks, *BY_CODE])
     @pytest.mark.parametrize("after", [1.0, 8.0], ids=["attempt", "listening"])
-    async def test_while_ultravox_thinks(self, after, way, start_slow_retries, recorder):
-        """Told and done as ever; what the plugin then sends, and what is heard, is its own doing.
+    async def test_interruption_while_ultravox_thinks_ends_reply(
+        self, after, way, start_slow_retries, recorder
+    ):
+        """The reply ends as usual; the plugin decides about its messages and its speech.
 
         It begins to speak what nobody asked it to stop; where LiveKit interrupts the session, the
         plugin sends the message that by the protocol asks for one more reply.
@@ -272,8 +274,10 @@ class TestEndsAtOnce:
         assert len(talk.server.cancels) == len(talk.server.requests) - 1
 
     @pytest.mark.parametrize("way", BY_CODE)
-    async def test_as_the_response_is_created(self, way, start_slow_retries, recorder):
-        """In the very moment LiveKit is told of it: nobody reads it, and it is cancelled."""
+    async def test_interruption_at_creation_cancels_response(
+        self, way, start_slow_retries, recorder
+    ):
+        """A response that LiveKit gets in that moment is not read, and it is cancelled."""
         talk = await start_slow_retries("openai", "stalled,ok")
         interruptions = []
 
@@ -293,8 +297,10 @@ class TestEndsAtOnce:
         assert 1 == len(talk.server.requests)
 
     @pytest.mark.parametrize("state", HELD)
-    async def test_without_a_speech(self, state, start_slow_retries, recorder):
-        """Asked of the plugin's session itself, and interrupted there."""
+    async def test_interrupt_of_plugin_session_ends_reply(
+        self, state, start_slow_retries, recorder
+    ):
+        """A reply of the plugin's session, without a speech, is interrupted there."""
         script, after = HELD[state]
         talk = await start_slow_retries("openai", script)
         reply = talk.realtime.generate_reply()
@@ -311,8 +317,8 @@ class TestEndsAtOnce:
         await talk.settle()
         assert (asked, begun) == (len(talk.server.requests), len(talk.generations))
 
-    async def test_an_adapter_that_interrupts_the_session(self, recorder):
-        """Which comes back to us while we interrupt the reply: it is counted once for all that."""
+    async def test_adapter_that_interrupts_session_counts_reply_once(self, recorder):
+        """The interrupt comes back to us while we interrupt the reply, which counts once."""
 
         class Nosy(PassthroughRequest):
             def cancel(self, attempt):
@@ -331,8 +337,10 @@ class TestEndsAtOnce:
         assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT)
 
     @pytest.mark.parametrize("way", [the_user_speaks, session_interrupt, *CLOSE])
-    async def test_what_is_queued_behind_it(self, way, start_slow_retries, recorder):
-        """It ends as well, unasked: no reply was asked of us, and so none is counted."""
+    async def test_interruption_ends_queued_speech_uncounted(
+        self, way, start_slow_retries, recorder
+    ):
+        """A queued speech ends as well, unsent, so no reply is counted for it."""
         talk = await start_slow_retries("openai", "rate_limit,ok")
         first = await talk.ask_agent(instructions="SECRET")
         second = talk.ask(instructions="SECRET")
@@ -350,8 +358,10 @@ class TestEndsAtOnce:
         assert [] == talk.heard
 
     @pytest.mark.parametrize("way", [the_user_speaks, *BY_CODE])
-    async def test_before_it_is_asked(self, way, start_slow_retries, recorder):
-        """The provider named a wait to the reply before; the next waits for its end, unsent."""
+    async def test_interruption_during_retry_after_sends_nothing(
+        self, way, start_slow_retries, recorder
+    ):
+        """The next reply waits for the provider's retry-after and ends unsent."""
         talk = await start_slow_retries("openai", "rate_limit:10,ok")
         (await talk.ask_agent(instructions="SECRET")).interrupt()
         await asyncio.sleep(1)
@@ -371,8 +381,10 @@ class TestEndsAtOnce:
         assert [] == talk.heard
 
     @pytest.mark.parametrize("state", CORRELATED)
-    async def test_the_server_answers_what_the_user_said(self, state, start_slow_retries, recorder):
-        """Then that is heard, once, and the reply that was interrupted is not."""
+    async def test_answer_to_user_speech_is_heard_instead(
+        self, state, start_slow_retries, recorder
+    ):
+        """The answer to the user is heard once, and the interrupted reply is not."""
         script, after = CORRELATED[state]
         talk = await start_slow_retries("openai", script)
         handle = await talk.ask_agent(instructions="SECRET")
@@ -393,8 +405,10 @@ class TestEndsAtOnce:
 
 
 class TestIsNoInterruption:
-    async def test_what_gemini_keeps_to_itself(self, start_slow_retries, recorder):
-        """While a request is open the plugin does not pass on that the user speaks."""
+    async def test_speech_during_gemini_request_is_no_interruption(
+        self, start_slow_retries, recorder
+    ):
+        """While a request is open the plugin does not report that the user speaks."""
         talk = await start_slow_retries("google", "late:7")
         handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(1)
@@ -408,7 +422,7 @@ class TestIsNoInterruption:
         assert [("recovered", None)] == ended(recorder)
 
     @pytest.mark.parametrize("state", CORRELATED)
-    async def test_where_interruptions_are_not_allowed(self, state, start_slow_retries, recorder):
+    async def test_disallowed_interruption_keeps_reply(self, state, start_slow_retries, recorder):
         """The caller speaks on, and hears the reply after all."""
         script, after = CORRELATED[state]
         talk = await start_slow_retries(
@@ -446,8 +460,10 @@ class TestHandOff:
     """LiveKit interrupts nothing for it: the new agent begins when the old one's speech is over."""
 
     @pytest.mark.parametrize(("provider", "state"), HAND_OFF)
-    async def test_waits_for_the_reply(self, provider, state, start_slow_retries, recorder):
-        """With all its retries; then the new agent speaks."""
+    async def test_handoff_waits_for_reply_and_retries(
+        self, provider, state, start_slow_retries, recorder
+    ):
+        """The hand-off waits for all retries, and then the new agent speaks."""
         outcome, _ = HAND_OFF[provider, state]
         script, after = STATES[provider][state]
         talk = await start_slow_retries(provider, script)
@@ -472,8 +488,8 @@ class TestHandOff:
         assert [*heard, f"reply {len(talk.server.requests)}"] == talk.heard
 
     @pytest.mark.parametrize(("provider", "state"), HAND_OFF)
-    async def test_the_plugin_alone(self, provider, state, start_slow_retries):
-        """LiveKit does the same there: what fails, fails, and what hangs holds the hand-off up."""
+    async def test_handoff_with_plugin_alone_waits_too(self, provider, state, start_slow_retries):
+        """LiveKit also waits there: a failure fails, and a hang delays the hand-off."""
         _, expected = HAND_OFF[provider, state]
         script, after = STATES[provider][state]
         talk = await start_slow_retries(provider, script, bare=True)
@@ -494,8 +510,8 @@ class TestHandOff:
 
 
 class TestThePrivateFact:
-    async def test_a_speech_tells_when_it_is_interrupted(self, start_slow_retries):
-        """``SpeechHandle._interrupt_fut``, at once, and not for one that was interrupted before."""
+    async def test_speech_signals_interruption(self, start_slow_retries):
+        """``SpeechHandle._interrupt_fut`` resolves at once, and only for a new interruption."""
         talk = await start_slow_retries("openai", "silence")
         handle, told = await talk.ask_agent(instructions="SECRET"), []
         when_interrupted(handle, lambda: told.append("first"))
@@ -505,8 +521,8 @@ class TestThePrivateFact:
 
         assert ["first"] == told
 
-    def test_one_that_does_not_is_said_once(self, caplog):
-        """And left alone."""
+    def test_speech_without_signal_is_logged_once(self, caplog):
+        """A handle without that attribute is logged once and left unchanged."""
         for _ in range(2):
             when_interrupted(object(), pytest.fail)
 

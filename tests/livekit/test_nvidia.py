@@ -39,8 +39,8 @@ async def bare(start_conversation):
 
 
 class TestNotImplemented:
-    async def test_passes_through(self, talk, recorder):
-        """The plugin's own exception, from the call itself, without a note or a second try."""
+    async def test_not_implemented_error_passes_unchanged(self, talk, recorder):
+        """The call raises the plugin's own exception, without a note or a second attempt."""
         with pytest.raises(NotImplementedError, match="PersonaPlex") as caught:
             talk.realtime.generate_reply(instructions="SECRET")
 
@@ -48,8 +48,8 @@ class TestNotImplemented:
         assert 1 == len(recorder.attempts)
         assert 0 == recorder.open_spans
 
-    async def test_the_span_says_so(self, talk, recorder):
-        """Not recoverable, by the name of the exception's class, under NVIDIA's name."""
+    async def test_span_names_exception_and_provider(self, talk, recorder):
+        """The span is not recoverable, with the exception's class and NVIDIA's name."""
         with pytest.raises(NotImplementedError):
             talk.realtime.generate_reply()
 
@@ -72,8 +72,8 @@ class TestNotImplemented:
             attempt["traced_retry.decision"],
         )
 
-    async def test_the_agent(self, talk, recorder):
-        """LiveKit does not catch it: the handle is over at once, and does not say why."""
+    async def test_agent_handle_ends_at_once_without_error(self, talk, recorder):
+        """LiveKit does not catch the exception: the handle ends at once without an error."""
         began = asyncio.get_running_loop().time()
 
         error = await talk.reply()
@@ -83,8 +83,8 @@ class TestNotImplemented:
         assert [] == talk.heard
         assert ["not_recoverable"] == [r["traced_retry.outcome"] for r in recorder.replies]
 
-    async def test_the_agent_without_us(self, bare):
-        """What the agent sees is the same."""
+    async def test_agent_without_us_sees_same_result(self, bare):
+        """Without traced-retry the agent sees the same result."""
         error = await bare.reply()
 
         assert None is error
@@ -92,8 +92,8 @@ class TestNotImplemented:
 
 
 class TestItsOwnSpeech:
-    async def test_is_heard(self, talk, recorder):
-        """What the model says of its own accord is none of our business."""
+    async def test_speech_of_model_is_heard_and_not_counted(self, talk, recorder):
+        """Speech that the model starts by itself is heard and is no reply of ours."""
         await talk.server.wait_for("connected")
         await asyncio.sleep(1)
         await talk.server.say("good morning")

@@ -82,8 +82,8 @@ THEN_OK = {
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ALONE)
-    async def test_alone(self, script, start_conversation, recorder):
-        """A fault that lasts: the failure is known in time, with its code; nothing is heard."""
+    async def test_lasting_fault_fails_reply_in_time(self, script, start_conversation, recorder):
+        """The failure of a lasting fault is known in time with its code, and nothing is heard."""
         row = ALONE[script]
         talk = await start_conversation(script)
         began = asyncio.get_running_loop().time()
@@ -102,8 +102,8 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", THEN_OK)
-    async def test_followed_by_ok(self, script, start_conversation, recorder):
-        """A fault that passes: the reply is heard exactly once."""
+    async def test_passing_fault_is_recovered_once(self, script, start_conversation, recorder):
+        """After a fault that passes the reply is heard exactly once."""
         requests, failed, seconds = THEN_OK[script]
         talk = await start_conversation(script)
         began = asyncio.get_running_loop().time()
@@ -131,8 +131,10 @@ OK_IS_TOO_LATE = {
 
 class TestNothingFollows:
     @pytest.mark.parametrize("script", OK_IS_TOO_LATE)
-    async def test_although_the_server_would_answer(self, script, start_conversation, recorder):
-        """Final by its code, fatal to the session, or partly heard already."""
+    async def test_final_failure_sends_no_further_request(
+        self, script, start_conversation, recorder
+    ):
+        """A failure is final by its code, by the session's end, or after the first output."""
         talk = await start_conversation(script)
 
         await talk.reply()
@@ -145,7 +147,9 @@ class TestNothingFollows:
 
 
 class TestExactlyOnce:
-    async def test_queued_while_the_socket_is_down(self, start_conversation, recorder):
+    async def test_request_queued_while_disconnected_is_heard_once(
+        self, start_conversation, recorder
+    ):
         """The plugin sends the stale request after the reconnect; its reply is cancelled by id."""
         talk = await start_conversation("ok,drop_queued:1,ok")
         await talk.reply()
@@ -158,8 +162,8 @@ class TestExactlyOnce:
         assert [("succeeded", None), ("recovered", None)] == ended(recorder)
         assert [None, "connection_lost", None] == codes(recorder)
 
-    async def test_queued_over_two_lost_connections(self, start_conversation):
-        """Each reconnect empties the plugin's set of discarded ids; ours outlives it."""
+    async def test_discarded_ids_survive_two_reconnects(self, start_conversation):
+        """Each reconnect empties the plugin's set of discarded ids, and ours keeps them."""
         talk = await start_conversation("ok,drop_queued:1,drop_before,ok")
         await talk.reply()
         await talk.server.wait_for("connection_lost")
@@ -169,8 +173,8 @@ class TestExactlyOnce:
 
         assert 2 == len(talk.heard)
 
-    async def test_waits_for_the_active_response(self, start_conversation):
-        """Sent at once, the request would be rejected again; it goes out when that has ended."""
+    async def test_retry_waits_for_end_of_active_response(self, start_conversation):
+        """Sent at once, the request would be rejected again, so it waits for that end."""
         talk = await start_conversation("active:6,ok")
 
         assert None is await talk.reply()
@@ -180,10 +184,10 @@ class TestExactlyOnce:
         assert ["reply 2"] == talk.heard
 
     @pytest.mark.parametrize("script", ["uncorrelated,failed", "late:4,failed"])
-    async def test_without_a_wait_the_attempts_are_not_mixed_up(
+    async def test_attempts_without_delay_are_not_confused(
         self, script, start_conversation, recorder
     ):
-        """The end of an abandoned request is noted a turn late; the next is sent by then."""
+        """The end of an abandoned request arrives a turn late, when the next is sent."""
         talk = await start_conversation(script, base_delay=0, attempt_timeout=2)
 
         await talk.reply()
@@ -192,8 +196,8 @@ class TestExactlyOnce:
         assert [("exhausted", "max_attempts")] == ended(recorder)
         assert [] == talk.heard
 
-    async def test_refused_at_first(self, start_conversation, recorder):
-        """The request waits in the plugin, or (in 1.7.0) is discarded and asked again by us."""
+    async def test_refused_first_connection_is_heard_once(self, start_conversation, recorder):
+        """The request waits in the plugin, or (in 1.7.0) is discarded and sent again by us."""
         talk = await start_conversation("unauthorized,ok")
 
         assert None is await talk.reply()
@@ -202,8 +206,8 @@ class TestExactlyOnce:
         assert 1 == len(talk.heard)
         assert [None] == [stop for _, stop in ended(recorder)]
 
-    async def test_two_replies_in_turn(self, start_conversation, recorder):
-        """One conversation, several replies, each its own trace."""
+    async def test_replies_in_turn_have_own_traces(self, start_conversation, recorder):
+        """One conversation has several replies, each with its own trace."""
         talk = await start_conversation("rate_limit,ok,error:server_error,ok")
 
         await talk.reply()
@@ -213,8 +217,8 @@ class TestExactlyOnce:
         assert [("recovered", None)] * 2 == ended(recorder)
         assert 2 == len({s.context.span_id for s in recorder.spans("generate_reply")})
 
-    async def test_a_user_message_is_sent_once(self, start_conversation):
-        """The retry asks again; it does not say again."""
+    async def test_user_message_is_sent_once_over_retries(self, start_conversation):
+        """A retry requests the reply again, and does not send the message again."""
         talk = await start_conversation("rate_limit,ok")
 
         await talk.session.run(user_input="hello")
@@ -234,8 +238,8 @@ class TestRetryAfter:
             ("a while", None),
         ],
     )
-    async def test_is_read_from_the_words(self, said, seconds, start_conversation):
-        """OpenAI's realtime errors carry no field for it."""
+    async def test_retry_after_is_read_from_message(self, said, seconds, start_conversation):
+        """OpenAI's realtime errors have no field for it."""
         talk = await start_conversation("ok")
         adapter = OpenAIAdapter(talk.realtime, None)
         error = llm.RealtimeError(
@@ -246,8 +250,8 @@ class TestRetryAfter:
 
 
 class TestWhatTheAgentSees:
-    async def test_run_raises_the_original_error(self, start_conversation):
-        """session.run() raises the provider's error: its code, and a note leading to the trace."""
+    async def test_run_raises_original_error_with_note(self, start_conversation):
+        """session.run() raises the provider's error with its code and a note with the trace."""
         talk = await start_conversation("rate_limit", max_retries=1)
 
         with pytest.raises(llm.RealtimeError) as caught:
@@ -256,7 +260,7 @@ class TestWhatTheAgentSees:
         assert "rate_limit_exceeded" == caught.value.code
         assert "2 attempt(s), stopped by max_attempts" in "".join(caught.value.__notes__)
 
-    async def test_the_handle_has_it_too(self, start_conversation):
+    async def test_handle_has_original_error(self, start_conversation):
         """SpeechHandle.exception() is the same error."""
         talk = await start_conversation("error:invalid_value")
 
@@ -264,8 +268,8 @@ class TestWhatTheAgentSees:
 
         assert (llm.RealtimeError, "invalid_value") == (type(error), error.code)
 
-    async def test_session_goes_on(self, start_conversation):
-        """One lost reply is not the end of the conversation."""
+    async def test_next_reply_after_failure_is_heard(self, start_conversation):
+        """The conversation continues after a failed reply."""
         talk = await start_conversation("rate_limit,rate_limit,ok", max_retries=1)
 
         assert await talk.reply() is not None

@@ -88,8 +88,10 @@ ROWS = {
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ROWS)
-    async def test_row(self, script, start_conversation, provider, recorder):
-        """They keep the promise as OpenAI does, under their own name."""
+    async def test_each_fault_has_expected_result(
+        self, script, start_conversation, provider, recorder
+    ):
+        """Each fault has the same result as with OpenAI, under the provider's own name."""
         row = ROWS[script]
         talk = await start_conversation(script)
         began = asyncio.get_running_loop().time()
@@ -110,8 +112,8 @@ class TestEachFault:
 
 
 class TestContract:
-    async def test_raw_events_have_present_names(self, start_conversation):
-        """The engine translates the beta's names before it shows an event."""
+    async def test_raw_events_have_current_names(self, start_conversation):
+        """The engine translates the beta's names before it emits an event."""
         talk = await start_conversation("ok", bare=True)
         seen = set()
         talk.realtime.on("openai_server_event_received", lambda e: seen.add(e["type"]))
@@ -124,8 +126,8 @@ class TestContract:
 class TestSay:
     """xAI speaks scripted text by itself: no request, and no id in its response."""
 
-    async def test_beside_retries(self, start_conversation, recorder):
-        """What is said is heard once, is no reply of ours, and leaves the next one alone."""
+    async def test_say_before_retried_reply_is_heard_once(self, start_conversation, recorder):
+        """The text is heard once, is no reply of ours, and leaves the next reply unchanged."""
         talk = await start_conversation("rate_limit,ok")
 
         await talk.session.say("good morning")
@@ -135,8 +137,8 @@ class TestSay:
         assert ["good morning", "reply 2"] == talk.heard
         assert [("recovered", None)] == ended(recorder)
 
-    async def test_while_a_reply_is_awaited(self, start_conversation, recorder):
-        """It has a slot of its own among the plugin's futures; the reply keeps its."""
+    async def test_say_during_pending_reply_has_own_future(self, start_conversation, recorder):
+        """The text has its own slot among the plugin's futures, and the reply keeps its slot."""
         talk = await start_conversation("late:3,ok")
         reply = talk.realtime.generate_reply()
         await talk.received()

@@ -31,8 +31,8 @@ def not_ready(script):
 
 class TestAnEndWithoutAnEvent:
     @pytest.mark.parametrize("after", [1.0, 12.0], ids=["in the attempt", "while listening"])
-    async def test_ends_the_reply(self, after, start_conversation, recorder):
-        """A close with 1000 emits nothing; the end of the plugin's main task tells of it."""
+    async def test_close_without_event_ends_reply(self, after, start_conversation, recorder):
+        """A close with 1000 emits no event, but the plugin's main task ends."""
         talk = await start_conversation("silence")
         began = asyncio.get_running_loop().time()
         reply = await talk.ask_plugin()
@@ -46,8 +46,10 @@ class TestAnEndWithoutAnEvent:
         assert "connection_lost" == recorder.attempts[-1]["error.type"]
         assert [] == talk.errors
 
-    async def test_who_asks_after_it_is_told(self, start_conversation, recorder):
-        """At once, and through the agent's handle: this session is not closed."""
+    async def test_request_after_close_without_event_fails_at_once(
+        self, start_conversation, recorder
+    ):
+        """The agent's handle gets the failure at once, because the session is not closed."""
         talk = await start_conversation("ok")
         await talk.timed_reply()
         await talk.server.end_conversations()
@@ -60,8 +62,8 @@ class TestAnEndWithoutAnEvent:
         assert ("not_recoverable", "not_recoverable") == ended(recorder)[1]
         assert [] == talk.closed
 
-    async def test_before_the_first_request(self, start_conversation, recorder):
-        """The end came before there was anybody to notice it."""
+    async def test_close_before_first_request_fails_it_at_once(self, start_conversation, recorder):
+        """The close came before any reply could notice it."""
         talk = await start_conversation("ok")
         await talk.server.wait_for("connected")
         await talk.settle(1)
@@ -73,8 +75,8 @@ class TestAnEndWithoutAnEvent:
         assert 0.0 == took
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
 
-    async def test_the_plugin_alone(self, start_conversation):
-        """It lets each caller wait for ten seconds."""
+    async def test_plugin_alone_waits_10_s_after_close(self, start_conversation):
+        """The plugin alone lets each caller wait for 10 s."""
         talk = await start_conversation("ok", bare=True)
         await talk.timed_reply()
         await talk.server.end_conversations()
@@ -97,8 +99,8 @@ class TestCutShort:
         (connection,) = talk.server._open
         return handle, connection
 
-    async def test_a_close_that_no_event_tells_of(self, start_conversation, recorder):
-        """With 1000: the plugin closes the reply's streams as if it were whole."""
+    async def test_close_without_event_fails_reply_in_progress(self, start_conversation, recorder):
+        """With 1000 the plugin closes the reply's streams as if the reply were whole."""
         talk = await start_conversation("slow:5")
         handle, _ = await self.speaking(talk)
         await talk.server.end_conversations()
@@ -110,8 +112,10 @@ class TestCutShort:
         assert isinstance(handle.exception(), llm.RealtimeError)
 
     @pytest.mark.parametrize("event", ["assistant_started_speaking", "user_started_speaking"])
-    async def test_an_end_that_is_not_told(self, event, start_conversation, recorder):
-        """What begins instead ends it: nothing says that it was not heard."""
+    async def test_next_generation_ends_reply_without_end_event(
+        self, event, start_conversation, recorder
+    ):
+        """The next generation ends the reply, which counts as heard."""
         talk = await start_conversation("slow:5")
         _, connection = await self.speaking(talk)
         await connection.send(event)
@@ -119,8 +123,8 @@ class TestCutShort:
 
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_by_a_tool(self, start_conversation, recorder):
-        """Words and then a call of a tool: the plugin ends the reply there, and it was heard."""
+    async def test_tool_call_after_words_ends_reply_as_heard(self, start_conversation, recorder):
+        """The plugin ends the reply at the call of a tool, and the reply was heard."""
         talk = await start_conversation("slow:5")
         _, connection = await self.speaking(talk)
         tool = {"tool_call_id": "1", "tool_name": "look_up", "parameters": {}}
@@ -129,8 +133,8 @@ class TestCutShort:
 
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_one_that_is_whole_before_it_is_looked_at(self, start_conversation, recorder):
-        """What begins in the same moment, and is lost, is another one."""
+    async def test_loss_of_next_reply_does_not_change_whole_one(self, start_conversation, recorder):
+        """A reply that begins in the same moment, and is lost, is another one."""
         talk = await start_conversation("silence")
         await talk.ask_plugin()
         (connection,) = talk.server._open
@@ -141,8 +145,8 @@ class TestCutShort:
 
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_by_the_next_request(self, start_conversation, recorder):
-        """The plugin closes what is being spoken: heard as far as the caller let it."""
+    async def test_next_request_ends_reply_as_heard(self, start_conversation, recorder):
+        """The plugin closes the reply in progress, which counts as heard."""
         talk = await start_conversation("slow:5,ok")
         await self.speaking(talk)
         await talk.ask_plugin()
@@ -152,8 +156,8 @@ class TestCutShort:
 
 
 class TestPolicy:
-    async def test_a_longer_deadline(self, start_conversation, recorder):
-        """Window after window; the last one reaches to the deadline."""
+    async def test_longer_deadline_adds_windows(self, start_conversation, recorder):
+        """Windows follow each other, and the last one reaches to the deadline."""
         talk = await start_conversation("silence", deadline=45.0)
 
         _, took = await talk.timed_reply()
@@ -165,8 +169,8 @@ class TestPolicy:
         ("script", "heard"),
         [("silence,ok", ["reply 2"]), ("late:25,ok", ["reply 2", "reply 1"])],
     )
-    async def test_resend_is_at_least_once(self, script, heard, start_conversation, recorder):
-        """The user's explicit choice: a lost request recovers, and a slow one is heard twice."""
+    async def test_resend_hears_slow_reply_twice(self, script, heard, start_conversation, recorder):
+        """By the user's explicit choice a lost request recovers, and a slow one is heard twice."""
         talk = await start_conversation(script, on_silence="resend", deadline=40.0)
 
         error, _ = await talk.timed_reply()
@@ -176,8 +180,8 @@ class TestPolicy:
         assert heard == talk.heard
         assert ["send", "listen", "send"] == actions(recorder)
 
-    async def test_resend_says_what_the_caller_typed(self, start_conversation):
-        """The plugin forgets it with the first request; the second says it again."""
+    async def test_resend_includes_typed_text(self, start_conversation):
+        """The plugin forgets typed text with the first request, and the second has it again."""
         talk = await start_conversation("silence,ok", on_silence="resend", deadline=40.0)
         await talk.realtime._ready_to_start.wait()  # before, the words go into the system prompt
 
@@ -186,8 +190,8 @@ class TestPolicy:
         assert 2 == len(talk.server.requests)
         assert all("any news?" in r.instructions for r in talk.server.requests)
 
-    async def test_what_was_typed_is_said_once(self, start_conversation):
-        """Not again with the next reply."""
+    async def test_typed_text_is_not_sent_with_next_reply(self, start_conversation):
+        """Typed text is not sent again with the next reply."""
         talk = await start_conversation("ok,ok")
         await talk.realtime._ready_to_start.wait()  # before, the words go into the system prompt
 
@@ -202,7 +206,7 @@ class TestPolicy:
 class TestNotReady:
     """The plugin sends nothing before the server says that the conversation may begin."""
 
-    async def test_ready_in_time(self, start_conversation, recorder):
+    async def test_request_before_ready_is_sent_once(self, start_conversation, recorder):
         """The request waits in the plugin while we listen, and is sent once."""
         talk = await start_conversation("ok", simulator=not_ready)
         asyncio.get_running_loop().call_later(15, lambda: tasks.append(ensure(talk.server.begin())))
@@ -215,8 +219,8 @@ class TestNotReady:
         assert [("recovered", None)] == ended(recorder)
 
     @pytest.mark.parametrize("bare", [True, False])
-    async def test_ready_too_late(self, bare, start_conversation):
-        """Given up means never sent. The plugin alone reports a failure, and sends it later."""
+    async def test_request_that_failed_before_ready_is_never_sent(self, bare, start_conversation):
+        """The plugin alone reports a failure, and sends the request later."""
         talk = await start_conversation("ok", simulator=not_ready, bare=bare)
 
         error, _ = await talk.timed_reply()
@@ -226,8 +230,8 @@ class TestNotReady:
         assert isinstance(error, llm.RealtimeError)
         assert (["reply 1"] if bare else []) == talk.heard
 
-    async def test_barge_in(self, start_conversation):
-        """What was not sent never is, and what the caller typed is forgotten, as without us."""
+    async def test_interruption_before_ready_drops_request_and_text(self, start_conversation):
+        """The request is never sent, and typed text is forgotten, as without traced-retry."""
         talk = await start_conversation("ok,ok", simulator=not_ready)
         await talk.settle(1)
         talk.realtime._pending_user_text = "never mind"
@@ -244,8 +248,8 @@ class TestNotReady:
 
 class TestLateReplies:
     @pytest.mark.parametrize("event", ["user_started_speaking", "another request", "say"])
-    async def test_an_answer_to_something_else_is_not(self, event, start_conversation, recorder):
-        """What the server says after the caller spoke, or was asked again, answers that."""
+    async def test_answer_to_other_request_is_not_late(self, event, start_conversation, recorder):
+        """A reply after the caller spoke, or after the next request, answers that."""
         talk = await start_conversation("silence,ok")
         await talk.timed_reply()
         (connection,) = talk.server._open
@@ -266,8 +270,10 @@ class TestLateReplies:
 
 class TestInterruption:
     @pytest.mark.parametrize("after", [1.0, 12.0], ids=["in the attempt", "while listening"])
-    async def test_barge_in(self, after, start_conversation, recorder):
-        """Over at once; the slot is free for what the server answers to the caller."""
+    async def test_interruption_ends_reply_and_frees_slot(
+        self, after, start_conversation, recorder
+    ):
+        """The reply ends at once, and the slot is free for the answer to the caller."""
         talk = await start_conversation("silence")
         handle = talk.session.generate_reply()
         await talk.received()
@@ -291,8 +297,8 @@ class TestInterruption:
 
 
 class TestWhatTheAgentSees:
-    async def test_no_handler_sees_the_key(self, start_conversation):
-        """In whatever order the plugin's base calls them: in any, with livekit-agents 1.7.0."""
+    async def test_no_error_handler_sees_key(self, start_conversation):
+        """Handlers run in any order with livekit-agents 1.7.0, and none sees the key."""
         talk = await start_conversation("unauthorized")
         seen = []
         for _ in range(50):
@@ -302,8 +308,8 @@ class TestWhatTheAgentSees:
         assert 50 == len(seen)
         assert not [text for text in seen if KEY in text]
 
-    async def test_the_key_without_us(self, start_conversation):
-        """What the plugin alone hands to everyone who listens to the session's errors."""
+    async def test_plugin_alone_shows_key_to_error_handlers(self, start_conversation):
+        """The plugin alone puts the key into the error that every handler gets."""
         talk = await start_conversation("unauthorized", bare=True)
         await talk.timed_reply()
 
@@ -313,8 +319,8 @@ class TestWhatTheAgentSees:
 class TestContract:
     """What the adapter and the simulator rely on, in the installed plugin."""
 
-    async def test_the_task_that_sends(self, start_conversation):
-        """Cancelling it before the conversation is ready keeps the request from being sent."""
+    async def test_cancel_of_send_task_prevents_request(self, start_conversation):
+        """A cancel before the conversation is ready keeps the request from being sent."""
         talk = await start_conversation("ok", bare=True, simulator=not_ready)
         reply = talk.realtime.generate_reply()
         talk.realtime._generate_reply_task.cancel()
@@ -325,8 +331,8 @@ class TestContract:
             await reply
         assert [] == talk.server.requests
 
-    async def test_typed_words_are_sent_once(self, start_conversation):
-        """They go out with the first request, and are forgotten."""
+    async def test_typed_text_is_sent_with_first_request_only(self, start_conversation):
+        """The plugin sends typed text with the first request and then forgets it."""
         talk = await start_conversation("ok,ok", bare=True)
         await talk.ask_plugin()
         talk.realtime._pending_user_text = "any news?"
@@ -335,8 +341,8 @@ class TestContract:
         assert "any news?" in talk.server.requests[1].instructions
         assert None is talk.realtime._pending_user_text
 
-    async def test_the_main_task_ends_with_the_conversation(self, start_conversation):
-        """It is all there is to notice of a close with 1000."""
+    async def test_main_task_ends_with_conversation(self, start_conversation):
+        """The end of the task is the only sign of a close with 1000."""
         talk = await start_conversation("ok", bare=True)
         await talk.timed_reply()
         await talk.server.end_conversations()
@@ -345,8 +351,8 @@ class TestContract:
         assert talk.realtime._main_atask.done()
         assert [] == talk.errors
 
-    async def test_who_closes_a_reply(self, start_conversation, monkeypatch):
-        """The main task does so as it ends, and nothing else is done in that task."""
+    async def test_main_task_closes_reply_only_at_its_end(self, start_conversation, monkeypatch):
+        """The main task closes the reply as it ends, and no other close runs in that task."""
         talk = await start_conversation("slow:1,slow:5", bare=True)
         original, by_main = talk.realtime._close_current_generation, []
 
@@ -364,15 +370,15 @@ class TestContract:
 
         assert [False, True] == by_main
 
-    def test_a_plugin_that_cannot_be_redirected(self, monkeypatch):
-        """It is said, rather than that a real server is called."""
+    def test_redirection_fails_if_plugin_lacks_client(self, monkeypatch):
+        """The simulator raises an error, so that no real server is called."""
         monkeypatch.delattr(phonic_plugin().realtime.realtime_model, "AsyncPhonic")
 
         with pytest.raises(RuntimeError, match="AsyncPhonic"), redirected("ws://127.0.0.1:1"):
             pass
 
-    def test_the_redirection_ends(self):
-        """After the block, the plugin is as it was."""
+    def test_redirection_is_undone(self):
+        """After the block the plugin is unchanged."""
         plugin = phonic_plugin().realtime.realtime_model
         original = plugin.AsyncPhonic
 

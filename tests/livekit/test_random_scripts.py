@@ -155,8 +155,8 @@ def listen(session, told):
 
 
 @pytest.mark.parametrize("batch", range(20))
-async def test_promise(batch, recorder, caplog):
-    """Heard at most once, in time, nothing after a failure or an interruption, books that agree."""
+async def test_random_script_keeps_promise(batch, recorder, caplog):
+    """A reply is heard at most once and in time, never after its end, and the counts agree."""
     caplog.set_level("CRITICAL")
     seeds = range(batch * 50, batch * 50 + 50)
     told = await asyncio.gather(*(run_script(seed, recorder) for seed in seeds))

@@ -54,8 +54,8 @@ class TestActiveForEver:
         talk.server.willing = 1
         await handle
 
-    async def test_the_plugin_renews_its_connection(self, start_conversation, recorder):
-        """At max_session_duration, without an error; a discarded response is under way."""
+    async def test_renewed_connection_does_not_block_retries(self, start_conversation, recorder):
+        """The plugin renews it at max_session_duration, while a discarded response is active."""
 
         def recycled(**kwargs):
             return openai_model(max_session_duration=8.0, **kwargs)
@@ -76,8 +76,10 @@ class TestActiveForEver:
         assert ("recovered", None) == ended(recorder)[-1]
         assert 1 == len(talk.heard)
 
-    async def test_xai_leaves_a_response_in_flight(self, start_conversation, recorder):
-        """It begins another and does not end the first; its plugin knows that."""
+    async def test_response_that_xai_leaves_open_does_not_block_retries(
+        self, start_conversation, recorder
+    ):
+        """Grok starts another response without an end of the first, which its plugin knows."""
         talk = await start_conversation("-", model=xai_model, simulator=steered)
         handle = talk.ask()
         await until(lambda: talk.server.waiting)
@@ -94,8 +96,10 @@ class TestActiveForEver:
 
         assert ("recovered", None) == ended(recorder)[-1]
 
-    async def test_who_waits_for_the_one_left_is_told(self, start_conversation, recorder):
-        """At once, as its plugin does, and not at the deadline."""
+    async def test_reply_whose_response_is_left_open_fails_at_once(
+        self, start_conversation, recorder
+    ):
+        """The reply fails at once, as its plugin does, and not at the deadline."""
         talk = await start_conversation("-", model=xai_model, simulator=steered)
         handle = talk.ask(allow_interruptions=False)
         await until(lambda: talk.server.waiting)
@@ -110,8 +114,8 @@ class TestActiveForEver:
         assert now() - began < 1
         assert [("interrupted", "interrupted")] == ended(recorder)
 
-    async def test_a_request_lost_by_it_was_no_timeout(self, start_conversation, recorder):
-        """The plugin drops what waits when it renews its connection."""
+    async def test_request_lost_by_renewal_is_no_timeout(self, start_conversation, recorder):
+        """The plugin drops a waiting request when it renews its connection."""
 
         def recycled(**kwargs):
             return openai_model(max_session_duration=8.0, **kwargs)
@@ -152,8 +156,8 @@ def deferring(**kwargs):
 
 
 class TestSubclass:
-    async def test_its_reply_is_heard(self, start_conversation, recorder):
-        """Its streams were closed before the first item came."""
+    async def test_reply_of_subclass_is_heard(self, start_conversation, recorder):
+        """The streams of the reply were closed before its first item came."""
         talk = await start_conversation("-", model=deferring, simulator=steered)
         handle = talk.ask()
         await until(lambda: talk.server.waiting)
@@ -167,8 +171,8 @@ class TestSubclass:
         assert 1 == len(talk.heard)
         assert [("succeeded", None)] == ended(recorder)
 
-    async def test_it_is_not_asked_twice(self, start_conversation, recorder):
-        """What has no id that we know of cannot be discarded."""
+    async def test_reply_of_subclass_without_id_is_not_resent(self, start_conversation, recorder):
+        """A request without a known id cannot be discarded."""
         talk = await start_conversation("late:3,ok", model=deferring, attempt_timeout=2.0)
 
         await talk.reply()
@@ -179,8 +183,8 @@ class TestSubclass:
 
 class TestNotes:
     @pytest.mark.parametrize("script", ["quota", "rate_limit:60"])
-    async def test_are_of_the_reply_itself(self, script, start_conversation):
-        """A session that is dead, or to be left alone, has one failure for all its replies."""
+    async def test_note_belongs_to_one_reply(self, script, start_conversation):
+        """A session that is closed or waits has one failure for all its replies."""
         talk = await start_conversation(script)
         errors = []
         for _ in range(3):
@@ -193,8 +197,8 @@ class TestNotes:
 
 
 class TestTheUsersOwnLimit:
-    async def test_a_reply_cut_by_it_was_heard(self, start_conversation, recorder):
-        """max_response_output_tokens: without us the handle has no exception either."""
+    async def test_reply_cut_by_max_tokens_succeeds(self, start_conversation, recorder):
+        """Without us a reply cut by max_response_output_tokens has no exception either."""
         talk = await start_conversation("-", simulator=steered)
         handle = talk.ask()
         await until(lambda: talk.server.waiting)
@@ -210,8 +214,8 @@ class TestTheUsersOwnLimit:
 
 
 class TestNothingEscapes:
-    async def test_a_log_filter_that_raises(self, start_conversation, recorder):
-        """It leaves no span open, and no reply untold."""
+    async def test_raising_log_filter_leaves_no_span_open(self, start_conversation, recorder):
+        """Every reply ends and closes its span, though a filter of the log raises."""
 
         def broken(record):
             raise RuntimeError
@@ -231,8 +235,8 @@ class TestNothingEscapes:
         assert ["recovered", "not_recoverable"] == [outcome for outcome, _ in ended(recorder)]
         assert 0 == recorder.open_spans
 
-    def test_a_property_that_raises(self):
-        """``explain`` never raises."""
+    def test_explain_survives_raising_property(self):
+        """``explain`` never raises, though a property of the exception does."""
 
         class Odd(Exception):  # noqa: N818
             @property
@@ -243,8 +247,8 @@ class TestNothingEscapes:
 
 
 class TestMemory:
-    async def test_a_reply_that_ended_is_let_go(self, start_conversation):
-        """An AgentSession keeps all its speeches; they kept our replies, streams included."""
+    async def test_ended_reply_is_released(self, start_conversation):
+        """An AgentSession keeps all its speeches, which kept our replies and their streams."""
 
         def replies():
             gc.collect()
@@ -260,8 +264,8 @@ class TestMemory:
 
 
 class TestAddress:
-    def test_holds_no_password(self):
-        """A proxy's URL may hold one, and the plugin's ``provider`` then does."""
+    def test_server_address_holds_no_password(self):
+        """A proxy's URL may hold a password, and the plugin's ``provider`` then does."""
         url = "https://sk-SECRET@proxy.example.com:8443/v1"
         model = openai.realtime.RealtimeModel(api_key="sk-SECRET", base_url=url)
         session = Deferring.__new__(Deferring)

@@ -107,8 +107,10 @@ ROWS = {
 
 class TestEachFault:
     @pytest.mark.parametrize("script", ROWS)
-    async def test_told_once_and_sent_once(self, script, start_saying, provider, recorder):
-        """As the plugin alone would have it, in the trace as well."""
+    async def test_text_is_sent_once_and_failure_is_reported_once(
+        self, script, start_saying, provider, recorder
+    ):
+        """The result is that of the plugin alone, in the trace as well."""
         row = ROWS[script]
         if provider.name == "x_ai" and row.late:
             row = row._replace(heard=0, late=0)  # the plugin cancels it by its place in the order
@@ -128,8 +130,8 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("script", ROWS)
-    async def test_the_plugin_alone(self, script, start_saying, provider):
-        """The same is heard, and told at the same time."""
+    async def test_plugin_alone_has_same_result(self, script, start_saying, provider):
+        """The same is heard without traced-retry, at the same time."""
         row = ROWS[script]
         if provider.name == "x_ai" and row.late:
             row = row._replace(heard=0)
@@ -142,8 +144,10 @@ class TestEachFault:
         assert (TIMEOUT[provider.name] if row.seconds is None else row.seconds) == took
         assert (row.outcome == "exhausted") == isinstance(error, llm.RealtimeError)
 
-    async def test_a_lost_connection(self, start_saying, provider, recorder):
-        """Told; not sent again where the plugin comes back."""
+    async def test_lost_connection_is_reported_and_text_not_resent(
+        self, start_saying, provider, recorder
+    ):
+        """The loss is reported, and the text is not sent again after the reconnect."""
         talk = await start_saying("drop_before,ok")
 
         await say(talk)
@@ -160,8 +164,8 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @pytest.mark.parametrize("provider", ["xai"], indirect=True)
-    async def test_a_code(self, start_saying, recorder):
-        """The provider's own reaches the agent, the span and the metric."""
+    async def test_code_reaches_agent_span_and_metric(self, start_saying, recorder):
+        """The provider's own code reaches the agent, the span and the metric."""
         talk = await start_saying("error:rate_limit_exceeded,ok")
 
         error, _ = await say(talk)
@@ -176,8 +180,8 @@ class TestEachFault:
 
 
 class TestVocabulary:
-    async def test_spans(self, start_saying, provider, recorder):
-        """A reply's attributes, on spans of the names of their own."""
+    async def test_say_spans_have_attributes_of_reply(self, start_saying, provider, recorder):
+        """The spans have names of their own, and the attributes of a reply."""
         talk = await start_saying()
 
         await talk.reply()
@@ -194,8 +198,8 @@ class TestVocabulary:
         assert of_say is attempt
         assert attempt.parent.span_id == recorder.spans(semconv.SPAN_SAY)[0].context.span_id
 
-    async def test_counts_of_replies_stay_exact(self, start_saying, provider, recorder):
-        """One reply and two texts: one more attribute tells them apart on every instrument."""
+    async def test_texts_are_counted_apart_from_replies(self, start_saying, provider, recorder):
+        """One more attribute separates texts from replies on every instrument."""
         talk = await start_saying("ok,silence")
         await talk.reply()
         await say(talk)
@@ -218,8 +222,8 @@ class TestVocabulary:
             assert {None: 1, "say": 2} == counts
         assert {} == recorder.counted(semconv.METRIC_IN_FLIGHT, semconv.OPERATION)
 
-    async def test_zero_initialised(self, start_saying, recorder):
-        """The first failure is an increase, before anything was said."""
+    async def test_counters_start_at_zero(self, start_saying, recorder):
+        """The first failure is an increase, before any text."""
         await start_saying()
 
         points = recorder.points(semconv.METRIC_REPLIES)
@@ -231,8 +235,10 @@ class TestVocabulary:
         assert set(semconv.STOP_REASONS) == zeroed
         assert {0} == set(points.values())
 
-    async def test_log_and_what_is_never_told(self, start_saying, provider, recorder, caplog):
-        """One WARN record that says what it was; the text is nowhere."""
+    async def test_failed_text_logs_one_warning_without_text(
+        self, start_saying, provider, recorder, caplog
+    ):
+        """One WARN record names the operation, and holds no text."""
         caplog.set_level(logging.DEBUG, logger="traced_retry")
         talk = await start_saying("silence")
 
@@ -248,8 +254,8 @@ class TestVocabulary:
 
 
 class TestWhatEndsIt:
-    async def test_the_caller(self, start_saying, recorder):
-        """Cancelled: interrupted, and the plugin's own future is cancelled."""
+    async def test_cancel_interrupts_text(self, start_saying, recorder):
+        """A cancel by the caller interrupts the text and cancels the plugin's own future."""
         talk = await start_saying("late:3")
         spoken = talk.realtime.say("SECRET")
         await heard_by(talk, 1)
@@ -259,8 +265,8 @@ class TestWhatEndsIt:
         assert [("interrupted", "interrupted", None)] == said(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_a_session_that_closes(self, start_saying, recorder):
-        """Told at once."""
+    async def test_session_close_fails_text_at_once(self, start_saying, recorder):
+        """Closing the session fails the text at once."""
         talk = await start_saying("silence")
         spoken = talk.realtime.say("SECRET")
         await heard_by(talk, 1)
@@ -272,7 +278,7 @@ class TestWhatEndsIt:
         assert began == now()
         assert [("not_recoverable", "session_closed", "session_closed")] == said(recorder)
 
-    async def test_our_deadline_does_not(self, start_saying, recorder):
+    async def test_deadline_does_not_end_text(self, start_saying, recorder):
         """A text may be streamed for longer than a reply may take."""
 
         async def text():
@@ -289,8 +295,8 @@ class TestWhatEndsIt:
         assert ["good morning"] == talk.heard
         assert [("succeeded", None, None)] == said(recorder)
 
-    async def test_on_exhausted_is_not_told(self, start_saying, recorder):
-        """What it does may be to say something, which would fail, and so on."""
+    async def test_failed_text_does_not_call_on_exhausted(self, start_saying, recorder):
+        """The callback may say something itself, which would fail again."""
         failed = []
         talk = await start_saying("silence", on_exhausted=failed.append)
         await say(talk)
@@ -303,8 +309,8 @@ class TestWhatEndsIt:
 class TestBesideAReply:
     @pytest.mark.parametrize("provider", ONE_SLOT, indirect=True)
     @pytest.mark.parametrize("seconds", [1, 7, 15])
-    async def test_say_takes_the_slot_of_a_reply(self, seconds, start_saying, recorder):
-        """In each of its windows: that reply is superseded, and its asker is told so."""
+    async def test_text_supersedes_pending_reply(self, seconds, start_saying, recorder):
+        """In each of its windows the reply is superseded, and its caller gets that."""
         talk = await start_saying(script="silence")
         reply = talk.realtime.generate_reply()
         await talk.received()
@@ -320,8 +326,8 @@ class TestBesideAReply:
         assert ["good morning"] == talk.server.completed
 
     @pytest.mark.parametrize("provider", ONE_SLOT, indirect=True)
-    async def test_a_reply_takes_the_slot_of_say(self, start_saying, recorder):
-        """Superseded, and told so."""
+    async def test_reply_supersedes_pending_text(self, start_saying, recorder):
+        """The text is superseded, and its caller gets that."""
         talk = await start_saying("silence")
         spoken = talk.realtime.say("good morning")
         await heard_by(talk, 1)
@@ -332,8 +338,8 @@ class TestBesideAReply:
         assert [("succeeded", None)] == ended(recorder)
 
     @pytest.mark.parametrize("provider", ["xai"], indirect=True)
-    async def test_neither_takes_the_others(self, start_saying, recorder):
-        """A future for each."""
+    async def test_text_and_reply_have_own_futures(self, start_saying, recorder):
+        """The plugin of xAI has a future for each."""
         talk = await start_saying(script="late:3")
         reply = talk.realtime.generate_reply()
         await talk.received()
@@ -347,8 +353,8 @@ class TestBesideAReply:
 
 
 class TestWithoutSay:
-    async def test_left_alone(self, recorder):
-        """OpenAI's plugin has none: it says so as ever, and nothing is traced."""
+    async def test_plugin_without_say_is_unchanged(self, recorder):
+        """OpenAI's plugin raises NotImplementedError as before, and nothing is traced."""
         async with OpenAISimulator() as server, aiohttp.ClientSession() as http:
             model = openai.realtime.RealtimeModel(
                 api_key="sk-SECRET", base_url=server.url, http_session=http

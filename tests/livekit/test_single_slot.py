@@ -143,8 +143,8 @@ def provider(kind):
 
 class TestEachFault:
     @scripts(lambda kind: kind.rows)
-    async def test_with_us(self, kind, script, start_conversation, recorder):
-        """Heard once where the server answers in time; else the failure is known in time."""
+    async def test_each_fault_has_expected_result(self, kind, script, start_conversation, recorder):
+        """A reply is heard once if the server answers in time, and otherwise fails in time."""
         row = kind.rows[script]
         talk = await start_conversation(script)
 
@@ -162,8 +162,10 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @scripts(lambda kind: kind.rows)
-    async def test_the_plugin_alone(self, kind, script, start_conversation):
-        """A reply after its time-out is reported as failed, and heard nevertheless."""
+    async def test_plugin_alone_hears_reply_after_reported_failure(
+        self, kind, script, start_conversation
+    ):
+        """A reply after the plugin's timeout is reported as failed, and heard nevertheless."""
         row = kind.rows[script]
         talk = await start_conversation(script, bare=True)
 
@@ -175,8 +177,10 @@ class TestEachFault:
         assert row.seconds_alone == took
 
     @scripts(lambda kind: kind.fatal)
-    async def test_a_dead_session(self, kind, script, start_conversation, recorder):
-        """The plugin has no way back to a connection that is lost, nor into one it was refused."""
+    async def test_lost_or_refused_connection_fails_reply_at_once(
+        self, kind, script, start_conversation, recorder
+    ):
+        """The plugin neither reconnects nor retries a refused connection."""
         talk = await start_conversation(script)
 
         _, took = await talk.timed_reply(instructions="SECRET")
@@ -191,8 +195,10 @@ class TestEachFault:
         assert 0 == recorder.open_spans
 
     @scripts(lambda kind: kind.fatal)
-    async def test_a_dead_session_tells_who_asked(self, script, start_conversation):
-        """Our error is one that LiveKit catches, at once; so is that of who asks again."""
+    async def test_each_request_on_closed_session_gets_error_at_once(
+        self, script, start_conversation
+    ):
+        """The first and every later request get an error that LiveKit catches."""
         talk = await start_conversation(script)
 
         for _ in range(2):
@@ -204,7 +210,7 @@ class TestEachFault:
             assert began == now()
             await talk.settle(1)
 
-    async def test_dropped_in_the_middle(self, start_conversation, recorder):
+    async def test_loss_in_middle_of_reply_reaches_agent(self, start_conversation, recorder):
         """The agent gets the failure before its session closes."""
         talk = await start_conversation("drop_during")
 
@@ -218,8 +224,8 @@ class TestEachFault:
 
 
 class TestPolicy:
-    async def test_no_retry_is_the_plugin_alone(self, kind, start_conversation, recorder):
-        """Its own time-out, told after as many seconds; the late reply is counted."""
+    async def test_zero_retries_behave_as_plugin_alone(self, kind, start_conversation, recorder):
+        """The plugin's own timeout fails the reply, and the late reply is counted."""
         talk = await start_conversation(kind.late, max_retries=0)
 
         error, took = await talk.timed_reply()
@@ -231,8 +237,8 @@ class TestPolicy:
         assert 1 == late(recorder)
 
     @pytest.mark.parametrize("on_silence", ["listen", "restart"])
-    async def test_there_is_no_restart(self, on_silence, kind, start_conversation, recorder):
-        """It cannot be done here; listening is what is left."""
+    async def test_restart_only_listens(self, on_silence, kind, start_conversation, recorder):
+        """No restart exists here, so the adapter only listens."""
         talk = await start_conversation("silence", on_silence=on_silence)
 
         await talk.timed_reply()
@@ -241,8 +247,10 @@ class TestPolicy:
 
 
 class TestLateReplies:
-    async def test_is_counted_and_linked(self, request, start_conversation, recorder, caplog):
-        """Counted once, with one WARN record and an exemplar that lead to the failed reply."""
+    async def test_late_reply_is_counted_and_linked(
+        self, request, start_conversation, recorder, caplog
+    ):
+        """It counts once, with one WARN record and an exemplar that lead to the failed reply."""
         talk = await start_conversation("late:25")
 
         await talk.timed_reply()
@@ -272,8 +280,10 @@ def exemplars(recorder):
 
 @LISTENING
 class TestSomethingComesBetween:
-    async def test_a_newer_request(self, listening, kind, start_conversation, recorder):
-        """It takes the slot: the older one's caller is cancelled, not left waiting."""
+    async def test_newer_request_supersedes_reply(
+        self, listening, kind, start_conversation, recorder
+    ):
+        """It takes the slot, and the older caller is cancelled."""
         talk = await start_conversation("silence,ok")
         first = await talk.ask_plugin()
         await asyncio.sleep(kind.second if listening else 0.0)
@@ -284,7 +294,9 @@ class TestSomethingComesBetween:
         assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
         assert [] == getattr(talk.server, "cancels", [])
 
-    async def test_the_end_of_the_session(self, listening, kind, start_conversation, recorder):
+    async def test_session_close_fails_pending_reply(
+        self, listening, kind, start_conversation, recorder
+    ):
         """Closing the realtime session ends a pending reply."""
         talk = await start_conversation("silence")
         reply = await talk.ask_plugin()
@@ -298,8 +310,10 @@ class TestSomethingComesBetween:
 
 
 class TestWhatTheAgentSees:
-    async def test_it_closes_the_session(self, kind, start_conversation, recorder):
-        """The agent's session closes with a reply in mid-air, and nothing stays open."""
+    async def test_agent_close_while_listening_leaves_nothing_open(
+        self, kind, start_conversation, recorder
+    ):
+        """The agent's session closes with a reply in a window of listening."""
         talk = await start_conversation("silence")
         talk.session.generate_reply()
         await talk.received()
@@ -309,7 +323,7 @@ class TestWhatTheAgentSees:
         assert 1 == len(ended(recorder))
         assert 0 == recorder.open_spans
 
-    async def test_replies_in_turn(self, kind, start_conversation, recorder):
+    async def test_failed_reply_frees_slot_for_next(self, kind, start_conversation, recorder):
         """A failed reply leaves the slot free for the next."""
         talk = await start_conversation(f"silence,ok,{kind.late}")
 
@@ -324,7 +338,7 @@ class TestWhatTheAgentSees:
 class TestContract:
     """What both adapters rely on, in the installed plugins."""
 
-    async def test_the_time_out_leaves_another_slot_alone(self, kind, start_conversation):
+    async def test_plugin_timeout_leaves_our_future_in_slot(self, kind, start_conversation):
         """The plugin's own future fails then, and ours in the slot waits on and is resolved."""
         talk = await start_conversation(kind.late, bare=True)
         theirs = await talk.ask_plugin()
@@ -336,8 +350,8 @@ class TestContract:
         assert ours is getattr(talk.realtime, kind.slot)
         assert (await ours).user_initiated
 
-    async def test_what_is_being_spoken(self, start_conversation):
-        """It is in ``_current_generation``, with the stream that the future brings, until whole."""
+    async def test_current_generation_holds_stream_until_whole(self, start_conversation):
+        """``_current_generation`` holds the stream of the future until the reply is whole."""
         talk = await start_conversation("slow:1", bare=True)
         await talk.server.wait_for("connected")
         reply = await talk.realtime.generate_reply()

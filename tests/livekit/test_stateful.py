@@ -117,7 +117,7 @@ class Machine(RuleBasedStateMachine):
         budget = None if budget is None else traced_retry.RetryBudget(budget)
         self.policy = traced_retry.RetryPolicy(**policy, budget=budget)
         self.stepped.run(self.set_up())
-        self.stepped.switch_to(SETTLED if settled else None)
+        self.stepped.go_on(SETTLED if settled else None)
 
     async def set_up(self):
         """A server, and a session of the plugin's."""
@@ -166,7 +166,7 @@ class Machine(RuleBasedStateMachine):
             asked = Asked(name, self.stepped.now, future)
             self.asked.append(asked)
             future.add_done_callback(self.take)
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     def take(self, future):
         """Read what was asked for, as the agent does."""
@@ -207,7 +207,7 @@ class Machine(RuleBasedStateMachine):
         asked.shut()
         with self.stepped.standing():
             asked.future.cancel()
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.busy)
@@ -220,14 +220,14 @@ class Machine(RuleBasedStateMachine):
         self.stepped.wait(SETTLED)
         for asked in begun:
             asked.shut()
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.mortal and self.closing is None)
     def close(self, then):
         """The session is closed."""
         self.closing = self.stepped.loop.create_task(self.realtime.aclose())
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     # --- what the server does ------------------------------------------------------------------
 
@@ -320,7 +320,7 @@ class Machine(RuleBasedStateMachine):
         """Have the server do that."""
         with contextlib.suppress(ConnectionError):  # the client is about to leave
             self.stepped.run(coroutine)
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     # --- what must hold ------------------------------------------------------------------------
 
@@ -529,7 +529,7 @@ class AgentMachine(Machine):
         with self.stepped.standing(), contextlib.suppress(RuntimeError):  # it closes by itself
             handle = self.agent.generate_reply(instructions=name)
             self.asked.append(Asked(name, self.stepped.now, handle))
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
@@ -541,7 +541,7 @@ class AgentMachine(Machine):
             asked.future.interrupt()
         self.stepped.wait(SETTLED)
         asked.shut()
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.waiting and self.in_session)
@@ -554,7 +554,7 @@ class AgentMachine(Machine):
         self.stepped.wait(SETTLED)
         for asked in all_that:
             asked.shut()
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.mortal and not self.closing)
@@ -562,7 +562,7 @@ class AgentMachine(Machine):
         """The agent's session is closed."""
         self.interrupted = True
         self.closing = self.stepped.loop.create_task(self.agent.aclose())
-        self.stepped.switch_to(then)
+        self.stepped.go_on(then)
 
     # --- what must hold ------------------------------------------------------------------------
 
@@ -584,7 +584,7 @@ class AgentMachine(Machine):
             for reply in self.hook._open:
                 if self.stepped.now > reply._deadline:
                     assert reply.resolved
-                    assert reply._delivery.first_output
+                    assert reply._attempt.delivery.first_output
 
     @invariant()
     def books(self):
@@ -623,13 +623,13 @@ def run(machine, caplog, *, examples):
     assert {"succeeded", "recovered", "exhausted", "interrupted"} <= set(machine.seen)
 
 
-def test_the_plugin(caplog):
-    """Heard at most once, in time, nothing after an interruption, books that agree."""
+def test_plugin_session_keeps_promise_in_any_order(caplog):
+    """A reply is heard at most once and in time, never after its end, and the counts agree."""
     run(Machine, caplog, examples=60)
 
 
-def test_the_agent(caplog):
-    """The same above an AgentSession, which asks for one reply after the other."""
+def test_agent_session_keeps_promise_in_any_order(caplog):
+    """The same holds above an AgentSession, which requests one reply after the other."""
     run(AgentMachine, caplog, examples=40)
 
 
@@ -650,14 +650,14 @@ class TestSeldom:
     ANSWER = ("answer", {"which": 0, "message": False, "then": SETTLED})
 
     @pytest.mark.parametrize("machine", [Machine, AgentMachine])
-    def test_begun_and_silent(self, machine, caplog):
-        """A response that says nothing is ended by its id at the deadline: others may follow."""
+    def test_silent_response_is_cancelled_by_id_at_deadline(self, machine, caplog):
+        """A response without output is ended by its id, so that others may follow."""
         caplog.set_level("CRITICAL")
         play(machine(), self.BEGIN, self.ASK, self.ANSWER, ("wait", {"seconds": 10.0}))
 
     @pytest.mark.parametrize("machine", [Machine, AgentMachine])
-    def test_interrupted_between_two_attempts(self, machine, caplog):
-        """Nothing is asked again, and nothing is heard."""
+    def test_interruption_between_attempts_sends_nothing(self, machine, caplog):
+        """Nothing is requested again, and nothing is heard."""
         caplog.set_level("CRITICAL")
         how = {"how": "server_error", "word": False, "cut_in": True, "then": None}
         willing = ("be_willing", {"requests": 3})

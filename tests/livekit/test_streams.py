@@ -106,13 +106,13 @@ async def given():
 
 
 class TestWhenAllIsWell:
-    async def test_the_first_word_comes_in_the_same_turn(self):
-        """To relay costs no turn of the event loop."""
+    async def test_first_word_is_relayed_in_same_turn(self):
+        """The relay costs no turn of the event loop."""
         assert await _turns_to_the_first_word(relayed=False) == (
             await _turns_to_the_first_word(relayed=True)
         )
 
-    async def test_it_ends_as_the_plugin_ends_it(self, given):
+    async def test_streams_end_with_those_of_plugin(self, given):
         """Message, call and word pass, and each stream ends when its own does."""
         generation, streams, agent = given
         text = generation.begin_message()
@@ -128,8 +128,8 @@ class TestWhenAllIsWell:
 
         assert (["hello"], ["call"], 3) == (agent.words, agent.calls, agent.ended)
 
-    async def test_after_output_a_message_is_the_plugin_s_own(self):
-        """Nothing is wrapped that cannot be needed."""
+    async def test_message_after_output_is_not_wrapped(self):
+        """After the first output the agent gets the plugin's own message."""
         generation = Generation()
         streams = Streams(generation.event)
         streams.commit()
@@ -139,8 +139,8 @@ class TestWhenAllIsWell:
 
 
 class TestAnother:
-    async def test_goes_on_where_the_first_ended(self, given):
-        """The first ended with nothing in it; the agent noticed nothing."""
+    async def test_second_generation_continues_empty_first(self, given):
+        """The first generation ended empty, and the agent noticed nothing."""
         generation, streams, agent = given
         await turns()
         generation.end()
@@ -160,8 +160,8 @@ class TestAnother:
         assert ["item_2"] == [message.message_id for message in agent.ids]
         assert "resp_2" == generation.event.response_id
 
-    async def test_a_message_that_was_begun(self, given):
-        """It goes on, under the id of the one that is heard; a second one is a second one."""
+    async def test_open_message_continues_under_new_id(self, given):
+        """It continues under the id of the message that is heard, and a second one stays apart."""
         generation, streams, agent = given
         generation.begin_message("item_1")
         await turns()
@@ -182,8 +182,8 @@ class TestAnother:
         assert ["item_2", "item_3"] == [message.message_id for message in agent.ids]
         assert 4 == agent.ended
 
-    async def test_a_message_that_was_begun_and_a_call_instead(self, given):
-        """The next one only calls a tool: the message ends with nothing in it."""
+    async def test_open_message_ends_empty_if_next_only_calls_tool(self, given):
+        """The next generation only calls a tool, so the message ends empty."""
         generation, streams, agent = given
         generation.begin_message()
         await turns()
@@ -198,8 +198,8 @@ class TestAnother:
 
         assert ([], ["call"], 3) == (agent.words, agent.calls, agent.ended)
 
-    async def test_a_message_nobody_took_yet(self):
-        """The agent was slow; it is given the message of the generation that lives."""
+    async def test_message_not_taken_yet_is_replaced(self):
+        """A slow agent gets the message of the current generation."""
         generation = Generation()
         streams = Streams(generation.event)
         generation.begin_message("item_1")
@@ -210,8 +210,8 @@ class TestAnother:
 
         assert "item_2" == (await anext(generation.event.message_stream)).message_id
 
-    async def test_again_and_again(self, given):
-        """Three that fail, each with a message begun, and one that speaks."""
+    async def test_several_failed_generations_continue_in_one(self, given):
+        """Three generations fail, each with an open message, and the fourth speaks."""
         generation, streams, agent = given
         for number in range(1, 4):
             generation.begin_message(f"item_{number}")
@@ -233,8 +233,8 @@ class TestAnother:
 class TestNoOther:
     @pytest.mark.parametrize("begun", [True, False])
     @pytest.mark.parametrize("ended", [True, False])
-    async def test_the_streams_end(self, given, begun, ended):
-        """Whether the plugin ended its own or never will."""
+    async def test_streams_end_if_no_generation_follows(self, given, begun, ended):
+        """The streams end, even if the plugin never ends its own."""
         generation, streams, agent = given
         if begun:
             generation.begin_message()
@@ -246,8 +246,8 @@ class TestNoOther:
 
         assert 2 + begun == agent.ended
 
-    async def test_what_the_plugin_still_says_goes_nowhere(self, given):
-        """It speaks on, as if nothing were: no error, and nothing heard."""
+    async def test_output_after_end_is_dropped(self, given):
+        """The plugin continues to speak without an error, and nothing is heard."""
         generation, streams, agent = given
         text = generation.begin_message()
         await turns()
@@ -260,8 +260,8 @@ class TestNoOther:
 
         assert ([], []) == (agent.words, agent.calls)
 
-    async def test_what_was_heard_goes_on(self, given):
-        """The reply ended with its first words; the rest is the plugin's to end."""
+    async def test_output_continues_after_first_words(self, given):
+        """The reply ended with its first words, and the plugin ends the rest."""
         generation, streams, agent = given
         text = generation.begin_message()
         await turns()

@@ -187,8 +187,8 @@ async def ask(recorder, monkeypatch):
         ("late:3,ok", "reply 2", "recovered", 2),
     ],
 )
-async def test_heard_once(script, words, outcome, attempts, ask, recorder):
-    """The loop, the spans and the counters are there without a line about ToyTalk in them."""
+async def test_recovered_reply_is_heard_once(script, words, outcome, attempts, ask, recorder):
+    """The loop, the spans and the counters work without a line about ToyTalk in them."""
     session = await ask(script)
 
     generation = await session.generate_reply()
@@ -204,8 +204,8 @@ async def test_heard_once(script, words, outcome, attempts, ask, recorder):
     )
 
 
-async def test_lost(ask, recorder):
-    """And its failure is known within the deadline."""
+async def test_lost_reply_fails_within_deadline(ask, recorder):
+    """A lost reply fails within the deadline."""
     session = await ask("silence")
 
     with pytest.raises(llm.RealtimeError):
@@ -214,7 +214,7 @@ async def test_lost(ask, recorder):
     assert "exhausted" == recorder.replies[0]["traced_retry.outcome"]
 
 
-def test_words_it_does_not_know():
-    """The simulator says which it does."""
+def test_unknown_fault_is_refused():
+    """The simulator's error lists the faults that it knows."""
     with pytest.raises(ScriptError, match="'quota' means nothing to ToySimulator"):
         ToySimulator("quota")

@@ -34,10 +34,10 @@ def provider():
 class TestEachFault:
     @pytest.mark.parametrize("thinks", [True, False])
     @pytest.mark.parametrize(("script", "heard_late"), [("late:7", 0), ("late:25", 1)])
-    async def test_a_server_that_thinks_first(
+    async def test_reply_of_thinking_server_is_late_only_by_first_word(
         self, script, heard_late, thinks, start_conversation, recorder
     ):
-        """The generation exists before the agent is told of failure; its first word counts."""
+        """The generation exists before the agent's failure, and its first word counts."""
         talk = await start_conversation(script, simulator=partial(UltravoxSimulator, thinks=thinks))
 
         await talk.timed_reply()
@@ -47,8 +47,8 @@ class TestEachFault:
         assert heard_late == late(recorder)
 
     @pytest.mark.parametrize("bare", [True, False])
-    async def test_a_server_that_comes_up_late(self, bare, start_conversation, recorder):
-        """The plugin calls again each second, and sends what waited: heard once, and no failure.
+    async def test_server_that_starts_late_is_heard_once(self, bare, start_conversation, recorder):
+        """The plugin calls again each second, and sends the waiting request once.
 
         Alone it reports the failure after 5 s, and the reply is heard nevertheless.
         """
@@ -88,8 +88,8 @@ class TestCutShort:
         await talk.settle(1)
         return handle
 
-    async def test_a_loss_that_no_event_tells_of(self, start_conversation, recorder):
-        """What cannot be sent makes the plugin open another call, and say nothing."""
+    async def test_loss_without_event_fails_reply_in_progress(self, start_conversation, recorder):
+        """A message that cannot be sent makes the plugin open another call without an event."""
         talk = await start_conversation("slow:5,ok")
         handle = await self.speaking(talk)
         talk.realtime._send_client_event({"unsendable": object()})
@@ -101,8 +101,8 @@ class TestCutShort:
         assert isinstance(handle.exception(), llm.RealtimeError)
         assert None is await talk.reply()
 
-    async def test_a_new_call_on_purpose(self, start_conversation, recorder):
-        """New instructions do the same: heard as far as the caller let it."""
+    async def test_new_instructions_count_reply_as_heard(self, start_conversation, recorder):
+        """New instructions make the plugin open another call, and the reply counts as heard."""
         talk = await start_conversation("slow:5")
         handle = await self.speaking(talk)
         await talk.realtime.update_instructions("other")
@@ -113,8 +113,8 @@ class TestCutShort:
         assert None is handle.exception()
         assert 0 == recorder.open_spans
 
-    async def test_by_a_tool(self, start_conversation, recorder):
-        """Words and then a call of a tool: the plugin ends the reply there, and it was heard."""
+    async def test_tool_call_after_words_ends_reply_as_heard(self, start_conversation, recorder):
+        """The plugin ends the reply at the call of a tool, and the reply was heard."""
         talk = await start_conversation("slow:5")
         await self.speaking(talk)
         (call,) = talk.server._open
@@ -126,8 +126,8 @@ class TestCutShort:
 
 
 class TestPolicy:
-    async def test_one_retry_listens_to_the_deadline(self, start_conversation, recorder):
-        """Listening costs nothing; to give up before would only make the reply a late one."""
+    async def test_one_retry_listens_until_deadline(self, start_conversation, recorder):
+        """Listening costs nothing, and an earlier end would only make the reply a late one."""
         talk = await start_conversation("late:18", max_retries=1)
 
         assert (None, 18.0) == await talk.timed_reply()
@@ -136,8 +136,8 @@ class TestPolicy:
         assert LISTENS[:2] == actions(recorder)
         assert ["reply 1"] == talk.heard
 
-    async def test_an_attempt_timeout(self, start_conversation, recorder):
-        """A shorter one makes more windows; the plugin's own time-out leaves our slot alone."""
+    async def test_attempt_timeout_adds_windows(self, start_conversation, recorder):
+        """Shorter windows are more, and the plugin's own timeout leaves our slot unchanged."""
         talk = await start_conversation("late:7", attempt_timeout=2.0)
 
         assert (None, 7.0) == await talk.timed_reply()
@@ -149,8 +149,8 @@ class TestPolicy:
     @pytest.mark.parametrize(
         ("script", "heard"), [("silence,ok", ["reply 2"]), ("late:12,ok", ["reply 2", "reply 1"])]
     )
-    async def test_resend_is_at_least_once(self, script, heard, start_conversation, recorder):
-        """The user's explicit choice: a lost request recovers, and a slow one is heard twice."""
+    async def test_resend_hears_slow_reply_twice(self, script, heard, start_conversation, recorder):
+        """By the user's explicit choice a lost request recovers, and a slow one is heard twice."""
         talk = await start_conversation(script, on_silence="resend")
 
         error, _ = await talk.timed_reply()
@@ -165,8 +165,8 @@ class TestPolicy:
         ("kind", "action"),
         [("timeout", "listen"), ("connection_lost", "listen"), ("server_error", None)],
     )
-    async def test_only_silence_is_listened_to(self, kind, action, start_conversation):
-        """After anything else the plugin might say, nothing is known to be safe."""
+    async def test_adapter_listens_only_after_silence(self, kind, action, start_conversation):
+        """After any other failure no action is known to be safe."""
         talk = await start_conversation("ok")
         request = talk.realtime._traced_retry._adapter.request(None)
 
@@ -175,8 +175,8 @@ class TestPolicy:
 
 class TestLateReplies:
     @pytest.mark.parametrize("event", ["playback_clear_buffer", "another request"])
-    async def test_an_answer_to_something_else_is_not(self, event, start_conversation, recorder):
-        """What the server says after the caller spoke, or was asked again, answers that."""
+    async def test_answer_to_other_request_is_not_late(self, event, start_conversation, recorder):
+        """A reply after the caller spoke, or after the next request, answers that."""
         talk = await start_conversation("silence,ok")
         await talk.timed_reply()
         if event == "another request":
@@ -191,8 +191,8 @@ class TestLateReplies:
         assert 1 == len(talk.heard)
         assert 0 == late(recorder)
 
-    async def test_an_answer_to_what_was_interrupted_is_not(self, start_conversation, recorder):
-        """It was asked again and then interrupted: a reply now may answer either."""
+    async def test_reply_after_interrupted_request_is_not_late(self, start_conversation, recorder):
+        """A request followed and was interrupted, so a reply now may answer either."""
         talk = await start_conversation("silence,late:3")
         await talk.timed_reply()
         (await talk.ask_plugin()).cancel()
@@ -201,7 +201,7 @@ class TestLateReplies:
         assert ["reply 2"] == talk.heard
         assert 0 == late(recorder)
 
-    async def test_what_is_said_verbatim_is_not(self, start_conversation, recorder):
+    async def test_say_after_failure_is_not_late(self, start_conversation, recorder):
         """say() after the failure is no late reply."""
         talk = await start_conversation("silence")
         if not talk.realtime.capabilities.supports_say:
@@ -215,8 +215,10 @@ class TestLateReplies:
 
 class TestInterruption:
     @pytest.mark.parametrize("after", [1.0, 8.0], ids=["in the attempt", "while listening"])
-    async def test_barge_in(self, after, start_conversation, recorder):
-        """Over at once, and nothing is sent: the caller speaks, and the server hears that."""
+    async def test_interruption_ends_reply_and_sends_nothing(
+        self, after, start_conversation, recorder
+    ):
+        """The caller speaks, and the server hears that, so nothing is sent."""
         talk = await start_conversation("silence")
         handle = talk.session.generate_reply()
         await talk.received()
@@ -233,8 +235,8 @@ class TestInterruption:
         assert 0 == late(recorder)
         assert 0 == recorder.open_spans
 
-    async def test_the_plugin_alone_asks_for_one_more(self, start_conversation):
-        """Its empty immediate message lacks deferResponse: by the protocol, one more request."""
+    async def test_plugin_alone_requests_another_reply(self, start_conversation):
+        """Its empty immediate message lacks deferResponse, which is a request by the protocol."""
         talk = await start_conversation("silence,ok", bare=True)
         handle = talk.session.generate_reply()
         await talk.received()
@@ -246,8 +248,8 @@ class TestInterruption:
         assert [None] == talk.server.cancels
         assert ["reply 2"] == talk.heard
 
-    async def test_a_late_reply_after_it_is_not_counted(self, start_conversation, recorder):
-        """Nobody was told of failure."""
+    async def test_reply_after_interruption_is_not_late(self, start_conversation, recorder):
+        """The interruption is no failure, so a reply after it is not a late one."""
         talk = await start_conversation("late:7")
         reply = await talk.ask_plugin()
         reply.cancel()
@@ -256,8 +258,8 @@ class TestInterruption:
         assert [("interrupted", "interrupted")] == ended(recorder)
         assert 0 == late(recorder)
 
-    async def test_cancelled_and_superseded_at_once(self, start_conversation, recorder):
-        """The cancel of the older one leaves the newer one's slot alone."""
+    async def test_cancel_of_older_reply_keeps_slot_of_newer(self, start_conversation, recorder):
+        """The cancel of the older reply leaves the newer one's slot unchanged."""
         talk = await start_conversation("silence,ok")
         first = await talk.ask_plugin()
         first.cancel()
@@ -267,8 +269,8 @@ class TestInterruption:
         await talk.settle(1)
         assert ["interrupted", "succeeded"] == [end for end, _ in ended(recorder)]
 
-    async def test_a_restart_supersedes(self, start_conversation, recorder):
-        """New instructions make the plugin open a new call; the old one's request is dropped."""
+    async def test_new_instructions_supersede_pending_reply(self, start_conversation, recorder):
+        """The plugin opens a new call and drops the request of the old one."""
         talk = await start_conversation("silence")
         reply = await talk.ask_plugin()
         await asyncio.sleep(8)
@@ -280,8 +282,8 @@ class TestInterruption:
 
 
 class TestWhatTheAgentSees:
-    async def test_streams_are_those_of_the_plugin(self, start_conversation):
-        """A reply that came while listening is handed over untouched."""
+    async def test_agent_gets_streams_of_plugin(self, start_conversation):
+        """The agent gets the plugin's own streams of a reply that came while listening."""
         talk = await start_conversation("late:7")
         made = []
         talk.realtime.on("generation_created", made.append)
@@ -302,7 +304,7 @@ class TestWhatTheAgentSees:
 class TestContract:
     """What the adapter relies on, in the installed plugin."""
 
-    async def test_the_slot_needs_its_epoch(self, start_conversation):
+    async def test_slot_without_epoch_is_never_resolved(self, start_conversation):
         """Without the epoch beside it a future in the slot is never resolved."""
         talk = await start_conversation("ok", bare=True)
         slot = talk.realtime._pending_generation_fut = asyncio.Future()
@@ -313,7 +315,7 @@ class TestContract:
 
         assert not slot.done()
 
-    async def test_an_empty_slot_keeps_a_cancel_quiet(self, start_conversation):
+    async def test_cancel_with_empty_slot_sends_nothing(self, start_conversation):
         """The plugin sends its empty message only for the future in the slot."""
         talk = await start_conversation("silence", bare=True)
         theirs = await talk.ask_plugin()
@@ -323,8 +325,8 @@ class TestContract:
 
         assert [] == talk.server.cancels
 
-    async def test_a_generation_is_created_first_and_uninitiated(self, start_conversation):
-        """So the agent reads the same streams with a handle of its own."""
+    async def test_generation_is_announced_before_future_resolves(self, start_conversation):
+        """The event is not user-initiated, so the agent reads the streams with its own handle."""
         talk = await start_conversation("ok", bare=True)
         made = []
         reply = talk.realtime.generate_reply()
@@ -335,8 +337,8 @@ class TestContract:
 
         assert [(False, False)] == made
 
-    async def test_refusals_are_told_in_words(self, start_conversation):
-        """``HTTP 401: ...``, and no attribute tells the status."""
+    async def test_refused_connection_has_status_in_text(self, start_conversation):
+        """The error's text is ``HTTP 401: ...``, and no attribute holds the status."""
         talk = await start_conversation("unauthorized", bare=True)
         errors = []
         talk.realtime.on("error", errors.append)
@@ -345,8 +347,8 @@ class TestContract:
         assert [False] == [e.recoverable for e in errors]
         assert str(errors[0].error).startswith("HTTP 401")
 
-    async def test_an_event_comes_before_its_effect(self, start_conversation):
-        """So a new call is seen while what the old one was saying is still there."""
+    async def test_event_comes_before_its_effect(self, start_conversation):
+        """A new call is seen while the output of the old one still exists."""
         talk = await start_conversation("slow:5", bare=True)
         seen = []
         talk.realtime.on(

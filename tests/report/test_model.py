@@ -84,14 +84,3 @@ def test_silence_added():
     assert None is reply(first).silence_added
     assert None is reply(first, second, outcome=None).silence_added
     assert None is reply(first, attempt_count=2).silence_added
-
-
-def test_time_spent():
-    """In attempts, and waiting."""
-    first, second = Attempt(1, 0.0, 1.0), Attempt(2, 4.0, 10.0, delay=3.0)
-
-    assert (7.0, 3.0) == (
-        reply(first, second).attempt_seconds,
-        reply(first, second).waiting_seconds,
-    )
-    assert 3.5 == reply(first, second, delay_total=3.5).waiting_seconds

@@ -84,7 +84,7 @@ class TestRealReplies:
         reply = await store.run(LIMITED, cancel_at=1.0)
 
         assert reply.ended_in_wait
-        assert 1.0 == reply.waiting_seconds
+        assert 1.0 == reply.delay_total
         assert 1.0 == reply.steps[-1].seconds
 
     async def test_as_dict(self, store):

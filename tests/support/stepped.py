@@ -100,7 +100,7 @@ class SteppedLoop:
         self.loop.call_later(seconds, self.loop.stop)
         self.loop.run_forever()
 
-    def switch_to(self, then):
+    def go_on(self, then):
         """Nothing (None), a ``"turn"``, or so many seconds."""
         if then == "turn":
             self.turn()

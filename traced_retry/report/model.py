@@ -136,18 +136,6 @@ class Reply:
         return tuple(a.code for a in self.attempts if a.code is not None)
 
     @property
-    def attempt_seconds(self) -> float:
-        """Time spent in attempts."""
-        return sum(a.seconds for a in self.attempts)
-
-    @property
-    def waiting_seconds(self) -> float:
-        """Time spent waiting between attempts."""
-        if self.delay_total is not None:
-            return self.delay_total
-        return sum(a.delay or 0.0 for a in self.attempts)
-
-    @property
     def silence_added(self) -> float | None:
         """Seconds of silence that retrying added: all but the last attempt.
 
