@@ -176,9 +176,8 @@ def pipeline(recorder):
 
 
 def messages(caplog):
-    """Return all log messages, except those of the metric exporter that another test may leave."""
-    logged = [record.getMessage() for record in caplog.records]
-    return [message for message in logged if "cannot deliver metrics" not in message]
+    """Return the messages of all log records, at any level and from any logger."""
+    return [record.getMessage() for record in caplog.records]
 
 
 @pytest.fixture
@@ -218,7 +217,8 @@ def test_a_status_is_the_reason(pipeline, caplog, status, reason):
         pipe.make(12)
         pipe.close()
     assert pipe.dropped == {("otlp", reason): 42}
-    begins, sums = messages(caplog)
+    # Another test's metric exporter may log in this process.
+    begins, sums = [message for message in messages(caplog) if "metrics" not in message]
     assert begins.startswith(f"exporter otlp drops spans ({reason}); replies go on")
     assert sums == f"exporter otlp dropped 42 span(s): {reason} 42"
 
