@@ -124,7 +124,9 @@ _STATUS: Final[dict[int, Kind]] = {
 }
 
 _CODE: Final = re.compile(r"[A-Za-z][\w.:/-]{0,99}|\d{3,5}")
-_KEY: Final = re.compile(r"(?i)^(sk|pk|rk|gsk|xai|key|token|bearer|eyj|aiza|akia)[-_.\d]|(?=[a-z_]*\d)\w{24}")
+_KEY: Final = re.compile(
+    r"(?i)^(sk|pk|rk|gsk|xai|key|token|bearer|eyj|aiza|akia)[-_.\d]|(?=[a-z_]*\d)\w{24}"
+)
 """Strings that look like an API key: a usual prefix, or 24 letters and digits in a row."""
 _LARGEST_CODE: Final = 100_000
 _LARGEST_STATUS: Final = 599
@@ -207,7 +209,9 @@ def explain(error: BaseException) -> Failure:
     return Failure(error, kind, recoverable, code, _retry_after(error))
 
 
-def kind_of(code: object, type_: object = None, status: object = None, message: object = None) -> Kind:
+def kind_of(
+    code: object, type_: object = None, status: object = None, message: object = None
+) -> Kind:
     """Classify a failure by the first of these that is known.
 
     1. the exact code,
@@ -335,4 +339,3 @@ def copy_error(failure: Failure) -> Failure:
     except Exception:  # noqa: BLE001 - a class may forbid a copy or an attribute
         return failure
     return replace(failure, error=copied)
-
