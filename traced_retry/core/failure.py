@@ -66,6 +66,7 @@ CODES: Final[dict[str, Kind]] = {
     "engine_overloaded": "overloaded",
     "server_overloaded": "overloaded",
     "overloaded_error": "overloaded",
+    "overloaded": "overloaded",
     "service_unavailable": "overloaded",
     "rate_limit_exceeded": "rate_limit",
     "inference_rate_limit_exceeded": "rate_limit",
@@ -125,7 +126,7 @@ _STATUS: Final[dict[int, Kind]] = {
 
 _CODE: Final = re.compile(r"[A-Za-z][\w.:/-]{0,99}|\d{3,5}")
 _KEY: Final = re.compile(
-    r"(?i)^(sk|pk|rk|gsk|xai|key|token|bearer|eyj|aiza|akia)[-_.\d]|(?=[a-z_]*\d)\w{24}"
+    r"^(?i:sk|pk|rk|gsk|xai|ghp|hf)[-_]|^(?:eyJ|AIza|AKIA)|(?=[A-Za-z_]*\d)\w{24}"
 )
 """Strings that look like an API key: a usual prefix, or 24 letters and digits in a row."""
 _LARGEST_CODE: Final = 100_000
@@ -136,15 +137,14 @@ _MESSAGES: Final[tuple[tuple[re.Pattern[str], Kind], ...]] = (
     (re.compile(r"(?i)rate limit|too many requests"), "rate_limit"),
 )
 """Messages that decide if there is no code."""
+_UNIT: Final = r"(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|)(?![a-z])"
 _WAIT: Final = re.compile(
     r"(?i)\b(?:try(?:ing)? again|retry(?:ing)?)[\s-]*(?:in|after)[:\s]*"
-    r"((?:\d{1,9}(?:\.\d{1,9})?\s*"
-    r"(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h)?(?![a-z])[\s,]*)+)"
+    rf"((?:\d++(?:\.\d++)?\s*{_UNIT}[\s,]*)+)"
 )
-_PART: Final = re.compile(
-    r"(?i)(\d{1,9}(?:\.\d{1,9})?)\s*"
-    r"(milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|)(?![a-z])"
-)
+_PART: Final = re.compile(rf"(?i)(\d++(?:\.\d++)?)\s*({_UNIT})")
+_LONGEST_WAIT: Final = 1e9
+"""Seconds. Python reads 400 digits as an infinite float."""
 _PASSING_BUILTINS: Final = (OSError, EOFError)
 
 
@@ -277,7 +277,8 @@ def wait_in(text: object) -> float | None:
     if found is None:
         return None
     parts = _PART.findall(found[1])
-    return sum(float(number) * _seconds_per(unit.lower()) for number, unit in parts) or None
+    seconds = sum(float(number) * _seconds_per(unit.lower()) for number, unit in parts)
+    return min(seconds, _LONGEST_WAIT) or None
 
 
 def _seconds_per(unit: str) -> float:

@@ -211,7 +211,7 @@ def classify_event(event: llm.RealtimeModelError) -> Failure:
     """Classify a session's ``error`` event by the provider's code or an HTTP status."""
     what, error = "the realtime session failed", event.error
     body = getattr(error, "body", None)
-    if read_error(body).code is not None:
+    if not isinstance(body, str) and read_error(body).kind != "unknown":
         return failure_from_error(body, what)
     source: BaseException | None = error
     while source is not None:  # A plugin's error may wrap its SDK's, which wraps HTTP's.
@@ -219,9 +219,8 @@ def classify_event(event: llm.RealtimeModelError) -> Failure:
         if found.kind not in ("unknown", "bug"):
             return failure_from_event(found.kind, what, retry_after=found.retry_after)
         source = source.__cause__
-    return failure_from_event(
-        "connection_lost" if isinstance(error, APIConnectionError) else "unknown", what
-    )
+    kind: Kind = "connection_lost" if isinstance(error, APIConnectionError) else "unknown"
+    return failure_from_event(kind, what, None if isinstance(body, str) else read_error(body).code)
 
 
 def plain_provider(provider: str) -> str:

@@ -56,7 +56,10 @@ def read_error(source: object, reason: object = None) -> ProviderError:
     if isinstance(source, str):
         code = source
     kind = kind_of(code, type_, message=message)
-    plain = plain_code(code) or plain_code(type_) or plain_code(reason)
+    plain = plain_code(code)
+    if plain is None and kind == kind_of(None, type_):
+        # Otherwise the message decided, and the type would contradict it.
+        plain = plain_code(type_) or plain_code(reason)
     if kind == "unknown":
         kind = kind_of(plain)
     return ProviderError(kind, plain, wait_in(message))

@@ -174,7 +174,7 @@ class OpenAIAdapter(Adapter):
         # One at a time: the plugin knows only the latest. xAI's server leaves one in flight where
         # it begins another, and tells no end of it.
         response_id = text(response.get("id"))
-        self.active = {response_id}
+        self.active = {response_id} if response_id else set()
         left, self._speaking = self._speaking, {}
         for earlier in left.values():
             if earlier.delivered is not None:
@@ -185,8 +185,9 @@ class OpenAIAdapter(Adapter):
             self.echoes = True
         elif self._unanswered_turns:
             self._unanswered_turns -= 1  # The server answers the caller by itself.
-        elif self.echoes is None and self.open and asked_by not in self._abandoned:
-            self._stop_sending_again()
+        elif asked_by not in self._abandoned:
+            for request in self.open:
+                request.may_be_answered = True
         if asker is not None:
             self._speaking[response_id] = asker
             asker.delivered = Delivery()
@@ -195,8 +196,12 @@ class OpenAIAdapter(Adapter):
             del self._abandoned[asked_by]
             self.session._discarded_event_ids.add(asked_by)  # type: ignore[attr-defined]
 
-    def _stop_sending_again(self) -> None:
-        """Treat the server as one without ids, because a response lacks the id of its request.
+    def sent(self) -> None:
+        """Forget the caller's earlier turns, because the server answers a turn at once."""
+        self._unanswered_turns = 0
+
+    def stop_sending_again(self) -> None:
+        """Treat the server as one without ids, because a response lacked the id of its request.
 
         Such a response cannot be matched to its request. If the request were sent again, the caller
         could hear a second reply.
@@ -276,6 +281,8 @@ class OpenAIRequest(PassthroughRequest):
         self._adapter = adapter
         self.ids: set[str] = set()
         """The ids under which the current attempt was sent."""
+        self.may_be_answered = False
+        """Whether a response without any id began while the current attempt was open."""
         self.delivered: Delivery | None = None
         """Set once the server has created the response."""
         self._losses = 0
@@ -289,6 +296,8 @@ class OpenAIRequest(PassthroughRequest):
         """Send it, and learn its id."""
         before = self._adapter.pending()
         self._losses = self._adapter.connection_losses
+        self.may_be_answered = False
+        self._adapter.sent()
         attempt = self.call()
         self.ids = self._adapter.pending() - before
         self._current = attempt
@@ -305,6 +314,7 @@ class OpenAIRequest(PassthroughRequest):
         raw = next((errors.pop(id_) for id_ in self.ids if id_ in errors), None)
         why = explain(error)
         if raw is not None:
+            self.may_be_answered = False  # The server rejected this request.
             found = read_error(raw)
             why = failure(error, found.kind, code=found.code or why.code)
         elif why.code is None and isinstance(error, llm.RealtimeError):
@@ -319,7 +329,13 @@ class OpenAIRequest(PassthroughRequest):
         return timeout_failure(seconds, "timeout" if self._adapter.connected else "connection_lost")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """The id makes sending again safe; a subclass that sends later than asked hides it."""
+        """Return "send" if the id makes that safe.
+
+        There is no id if a subclass of the plugin sends later than asked. An id is of no use if the
+        server does not echo it.
+        """
+        if self._adapter.echoes is None and self.may_be_answered:
+            self._adapter.stop_sending_again()
         return "send" if self.ids and self._adapter.echoes is not False else None
 
     def ready(self) -> bool:
