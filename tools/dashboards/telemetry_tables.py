@@ -106,7 +106,7 @@ def _record(telemetry: Telemetry, target: Target) -> None:
     ):
         reply = telemetry.reply(target)
         reply.begin()
-        attempt = Attempt(1, "send", 0.0, 0.0)
+        attempt = Attempt(1, "send", 0.0, 0.0, 0.0)
         reply.attempt_began(attempt)
         attempt.result, attempt.next_action, attempt.next_delay = result, then, 0.1
         attempt.failure = failed if result == "failed" else None

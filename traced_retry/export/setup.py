@@ -264,7 +264,7 @@ def _resource(service_name: str) -> Resource:
 
 def _local_store(service_name: str) -> SdkSetup:
     resource = _resource(service_name)
-    path = new_store(str(resource.attributes[SERVICE_NAME]).replace(os.sep, "-"))
+    path = new_store(str(resource.attributes[SERVICE_NAME]))
     try:
         exporter = StoreExporter(path)
     except OSError as error:
