@@ -335,7 +335,7 @@ class TestOwnFault:
         monkeypatch.setattr(OpenAIRequest, method, broken)
 
         future = talk.realtime.generate_reply()
-        await asyncio.wait([future], timeout=0.1)
+        await asyncio.wait([future], timeout=1.1)
 
         raised = future.exception()
         assert isinstance(raised, llm.RealtimeError)
