@@ -308,6 +308,17 @@ TYPOS = {
 }
 
 
+IN_EXPORTER = """
+file_format: '1.0'
+tracer_provider:
+  processors:
+    - batch:
+        exporter:
+          otlp_http:
+            {}
+"""
+
+
 class TestTypos:
     @pytest.mark.parametrize("change", TYPOS, ids=lambda change: change[1].strip().split("\n")[-1])
     def test_the_error_names_file_key_and_what_is_allowed(self, change, edited):
@@ -345,16 +356,8 @@ class TestTypos:
             (".yaml", f"{KEY}: {'[' * 3000}"),
             (".json", f'{{"headers": "{KEY}" "x"}}'),
             (".json", f'{{"headers": "{KEY}\n"}}'),
-            (
-                ".yaml",
-                "file_format: '1.0'\ntracer_provider: {processors: [{batch: {exporter: {otlp_http: "
-                f"{{headers: [{{{KEY}: x}}]}}}}}}}}]}}",
-            ),
-            (
-                ".yaml",
-                "file_format: '1.0'\ntracer_provider: {processors: [{batch: {exporter: {otlp_http: "
-                f"{{compression: {KEY}}}}}}}}}]}}",
-            ),
+            (".yaml", IN_EXPORTER.format(f"headers: [{{{KEY}: x}}]")),
+            (".yaml", IN_EXPORTER.format(f"compression: {KEY}")),
         ],
     )
     @pytest.mark.parametrize("start", ["enable", "instrument"])

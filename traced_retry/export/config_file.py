@@ -183,9 +183,13 @@ def _describe_error(error: Exception) -> str:
         return f"line {mark.line + 1} is no YAML: {without_quotes(getattr(cause, 'problem', ''))}"
     if isinstance(cause, json.JSONDecodeError):
         return f"line {cause.lineno} is no JSON: {cause.msg}"
-    validator = getattr(cause, "validator", None)
-    if validator is None:
+    if getattr(cause, "validator", None) is None:
         return without_quotes(error)
+    return _describe_schema_error(cause)
+
+
+def _describe_schema_error(cause: object) -> str:
+    validator = getattr(cause, "validator", None)
     instance, schema = getattr(cause, "instance", None), getattr(cause, "schema", {})
     at = ".".join(str(part) for part in getattr(cause, "absolute_path", ())) or "the top level"
     if validator == "additionalProperties":
