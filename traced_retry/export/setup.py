@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from opentelemetry import metrics, trace
@@ -118,6 +118,7 @@ def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
     from traced_retry.export.config_file import (  # noqa: PLC0415
         ConfigurationFileError,
         extract_batch_processors,
+        without_quotes,
     )
 
     policy = declared.options.policy()
@@ -129,7 +130,9 @@ def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
     try:
         batches = extract_batch_processors(model)
         configure_sdk(model)
-    except (ConfigurationError, OSError) as error:  # a missing package, a store not writable
+    except ConfigurationError as error:  # a missing package
+        raise ConfigurationFileError(f"{declared.path}: {without_quotes(error)}") from None
+    except OSError as error:  # a store that is not writable
         raise ConfigurationFileError(f"{declared.path}: {error}") from None
     # Handlers run in reverse order at exit, and the SDK would begin with its meter provider, for up
     # to 30 s. Shut the span processors down first, because the metrics must include spans dropped
@@ -276,11 +279,22 @@ def _local_store(service_name: str) -> SdkSetup:
             error.strerror,
         )
         return SdkSetup(f"nowhere: {path} cannot be written")
-    trace.set_tracer_provider(_store_provider(exporter, resource))
+    tracer_provider = TracerProvider(resource=resource)
+    tracer_provider.add_span_processor(store_processor(exporter))
+    trace.set_tracer_provider(tracer_provider)
     return SdkSetup(str(path))
 
 
-def store_providers(path: Path, service_name: str) -> tuple[TracerProvider, MeterProvider]:
+class StoreProviders(NamedTuple):
+    """Providers with a local store."""
+
+    tracer_provider: TracerProvider
+    meter_provider: MeterProvider
+    store: BoundedSpanProcessor
+    """The processor of the local store alone."""
+
+
+def store_providers(path: Path, service_name: str) -> StoreProviders:
     """Create providers that store spans in ``path``, and also send to the endpoints of ``OTEL_*``.
 
     The global providers stay as they are.
@@ -309,20 +323,14 @@ def store_providers(path: Path, service_name: str) -> tuple[TracerProvider, Mete
     # Create the meter provider first. Providers shut down in reverse order, and the metrics must
     # include spans dropped during shutdown.
     meter_provider = MeterProvider(readers, resource=resource)
-    tracer_provider = _store_provider(exporter, resource, meter_provider)
+    tracer_provider = TracerProvider(resource=resource)
+    store = store_processor(exporter, meter_provider)
+    tracer_provider.add_span_processor(store)
     if endpoint("TRACES"):
         tracer_provider.add_span_processor(
             BoundedSpanProcessor(_span_exporter("otlp"), "otlp", meter_provider=meter_provider)
         )
-    return tracer_provider, meter_provider
-
-
-def _store_provider(
-    exporter: StoreExporter, resource: Resource, meter_provider: MeterProvider | None = None
-) -> TracerProvider:
-    tracer_provider = TracerProvider(resource=resource)
-    tracer_provider.add_span_processor(store_processor(exporter, meter_provider))
-    return tracer_provider
+    return StoreProviders(tracer_provider, meter_provider, store)
 
 
 def has_meter_provider() -> bool:
