@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from traced_retry.core.failure import Failure
+from traced_retry.core.failure import MAX_RETRY_AFTER, Failure
 
 
 class SessionCooldown:
@@ -18,5 +18,6 @@ class SessionCooldown:
 
     def update(self, failure: Failure, now: float) -> None:
         """Extend the cooldown if ``failure`` asks for a later time than the current one."""
-        if failure.retry_after and now + failure.retry_after > self.until:
-            self.until, self.failure = now + failure.retry_after, failure
+        until = now + min(failure.retry_after or 0.0, MAX_RETRY_AFTER)
+        if failure.retry_after and until > self.until:
+            self.until, self.failure = until, failure

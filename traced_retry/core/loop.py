@@ -144,7 +144,8 @@ class Reply(Driver, Generic[T]):
         self._trace.begin(self._began)
         if self._policy.budget is not None:
             self._policy.budget.earn(self._trace.target.provider, self._loop.time)
-        if self._cooldown.until <= self._began:
+        # A cooldown beyond the deadline does not hold a reply back, so each reply is sent once.
+        if not self._began < self._cooldown.until < self._deadline:
             self._send("send", 0.0)
         self._step()
         future = self._future
@@ -225,13 +226,11 @@ class Reply(Driver, Generic[T]):
             self._send(action, self._end_wait())
 
     def _await_cooldown(self) -> Generator[float | None, None, bool]:
-        """Wait until the provider accepts requests again. Return False if that takes too long."""
+        """Wait until the provider accepts requests again. Return False if the reply ended."""
         failure = self._cooldown.failure
         assert failure is not None
         failure = copy_error(failure)
-        stop: semconv.StopReason | None = "deadline"
-        if self._cooldown.until < self._deadline:
-            stop = yield from self._wait_until_ready("send", 0.0)
+        stop = yield from self._wait_until_ready("send", 0.0)
         if stop is not None:
             self._give_up(self._forced_failure(failure), stop)
             return False
@@ -437,7 +436,9 @@ class Reply(Driver, Generic[T]):
 
     def _on_error(self, error: BaseException) -> None:
         """End the reply because our own code or an adapter failed."""
-        self._give_up(explain(error), "not_recoverable", note=False)
+        if isinstance(error, Exception):
+            log_suppressed("the retry of a reply", error)
+        self._give_up(self._request.internal_failure(error), "not_recoverable", note=False)
 
     def _fail_attempt(
         self,
@@ -495,7 +496,8 @@ class Reply(Driver, Generic[T]):
         error = self._last.error
         if note and self._last.kind != "bug":
             said = f"{self._number} attempt(s), stopped by {stop}"
-            error.add_note(f"{NOTE}{said}, trace id {self._trace.trace_id or 'none'}")
+            with contextlib.suppress(Exception):  # Some exceptions cannot take a note.
+                error.add_note(f"{NOTE}{said}, trace id {self._trace.trace_id or 'none'}")
         if not self._future.done():
             self._future.set_exception(error)
         if self._on_failed is not None:

@@ -30,6 +30,9 @@ class Request(Protocol[T]):
     def timed_out(self, seconds: float) -> Failure:
         """Say that the attempt was ended by us after ``seconds`` without an answer."""
 
+    def internal_failure(self, error: BaseException) -> Failure:
+        """Return the failure to raise if our own code failed with ``error``. Never raise."""
+
     def next_action(self, failure: Failure) -> semconv.Action | None:
         """What is safe to do next; None where nothing is."""
 
@@ -147,6 +150,10 @@ class CallRequest(Generic[T]):
         """A ``TimeoutError`` of ours."""
         error = TimeoutError(f"no answer within {seconds:.1f} s")
         return failure(error, "timeout", ended_locally=True)
+
+    def internal_failure(self, error: BaseException) -> Failure:
+        """Return ``error`` as it is, classified by the default table."""
+        return explain(error)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
         """Send again, unless the first may still be answered."""
