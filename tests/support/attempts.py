@@ -11,4 +11,4 @@ def record_attempt(trace, result, seconds, failure=None, *, action="send"):
     attempt = Attempt(1, action, 0.0, 0.0, seconds)
     trace.attempt_began(attempt)
     attempt.result, attempt.failure = result, failure
-    trace.attempt_ended(attempt, seconds, None)
+    trace.attempt_ended(attempt, seconds)

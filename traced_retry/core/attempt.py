@@ -59,13 +59,9 @@ class Attempt(Generic[T]):
         self.context: otel_context.Context | None = None
         """The context of the attempt's span. None if nothing is traced."""
 
-    def seconds_to_output(self, now: float) -> tuple[float, int | None]:
-        """Return the seconds to the first output and its time in Unix ns.
-
-        Without output that was heard, return the seconds until ``now`` and None.
-        """
+    def seconds_to_output(self, now: float) -> float:
+        """Return the seconds to the first output, or until ``now`` if no output was heard."""
         delivery = self.delivery
-        if delivery is None or delivery.first_output is None or delivery.failure is not None:
-            return now - self.began, None
-        at, unix = delivery.first_output
-        return at - self.began, unix
+        if delivery is None or delivery.first_output_at is None or delivery.failure is not None:
+            return now - self.began
+        return delivery.first_output_at - self.began

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import weakref
 from collections.abc import Generator
 
 Steps = Generator["float | None", None, None]
@@ -30,7 +31,7 @@ class Driver:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._steps: Steps | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: weakref.ref[asyncio.TimerHandle] | None = None
         self._context: contextvars.Context | None = None
         self._again = False
         self._running = False
@@ -42,6 +43,10 @@ class Driver:
 
     def _on_timer(self) -> None:
         """Resume the generator, because the time that it yielded has come."""
+        raise NotImplementedError
+
+    def _on_loop_closed(self) -> None:
+        """Clean up, because the event loop was closed while the generator slept."""
         raise NotImplementedError
 
     def _on_error(self, error: BaseException) -> None:
@@ -84,14 +89,36 @@ class Driver:
             self._context.run(self._step)
 
     def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        timer = None if self._timer is None else self._timer()
+        if timer is not None:
+            timer.cancel()
 
     def _sleep_until(self, when: float | None) -> None:
         if self._context is None:
             # Later steps run in timers and in the plugin's tasks. The code that they call must see
             # the context variables of the code that asked for the reply.
             self._context = contextvars.copy_context()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if when is None else self._loop.call_at(when, self._on_timer)
+        self._cancel_timer()
+        self._timer = None
+        if when is not None:
+            self._timer = weakref.ref(self._loop.call_at(when, _Alarm(self)))
+
+
+class _Alarm:
+    """The callback of a driver's timer.
+
+    Only the event loop refers to it. A loop that is closed discards its timers without a notice, so
+    the end of this object is the notice.
+    """
+
+    __slots__ = ("_driver",)
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def __call__(self) -> None:
+        self._driver._on_timer()
+
+    def __del__(self) -> None:
+        if self._driver._loop.is_closed():
+            self._driver._on_loop_closed()

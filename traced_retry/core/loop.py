@@ -141,7 +141,7 @@ class Reply(Driver, Generic[T]):
         """
         self._began = self._loop.time()
         self._deadline = self._began + self._policy.deadline
-        self._trace.begin()
+        self._trace.begin(self._began)
         if self._policy.budget is not None:
             self._policy.budget.earn(self._trace.target.provider, self._loop.time)
         # A cooldown beyond the deadline does not hold a reply back, so each reply is sent once.
@@ -190,7 +190,7 @@ class Reply(Driver, Generic[T]):
         self._end("interrupted")
         # The outcome is recorded first, because the plugin may interrupt us again from here.
         if attempt is not None and attempt.future is not None:
-            if cut and attempt.future.done():
+            if self._loop.is_closed() or (cut and attempt.future.done()):
                 return
             with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt.future)
@@ -257,7 +257,7 @@ class Reply(Driver, Generic[T]):
             future.set_exception(error)
         except BaseException:  # KeyboardInterrupt, SystemExit
             attempt.result = "interrupted"
-            self._trace.attempt_ended(attempt, 0.0, None)
+            self._trace.attempt_ended(attempt, 0.0)
             self._end("interrupted")
             raise
         attempt.future = future
@@ -430,6 +430,10 @@ class Reply(Driver, Generic[T]):
     def _on_timer(self) -> None:
         self.wake()
 
+    def _on_loop_closed(self) -> None:
+        with suppress_and_log("the end of a reply whose event loop was closed"):
+            self.interrupt()
+
     def _on_error(self, error: BaseException) -> None:
         """End the reply because our own code or an adapter failed."""
         if isinstance(error, Exception):
@@ -463,8 +467,7 @@ class Reply(Driver, Generic[T]):
         """Record the end of the current attempt."""
         self._attempt = None
         attempt.result = result
-        seconds, at = attempt.seconds_to_output(self._loop.time())
-        self._trace.attempt_ended(attempt, seconds, at)
+        self._trace.attempt_ended(attempt, attempt.seconds_to_output(self._loop.time()))
 
     def _end_wait(self) -> float:
         """Record the wait before an attempt, if there is one, and return its seconds."""
@@ -478,7 +481,7 @@ class Reply(Driver, Generic[T]):
     def _succeed(self, attempt: Attempt[T]) -> None:
         self._close(attempt, "succeeded")
         delivery = attempt.delivery
-        self._end(None, first_output=None if delivery is None else delivery.first_output)
+        self._end(None, first_output_at=None if delivery is None else delivery.first_output_at)
 
     def _give_up(self, failure: Failure, stop: semconv.StopReason, *, note: bool = True) -> None:
         """End the reply as failed, and raise the error to the agent if it has no reply yet."""
@@ -505,14 +508,15 @@ class Reply(Driver, Generic[T]):
         self,
         stop: semconv.StopReason | None,
         failure: Failure | None = None,
-        first_output: tuple[float, int] | None = None,
+        first_output_at: float | None = None,
     ) -> None:
         self._ended = True
         self._cancel_timer()
-        at, unix = first_output or (self._loop.time(), None)
-        self._trace.end(stop, at - self._began, failure, unix)
+        at = self._loop.time() if first_output_at is None else first_output_at
+        self._trace.end(stop, at - self._began, failure)
         if stop in ("superseded", "interrupted"):
-            self._future.cancel()
+            with contextlib.suppress(RuntimeError):  # A closed loop runs no callbacks.
+                self._future.cancel()
         if self._on_ended is not None:
             unreported = failure.error if failure is not None and self._future.done() else None
             self._on_ended(self, unreported)

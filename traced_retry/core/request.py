@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -67,8 +66,8 @@ class Delivery:
     """
 
     def __init__(self) -> None:
-        self.first_output: tuple[float, int] | None = None
-        """When the first word came: the loop's seconds, and Unix nanoseconds."""
+        self.first_output_at: float | None = None
+        """Time of the first output on the event loop's clock, in seconds."""
         self.last_activity: float | None = None
         """When the provider last sent anything of it, in the loop's seconds; None: not told."""
         self.ended = False
@@ -78,14 +77,19 @@ class Delivery:
         self.on_end: Callable[[], None] = lambda: None
 
     @property
+    def first_output(self) -> bool:
+        """Whether there was output: a word, a sound or a tool call."""
+        return self.first_output_at is not None
+
+    @property
     def failed_before_output(self) -> bool:
         """Whether it failed before its first word."""
-        return self.failure is not None and self.first_output is None
+        return self.failure is not None and self.first_output_at is None
 
     def mark_output(self) -> None:
         """Something was said, or a tool called."""
-        if self.first_output is None:
-            self.first_output = (asyncio.get_running_loop().time(), time.time_ns())
+        if self.first_output_at is None:
+            self.first_output_at = asyncio.get_running_loop().time()
 
     def mark_activity(self) -> None:
         """The provider sent something of it. Whoever tells of one tells of all."""
@@ -97,7 +101,7 @@ class Delivery:
             return
         self.ended = True
         self.failure = failure
-        self.cancelled = cancelled and self.first_output is None
+        self.cancelled = cancelled and self.first_output_at is None
         self.on_end()
 
 
