@@ -44,7 +44,7 @@ pythons: $(OTHERS:%=.venv/.core-%)  ## the core's tests on every Python here, fr
 	$(foreach version,$(OTHERS),$(call core-tests,$(version)))
 
 define core-tests
-	.venv/core-$(1)/bin/pytest -q -p no:randomly tests/core
+	.venv/core-$(1)/bin/pytest -q tests/core
 
 endef
 

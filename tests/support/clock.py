@@ -73,6 +73,14 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
     def _thread_done(self, _):
         self.threads -= 1
 
+    async def shutdown_default_executor(self, *args, **kwargs):
+        """Count the thread that joins the executor: since Python 3.13 a timer limits it."""
+        self.threads += 1
+        try:
+            await super().shutdown_default_executor(*args, **kwargs)
+        finally:
+            self.threads -= 1
+
 
 def _others_at_work():
     """Whether a thread of this process but the calling one is running (Linux; elsewhere: no)."""

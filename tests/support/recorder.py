@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401 - before a provider, see _RESOURCE
 from collections import Counter
 
 from opentelemetry.sdk.metrics import MeterProvider
@@ -14,7 +15,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from traced_retry import semconv
 
-_RESOURCE = Resource.get_empty()  # the default one is looked for in threads, 20 ms each time
+_RESOURCE = Resource.get_empty()
+"""Saves 20 ms, because the default resource is detected in a pool of threads.
+
+Its detection also imports that pool. A provider that is created before the import deadlocks a
+forked child: the SDK's fork handler uses the pool before the pool's own handler frees its lock.
+"""
 
 
 class _Open:

@@ -174,4 +174,4 @@ if sys.version_info >= (3, 12):
 else:
 
     def _start(coroutine: Any) -> asyncio.Future[Any]:
-        return asyncio.ensure_future(coroutine)
+        return asyncio.get_running_loop().create_task(coroutine)
