@@ -62,7 +62,7 @@ async def agent(store, url, flood):
     from traced_retry.export.setup import store_providers  # noqa: PLC0415
 
     if store:
-        tracer_provider, meter_provider = store_providers(Path(store), "benchmark")
+        tracer_provider, meter_provider, _ = store_providers(Path(store), "benchmark")
     else:
         tracer_provider, meter_provider = TracerProvider(), MeterProvider()
     telemetry.set_tracer_provider(tracer_provider)

@@ -189,15 +189,15 @@ def process(*, retried):
         reply = telemetry.reply(Target("openai", MODELS[0]))
         reply.begin()
         if second:
-            lost = Attempt(1, "send", 0.0, 0.0)
+            lost = Attempt(1, "send", 0.0, 0.0, 0.0)
             reply.attempt_began(lost)
             lost.result, lost.failure = "failed", failure(RuntimeError(), "timeout")
-            reply.attempt_ended(lost, 0.4, None)
+            reply.attempt_ended(lost, 0.4)
             reply.waited(0.1)
-        heard = Attempt(1 + second, "send", 0.1 * second, 0.0)
+        heard = Attempt(1 + second, "send", 0.1 * second, 0.0, 0.0)
         reply.attempt_began(heard)
-        reply.attempt_ended(heard, 0.4, None)
-        reply.end(None, 0.4 + 0.5 * second, None, None)
+        reply.attempt_ended(heard, 0.4)
+        reply.end(None, 0.4 + 0.5 * second, None)
     samples = [sample for family in registry.collect() for sample in family.samples]
     meters.shutdown()
     found = [(each.name, each.labels, each.value) for each in samples if "traced" in each.name]

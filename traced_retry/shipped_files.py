@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,23 +85,39 @@ def write(directory: Path, files: Iterable[ShippedFile], *, force: bool = False)
         force: overwrite files that exist with other content.
 
     Raises:
-        FilesError: if ``directory`` cannot be written, or if a file exists with other content and
-            ``force`` is not set. In the second case no file is written.
+        FilesError: if ``directory`` cannot be written, if a folder in it is a link to another
+            place, or if a file exists with other content and ``force`` is not set. In the last two
+            cases no file is written.
     """
     contents = {directory / file.name: file.content.encode() for file in files}
-    if not force:
-        changed = [p for p, new in contents.items() if p.is_file() and p.read_bytes() != new]
-        if changed:
-            raise FilesError(
-                f"{changed[0]} is there already and differs: --force overwrites it, or name "
-                "another directory"
-            )
     try:
         for path, content in contents.items():
+            _check_target(directory, path, content, force=force)
+        for path, content in contents.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(path) and not _is_regular(path):
+                path.unlink()  # Writing would follow the link, or wait for a reader of the pipe.
             path.write_bytes(content)
     except OSError as error:
         raise FilesError(
             f"{error.filename} cannot be written ({error.strerror}): name another directory"
         ) from None
     return list(contents)
+
+
+def _check_target(directory: Path, path: Path, content: bytes, *, force: bool) -> None:
+    if not path.parent.resolve().is_relative_to(directory.resolve()):
+        raise FilesError(
+            f"{path.parent} is a link to a folder outside of {directory}: remove the link, or name "
+            "another directory"
+        )
+    if force or not os.path.lexists(path):
+        return
+    if not _is_regular(path) or path.read_bytes() != content:
+        raise FilesError(
+            f"{path} is there already and differs: --force overwrites it, or name another directory"
+        )
+
+
+def _is_regular(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)

@@ -7,9 +7,11 @@ import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -129,6 +131,24 @@ class TestDemo:
     def test_quiet(self, demo):
         """With --json nothing else is printed, LiveKit's log included."""
         assert "" == demo[1].stderr
+
+
+def test_demo_beside_a_dead_server(tmp_path):
+    """It takes as long as without one, and prints neither the server's user nor its path."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        server = f"127.0.0.1:{taken.getsockname()[1]}"
+        started = time.monotonic()
+        done = run(
+            "demo",
+            XDG_STATE_HOME=str(tmp_path),
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://user:k3y@{server}/k3y?token=k3y",
+        )
+
+    assert 0 == done.returncode, done.stderr
+    assert time.monotonic() - started < 25
+    assert f"They were sent to http://{server} as well." in done.stdout
+    assert "k3y" not in done.stdout + done.stderr
 
 
 class TestReport:

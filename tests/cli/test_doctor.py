@@ -154,7 +154,7 @@ class TestWell:
         done = doctor("--preset", "jaeger")
 
         assert done["provider"]["message"].endswith("spans go to preset jaeger")
-        assert done["export"]["message"].startswith("otlp to http://127.0.0.1:4318/v1/traces: ")
+        assert done["export"]["message"].startswith("otlp to http://127.0.0.1:4318: ")
 
     def test_configuration_file(self, doctor, jaeger, tmp_path):
         """The SDK's own processors and exporter."""
@@ -174,10 +174,7 @@ class TestWell:
             done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url)
             names = [span.name for _, span in server.spans]
 
-        assert (
-            f"otlp to {server.url}/v1/traces: a test span was accepted"
-            in (done["export"]["message"])
-        )
+        assert f"otlp to {server.url}: a test span was accepted" in (done["export"]["message"])
         assert "ok" == done["metrics"]["status"]
         assert [semconv.SPAN_DOCTOR] == names
 
@@ -251,7 +248,7 @@ class TestEndpoint:
 
         assert (1, {"export": "fail", "metrics": "fail"}) == (done.status, done.bad)
         assert done["export"]["message"] == (
-            f"otlp to http://127.0.0.1:{port}/v1/traces: nothing listens there"
+            f"otlp to http://127.0.0.1:{port}: nothing listens there"
         )
 
     def test_hanging(self, doctor):
@@ -281,7 +278,7 @@ class TestEndpoint:
         )
 
         assert {"export": "fail"} == done.bad
-        assert done["export"]["message"].endswith("/api/traces: it answers 404")
+        assert f"otlp to {jaeger.endpoint}: it answers 404" == done["export"]["message"]
         assert "/v1/traces" in done["export"]["fix"]
 
     def test_metrics_to_jaeger(self, doctor, jaeger):
@@ -380,6 +377,12 @@ class TestSettings:
         assert (1, {"TRACED_RETRY_BUDGTE": "warn"}) == (done.status, done.bad)
         assert "did you mean TRACED_RETRY_BUDGET?" == done["TRACED_RETRY_BUDGTE"]["fix"]
 
+    def test_control_characters(self, doctor):
+        """A variable cannot write to the terminal."""
+        done = doctor(text=True, OTEL_SERVICE_NAME="a\x1b[2Jb\nok    c")
+
+        assert "OTEL_SERVICE_NAME: a?[2Jb?ok    c\n" in done.printed
+
     def test_values(self, doctor):
         """Shown as they are, where no secret belongs."""
         done = doctor(TRACED_RETRY_BUDGET="25", OTEL_SERVICE_NAME="support")
@@ -396,7 +399,8 @@ class TestSettings:
             done = doctor(
                 text=text,
                 OTEL_EXPORTER_OTLP_ENDPOINT=server.url.replace("//", f"//user:{MARKER}@"),
-                OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=f"{server.url}/v1/traces?key={MARKER}",
+                OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=f"{server.url}/{MARKER}/v1/traces?key={MARKER}",
+                OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=f"{server.url}/{MARKER}",
                 OTEL_EXPORTER_OTLP_HEADERS=f"authorization=Bearer%20{MARKER},x-team=voice",
                 OTEL_EXPORTER_OTLP_METRICS_HEADERS=MARKER,
                 OTEL_EXPORTER_OTLP_LOGS_ENDPOINT=MARKER,

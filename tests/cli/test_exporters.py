@@ -84,7 +84,40 @@ class TestWrite:
         assert 0 == run("write", tmp_path, "--force").returncode
         assert (ROOT / "presets/jaeger.yaml").read_text() == edited.read_text()
 
-    @pytest.mark.parametrize("folder", ["file", "file/below"])
+    @pytest.mark.parametrize("outside", ["there.yaml", "missing.yaml", "pipe"])
+    def test_link_is_not_followed(self, outside, tmp_path):
+        """A link in the folder, dangling or not, or to a pipe, is replaced only with --force."""
+        (tmp_path / "there.yaml").write_text("mine")
+        os.mkfifo(tmp_path / "pipe")
+        link = tmp_path / "new" / "presets" / "jaeger.yaml"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(tmp_path / outside)
+
+        refused = run("write", tmp_path / "new")
+        assert (2, True) == (refused.returncode, f"{link} is there already" in refused.stderr)
+        assert [link] == [path for path in (tmp_path / "new").rglob("*") if not path.is_dir()]
+
+        assert 0 == run("write", tmp_path / "new", "--force").returncode
+        assert (ROOT / "presets/jaeger.yaml").read_text() == link.read_text()
+        assert not link.is_symlink()
+        assert "mine" == (tmp_path / "there.yaml").read_text()
+        assert not (tmp_path / "missing.yaml").exists()
+
+    @pytest.mark.parametrize("force", [(), ("--force",)])
+    @pytest.mark.parametrize("there", [True, False])
+    def test_link_to_another_folder_is_refused(self, there, force, tmp_path):
+        """No file is written outside of the folder that was named."""
+        if there:
+            (tmp_path / "outside").mkdir()
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "presets").symlink_to(tmp_path / "outside")
+
+        refused = run("write", tmp_path / "new", *force)
+        assert 2 == refused.returncode
+        assert "presets is a link to a folder outside of" in refused.stderr
+        assert [] == [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    @pytest.mark.parametrize("folder", ["file", "file/below", "x" * 300])
     def test_where_it_cannot(self, folder, tmp_path):
         """The error says so in a line."""
         (tmp_path / "file").touch()

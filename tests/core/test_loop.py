@@ -380,3 +380,33 @@ class TestManyAtOnce:
             "traced_retry.replies", "traced_retry.outcome"
         )
         assert {} == recorder.counted("traced_retry.in_flight")
+
+
+class _FrozenError(ConnectionError):
+    """Forbids every attribute, as a frozen dataclass does."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+
+class _NotesAreATupleError(ConnectionError):
+    __notes__ = ()
+
+
+class _RefusesNotesError(ConnectionError):
+    def add_note(self, note):
+        raise RuntimeError("SECRET")
+
+
+@pytest.mark.parametrize("kind", [_FrozenError, _NotesAreATupleError, _RefusesNotesError])
+async def test_exception_that_takes_no_note_is_raised_without(kind):
+    """The note is only an addition, and the caller gets the exception in any case."""
+    raised = kind("SECRET")
+
+    @retry(provider="openai", policy=RetryPolicy(max_retries=0))
+    async def call():
+        raise raised
+
+    with pytest.raises(kind) as caught:
+        await asyncio.wait_for(call(), 30)
+    assert raised is caught.value

@@ -56,7 +56,7 @@ def _play(telemetry):
     said.begin()
     record_attempt(said, "failed", 0.1, failed)
     said.waited(0.1)
-    said.end("deadline", 0.2, failed, None)
+    said.end("deadline", 0.2, failed)
     said.late()
     for stop in (None, *semconv.STOP_REASONS):
         for action in semconv.ACTIONS:
@@ -66,5 +66,5 @@ def _play(telemetry):
                 failure_of = failed if result == "failed" else None
                 record_attempt(reply, result, 0.1, failure_of, action=action)
                 reply.waited(0.1)
-                reply.end(stop, 0.2, None, None)
+                reply.end(stop, 0.2, None)
                 reply.late()

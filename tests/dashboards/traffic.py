@@ -42,7 +42,7 @@ class Traffic:
                 reply.begin()
                 result, why = ("failed", failed) if stop else ("succeeded", None)
                 record_attempt(reply, result, seconds, why)
-                reply.end(stop, seconds, why, None)
+                reply.end(stop, seconds, why)
 
     def close(self):
         """Stop both."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import trustme
 import yaml
-from support.fresh import INSTRUMENTED, program
+from support.fresh import INSTRUMENTED, fresh, program
 from support.receiver import receiver
 from support.run_conversation import SECRET
 
@@ -25,6 +25,7 @@ from traced_retry.export.config_file import ConfigurationFileError, load
 from traced_retry.livekit.instrumentor import RetryOptions
 
 TESTS = Path(__file__).parents[1]
+KEY = "sk-hunter2"
 INSTRUMENT = str(Path(sys.executable).with_name("opentelemetry-instrument"))
 
 
@@ -301,10 +302,21 @@ TYPOS = {
     ): "budget is 'lots'; it must be how many retries at once, 1 or more",
     ("service.name\n", "service.name: [\n"): "line 14 is no YAML",
     ("timeout: 2000", "compression: zip"): "tracer_provider.processors.0.batch.exporter.otlp_http."
-    "compression is 'zip'; it must be one of gzip, deflate, none",
+    "compression is invalid; it must be one of gzip, deflate, none",
     ("http://127", "htp://127"): "tracer_provider.processors.0.batch.exporter.otlp_http.endpoint "
     "is no http:// or https:// URL",
 }
+
+
+IN_EXPORTER = """
+file_format: '1.0'
+tracer_provider:
+  processors:
+    - batch:
+        exporter:
+          otlp_http:
+            {}
+"""
 
 
 class TestTypos:
@@ -326,6 +338,45 @@ class TestTypos:
             load(file)
         assert "headers" in str(raised.value)
         assert "sk-secret" not in str(raised.value)
+
+    @pytest.mark.parametrize(
+        ("suffix", "text"),
+        [
+            # Errors whose text or traceback quotes the file
+            (".yaml", f"headers: [api-key={KEY}\nx: y"),
+            (".yaml", f"headers: *{KEY}"),
+            (".yaml", f"headers: !{KEY} x"),
+            (".yaml", f"headers: '{KEY}"),
+            (".yaml", f'headers: "{KEY}\\q"'),
+            (".yaml", f"a: &x [*x]\nfile_format: {KEY}"),
+            (".yaml", f"file_format: {KEY}"),
+            (".yaml", f"file_format: '1.0'\nlog_level: {KEY}"),
+            (".yaml", f"file_format: '1.0'\nheaders: 2001-99-99 # {KEY}"),
+            (".yaml", f"{KEY}: \udcff"),
+            (".yaml", f"{KEY}: {'[' * 3000}"),
+            (".json", f'{{"headers": "{KEY}" "x"}}'),
+            (".json", f'{{"headers": "{KEY}\n"}}'),
+            (".yaml", IN_EXPORTER.format(f"headers: [{{{KEY}: x}}]")),
+            (".yaml", IN_EXPORTER.format(f"compression: {KEY}")),
+        ],
+    )
+    @pytest.mark.parametrize("start", ["enable", "instrument"])
+    def test_text_of_broken_file_is_not_printed(self, start, suffix, text, tmp_path):
+        """Neither by us nor by the SDK's loader, which logs a traceback that quotes the file."""
+        file = tmp_path / f"otel{suffix}"
+        file.write_bytes(text.encode(errors="surrogateescape"))
+        if start == "enable":
+            ended = fresh(
+                "import logging, traced_retry\nlogging.basicConfig()\ntraced_retry.enable()",
+                OTEL_CONFIG_FILE=file,
+            )
+            printed = "\n".join([ended.error, *ended.log])
+            assert printed.startswith(f"ConfigurationFileError: {file}: ")
+        else:
+            printed = instrumented(file, "ok").stderr
+            assert f"spans go nowhere: {file}: " in printed
+        assert KEY not in printed
+        assert "Traceback" not in printed
 
 
 class TestContent:

@@ -19,6 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.fresh import fresh
 
 from traced_retry import report, semconv
 from traced_retry.export.file_store import StoreExporter, latest_store, new_store, store_directory
@@ -183,6 +184,29 @@ def test_what_fits_no_longer_is_taken_back(tmp_path):
     kept = numbers(path)
     assert kept == [*range(1, int(failed)), int(failed) + 1]
     assert report.read(path).unreadable_lines == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["team/agent", "../../../x", "{state}/absolute", "x" * 300, "ü" * 300, ".."]
+)
+@pytest.mark.parametrize("preset", [None, "local"])
+def test_any_service_name_gives_a_store_in_the_folder(name, preset, state):
+    """A service name is part of a file's name, and never leads to another folder."""
+    ended = fresh(
+        f"""
+import traced_retry
+from opentelemetry import trace
+tracing = traced_retry.enable(preset={preset!r})
+trace.get_tracer("t").start_span("s").end()
+result = tracing.flush()
+""",
+        XDG_STATE_HOME=state.parents[1],
+        OTEL_SERVICE_NAME=name.format(state=state.parents[1]),
+    )
+
+    assert ("", True) == (ended.error, ended.result)
+    (store,) = [path for path in state.parents[2].rglob("*") if path.is_file()]
+    assert (state, store) == (store.parent, latest_store())
 
 
 def test_a_folder_that_cannot_be_is_an_error(tmp_path):

@@ -116,7 +116,7 @@ class _Kept:
 
 def leave(path, count):
     """That many by ``providers``; says ``made`` and leaves the rest to the exit."""
-    tracer_provider, _ = store_providers(Path(path), "writer")
+    tracer_provider, *_ = store_providers(Path(path), "writer")
     for number in range(1, int(count) + 1):
         reply(tracer_provider, number)
     say("made")

@@ -191,7 +191,7 @@ class TestCutShort:
         ("exception", "code", "type_"),
         [
             ("throttlingException", "ThrottlingException", "ThrottlingException"),
-            ("modelStreamErrorException", "ModelStreamErrorException", "_OTHER"),
+            ("modelStreamErrorException", "ModelStreamErrorException", "server_error"),
             ("systemInstability", "ValidationException", "ValidationException"),
         ],
     )

@@ -47,7 +47,7 @@ ALONE = {
     "late:25": Row([], 2, "exhausted", "deadline", None, (20, 20)),
     "silence": Row([], 2, "exhausted", "deadline", None, (20, 20)),
     "error:server_error": Row([], 4, "exhausted", "max_attempts", None, (0, 7.1)),
-    "error:odd_code": Row([], 4, "exhausted", "max_attempts", "odd_code", (0, 7.1)),
+    "error:odd_type/odd_code": Row([], 4, "exhausted", "max_attempts", "odd_code", (0, 7.1)),
     "error:invalid_value": Row(
         [], 1, "not_recoverable", "not_recoverable", "invalid_value", (0, 0)
     ),
@@ -70,7 +70,7 @@ THEN_OK = {
     "late:12,ok": (2, ["timeout"], (10, 11.1)),
     "silence,ok": (2, ["timeout"], (10, 11.1)),
     "error:server_error,ok": (2, ["server_error"], (0, 1.1)),
-    "error:odd_code,ok": (2, ["odd_code"], (0, 1.1)),
+    "error:odd_type/odd_code,ok": (2, ["odd_code"], (0, 1.1)),
     "uncorrelated,ok": (2, ["server_error"], (0, 1.1)),
     "rate_limit,ok": (2, ["rate_limit_exceeded"], (0, 1.1)),
     "rate_limit:4.5,ok": (2, ["rate_limit_exceeded"], (4.5, 4.6)),

@@ -32,7 +32,7 @@ ALONE = {
     # script: heard, requests sent, outcome, stop reason, the code the agent gets, seconds at most
     "ok": Row(1, 1, "succeeded", None, None, 0.1),
     "error:server_error": Row(0, 4, "exhausted", "max_attempts", None, 7.1),
-    "error:odd_code": Row(0, 4, "exhausted", "max_attempts", "odd_code", 7.1),
+    "error:odd_type/odd_code": Row(0, 4, "exhausted", "max_attempts", "odd_code", 7.1),
     "error:invalid_value": Row(0, 1, "not_recoverable", "not_recoverable", "invalid_value", 0.1),
     "uncorrelated": Row(0, 4, "exhausted", "max_attempts", "server_error", 7.1),
     "rate_limit": Row(0, 4, "exhausted", "max_attempts", "rate_limit_exceeded", 7.1),
@@ -62,7 +62,7 @@ NOT_TOLD_BY_THE_HANDLE = {
 THEN_OK = {
     # script: requests sent, error codes of the failed attempts, seconds at most
     "error:server_error,ok": (2, ["server_error"], 1.1),
-    "error:odd_code,ok": (2, ["odd_code"], 1.1),
+    "error:odd_type/odd_code,ok": (2, ["odd_code"], 1.1),
     "uncorrelated,ok": (2, ["server_error"], 1.1),
     "rate_limit,ok": (2, ["rate_limit_exceeded"], 1.1),
     "rate_limit:4.5,ok": (2, ["rate_limit_exceeded"], 4.6),

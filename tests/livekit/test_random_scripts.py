@@ -25,7 +25,7 @@ FAULTS = (
     "ok",
     "ok",
     "error:server_error",
-    "error:odd_code",
+    "error:odd_type/odd_code",
     "error:invalid_value",
     "uncorrelated",
     "rate_limit",

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import tracemalloc
 from contextlib import closing
 
 import pytest
@@ -53,6 +55,22 @@ class TestFiles:
         assert varied.read() == read(tmp_path / "a.jsonl.gz")
         assert 1 == read([varied.path, tmp_path / "b.jsonl.gz"]).unreadable_lines
 
+    def test_pipe_in_a_folder_is_not_read(self, varied, tmp_path):
+        """A pipe that is named like a store has no stored spans, and may never have a writer."""
+        os.mkfifo(tmp_path / "pipe.jsonl")
+
+        assert varied.read() == read(tmp_path)
+
+    def test_pipe_is_read_once(self, varied, tmp_path):
+        """A shell's ``<(zcat spans.jsonl.gz)`` can be a path."""
+        here, there = os.pipe()
+        os.write(there, varied.path.read_bytes())
+        os.close(there)
+        try:
+            assert varied.read() == read(f"/dev/fd/{here}")
+        finally:
+            os.close(here)
+
     def test_numbers_as_other_tools_write_them(self, varied, tmp_path):
         """Times and ints as JSON numbers, spaces between, a byte order mark."""
         lines = [json.loads(line) for line in varied.path.read_text().splitlines()]
@@ -86,6 +104,37 @@ class TestErrors:
         """It is a ValueError, for who does not know ours."""
         with pytest.raises(ValueError, match="no generate_reply span in there"):
             read(tmp_path)
+
+    def test_pipe_without_writer_is_empty(self, tmp_path):
+        """The command does not wait for a writer."""
+        os.mkfifo(tmp_path / "pipe")
+
+        with pytest.raises(ReportError, match="pipe: no generate_reply span in there"):
+            read(tmp_path / "pipe")
+
+    @pytest.mark.parametrize("name", ["x" * 300, "spans.jsonl/below"])
+    def test_path_that_cannot_exist(self, name, tmp_path):
+        """The system's words, in a line."""
+        (tmp_path / "spans.jsonl").touch()
+
+        with pytest.raises(ReportError, match=r"cannot be read: (File name too|Not a dir)"):
+            read(tmp_path / name)
+
+    @pytest.mark.parametrize("sign", ["", '{"resourceSpans":[{"scope":"traced_retry.", "a":"'])
+    def test_line_of_400_mib_takes_little_memory(self, sign, tmp_path):
+        """A small gzipped file cannot fill the memory, and the message names file and line."""
+        path = tmp_path / "spans.jsonl.gz"
+        with gzip.open(path, "wb", 1) as file:
+            file.write(b"{}\n" + sign.encode())
+            for _ in range(400):
+                file.write(b" " * 2**20)
+        tracemalloc.start()
+        try:
+            with pytest.raises(ReportError, match=r"gz: line 2 is longer than 32 MiB.*Remove the"):
+                read(path)
+            assert 100 * 2**20 > tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
 
     def test_what_cannot_be_read(self, tmp_path):
         """Permissions and the like, in the system's words."""

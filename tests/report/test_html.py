@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from traced_retry import semconv
-from traced_retry.report import sentence, write_html
+from traced_retry.report import ReportError, sentence, write_html
 
 from .conftest import FAILED, HEARD
 
@@ -57,6 +57,23 @@ def test_it_tells_the_same(page, varied):
     assert "conversation_already_has_active_response -> retry" in text
     assert "gpt-4o-realtime-preview" in text
     assert "1 torn line left out" in text
+
+
+def test_only_the_user_can_read_the_page(varied, tmp_path):
+    """The page has the store's mode. The mode of a page that exists is kept."""
+    path = tmp_path / "report.html"
+    write_html(path, varied.read())
+    assert 0o600 == path.stat().st_mode & 0o777
+
+    path.chmod(0o644)
+    write_html(path, varied.read())
+    assert 0o644 == path.stat().st_mode & 0o777
+
+
+def test_page_that_cannot_be_written_is_an_error(varied, tmp_path):
+    """The message names the file and the remedy."""
+    with pytest.raises(ReportError, match=r"page\.html cannot be written \(No such file.*another"):
+        write_html(tmp_path / "gone" / "page.html", varied.read())
 
 
 def test_bars_stand_where_the_time_was(page, varied):

@@ -27,7 +27,7 @@ def said(store):
         told = telemetry.reply(Target("x_ai", "grok", say=True))
         told.begin()
         record_attempt(told, "succeeded" if failed is None else "failed", 0.1, failed)
-        told.end(stop, 0.1, failed, None)
+        told.end(stop, 0.1, failed)
     return store
 
 

@@ -96,7 +96,8 @@ class SteeredConnection(OpenAIConnection):
             await self.begin_message(self.active)
 
     async def begin_its_own(self):
-        """Begin a response that nobody asked for, as when the server hears the user."""
+        """Begin a response to the caller's turn."""
+        await self.send("input_audio_buffer.committed", item_id="item", previous_item_id=None)
         self.tag = "own"
         await self.begin(None)
 

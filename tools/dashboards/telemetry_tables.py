@@ -106,14 +106,14 @@ def _record(telemetry: Telemetry, target: Target) -> None:
     ):
         reply = telemetry.reply(target)
         reply.begin()
-        attempt = Attempt(1, "send", 0.0, 0.0)
+        attempt = Attempt(1, "send", 0.0, 0.0, 0.0)
         reply.attempt_began(attempt)
         attempt.result, attempt.next_action, attempt.next_delay = result, then, 0.1
         attempt.failure = failed if result == "failed" else None
-        reply.attempt_ended(attempt, 0.1, None)
+        reply.attempt_ended(attempt, 0.1)
         reply.waited(0.1)
         lost = stop is not None and semconv.OUTCOME_OF[stop] in ("exhausted", "not_recoverable")
-        reply.end(stop, 0.2, failed if lost else None, None)
+        reply.end(stop, 0.2, failed if lost else None)
         reply.late()
 
 

@@ -19,11 +19,9 @@ import aiohttp
 from livekit.agents import Agent, AgentSession, APIConnectOptions
 from livekit.agents import telemetry as livekit_telemetry
 from livekit.plugins import openai
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.trace import TracerProvider
 
 import traced_retry
-from traced_retry.export.setup import store_providers
+from traced_retry.export.setup import StoreProviders, store_providers
 from traced_retry.report import Reply, read
 from traced_retry.simulator import OpenAISimulator
 
@@ -111,27 +109,23 @@ class Demo:
         Raises:
             ExportError: if the store or the ``OTEL_*`` variables cannot be used.
         """
-        tracer_provider, meter_provider = store_providers(self.store, "traced-retry-demo")
-        livekit_telemetry.set_tracer_provider(tracer_provider, allow_pii=False)
+        providers = store_providers(self.store, "traced-retry-demo")
+        livekit_telemetry.set_tracer_provider(providers.tracer_provider, allow_pii=False)
         try:
             async with aiohttp.ClientSession() as http:
                 for scenario in scenarios:
                     self.on_start(scenario)
                     # LiveKit's session leaves its span current, so each scenario has its own task.
-                    running = self._run(scenario, http, tracer_provider, meter_provider)
+                    running = self._run(scenario, http, providers)
                     self.results.append(await asyncio.create_task(running))
                     self.on_result(self.results[-1])
         finally:
-            await asyncio.to_thread(tracer_provider.shutdown)
-            await asyncio.to_thread(meter_provider.shutdown)
+            await asyncio.to_thread(providers.tracer_provider.shutdown)
+            await asyncio.to_thread(providers.meter_provider.shutdown)
         return self.results
 
     async def _run(
-        self,
-        scenario: Scenario,
-        http: aiohttp.ClientSession,
-        tracer_provider: TracerProvider,
-        meter_provider: MeterProvider,
+        self, scenario: Scenario, http: aiohttp.ClientSession, providers: StoreProviders
     ) -> ScenarioResult:
         async with OpenAISimulator(scenario.script) as server:
             model = traced_retry.wrap(
@@ -144,7 +138,7 @@ class Demo:
                 ),
                 # In production each call is a process with its own budget.
                 policy=replace(POLICY, budget=traced_retry.RetryBudget()),
-                meter_provider=meter_provider,
+                meter_provider=providers.meter_provider,
             )
             session: AgentSession[None] = AgentSession(llm=model)
             await session.start(Agent(instructions="Be brief."))
@@ -158,7 +152,8 @@ class Demo:
             said = [i.text_content for i in session.history.items if i.type == "message"]
             await session.aclose()
             requests = len(server.requests)
-        await asyncio.to_thread(tracer_provider.force_flush)
+        # A flush of the whole provider would wait for a server that does not answer.
+        await asyncio.to_thread(providers.store.force_flush)
         replies = await asyncio.to_thread(read, self.store)
         heard = sum(text is not None and text.startswith("reply ") for text in said)
         return ScenarioResult(scenario, replies[-1], requests, heard)

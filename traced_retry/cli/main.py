@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from traced_retry.core.sanitize import printable, redact_url
 from traced_retry.errors import UsageError, install_command, missing_extra
 
 try:
@@ -51,7 +52,7 @@ def main() -> None:
         problem = str(missing_extra("this command", error))
     else:
         return
-    print(f"traced-retry: {problem}", file=sys.stderr)  # noqa: T201
+    print(f"traced-retry: {printable(problem, None)}", file=sys.stderr)  # noqa: T201
     raise SystemExit(2)
 
 
@@ -127,7 +128,7 @@ def demo(
     )
     console.print(f"Read them again:\n  traced-retry report {path}", soft_wrap=True)
     if (sent_to := endpoint()) is not None:
-        console.print(f"They were sent to {sent_to} as well.", soft_wrap=True)
+        console.print(f"They were sent to {redact_url(sent_to)} as well.", soft_wrap=True)
     else:
         console.print(TO_JAEGER, soft_wrap=True)
 
@@ -270,9 +271,9 @@ def doctor(
     for check in run_checks(preset, jaeger):
         checks.append(check)
         if not as_json:
-            typer.echo(f"{check.status:<4}  {check.check}: {check.message}")
+            typer.echo(printable(f"{check.status:<4}  {check.check}: {check.message}", None))
             if check.fix:
-                typer.echo(f"      fix: {check.fix}")
+                typer.echo(printable(f"      fix: {check.fix}", None))
     well = all(check.status == "ok" for check in checks)
     if as_json:
         typer.echo(json.dumps({"ok": well, "checks": [asdict(check) for check in checks]}))

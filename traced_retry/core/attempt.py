@@ -35,7 +35,9 @@ class Attempt(Generic[T]):
         "span",
     )
 
-    def __init__(self, number: int, action: semconv.Action, delay: float, began: float) -> None:
+    def __init__(
+        self, number: int, action: semconv.Action, delay: float, began: float, limit: float
+    ) -> None:
         self.number = number
         """1 for the first attempt."""
         self.action = action
@@ -43,7 +45,7 @@ class Attempt(Generic[T]):
         """Seconds waited before the attempt."""
         self.began = began
         """Start on the event loop's clock, in seconds."""
-        self.limit = began
+        self.limit = limit
         """Time on the event loop's clock at which the attempt is given up."""
         self.future: asyncio.Future[T] | None = None
         self.delivery: Delivery | None = None
@@ -57,13 +59,9 @@ class Attempt(Generic[T]):
         self.context: otel_context.Context | None = None
         """The context of the attempt's span. None if nothing is traced."""
 
-    def seconds_to_output(self, now: float) -> tuple[float, int | None]:
-        """Return the seconds to the first output and its time in Unix ns.
-
-        Without output that was heard, return the seconds until ``now`` and None.
-        """
+    def seconds_to_output(self, now: float) -> float:
+        """Return the seconds to the first output, or until ``now`` if no output was heard."""
         delivery = self.delivery
-        if delivery is None or delivery.first_output is None or delivery.failure is not None:
-            return now - self.began, None
-        at, unix = delivery.first_output
-        return at - self.began, unix
+        if delivery is None or delivery.first_output_at is None or delivery.failure is not None:
+            return now - self.began
+        return delivery.first_output_at - self.began

@@ -77,7 +77,8 @@ class RetryBudget:
         """A reply is asked of ``provider``."""
         with self._lock:
             bucket = self._bucket(provider, clock)
-            bucket.tokens = min(self.capacity, bucket.tokens + self.per_reply)
+            if bucket.tokens < self.capacity:
+                bucket.tokens = min(self.capacity, bucket.tokens + self.per_reply)
 
     def spend(self, provider: str, clock: Clock) -> bool:
         """Take a token for a retry; False where none is left."""
@@ -101,8 +102,9 @@ class RetryBudget:
         bucket = self._buckets.get(provider)
         if bucket is None:
             bucket = self._buckets[provider] = _Bucket(self.capacity, now, clock)
-        earned = max(0.0, now - bucket.at) * self.per_second
-        bucket.tokens = min(self.capacity, bucket.tokens + earned)
+        elif bucket.tokens < self.capacity and now > bucket.at:
+            earned = (now - bucket.at) * self.per_second
+            bucket.tokens = min(self.capacity, bucket.tokens + earned)
         bucket.at, bucket.clock = now, clock
         return bucket
 

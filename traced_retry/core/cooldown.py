@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import math
 
-from traced_retry.core.failure import Failure
+from traced_retry.core.failure import MAX_RETRY_AFTER, Failure
 
 
 class SessionCooldown:
     """The last ``retry_after`` of a session's provider, shared by the replies of that session."""
 
-    def __init__(self) -> None:
-        self.until = -math.inf
-        """The event loop's time in seconds."""
-        self.failure: Failure | None = None
-        """The failure that asked for the wait."""
+    until = -math.inf
+    """The event loop's time in seconds."""
+    failure: Failure | None = None
+    """The failure that asked for the wait."""
 
     def update(self, failure: Failure, now: float) -> None:
         """Extend the cooldown if ``failure`` asks for a later time than the current one."""
-        if failure.retry_after and now + failure.retry_after > self.until:
-            self.until, self.failure = now + failure.retry_after, failure
+        until = now + min(failure.retry_after or 0.0, MAX_RETRY_AFTER)
+        if failure.retry_after and until > self.until:
+            self.until, self.failure = until, failure

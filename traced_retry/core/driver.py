@@ -11,52 +11,57 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Generator
+import weakref
+from collections.abc import Generator
 
 Steps = Generator["float | None", None, None]
 """Yields the event loop's time until which it can sleep, or None to sleep until it is woken."""
 
 
 class Driver:
-    """Resumes ``steps`` at the time that they yield, and whenever :meth:`wake` is called.
+    """Runs the generator that :meth:`_run` returns.
 
-    Args:
-        steps: the generator to run.
-        on_timer: called at the yielded time. It should end in :meth:`wake`.
-        on_error: called with an exception that escapes from ``steps``. An exception that is not an
-            ``Exception``, such as ``KeyboardInterrupt``, is raised again afterwards.
+    The generator is resumed at the time that it yields, and whenever :meth:`_resume` is called.
+    This is a base class rather than an object of its own, because one driver runs per reply and the
+    two would refer to each other.
     """
 
-    __slots__ = (
-        "_again",
-        "_context",
-        "_loop",
-        "_on_error",
-        "_on_timer",
-        "_steps",
-        "_timer",
-        "running",
-    )
+    __slots__ = ("_again", "_context", "_loop", "_running", "_steps", "_timer")
 
-    def __init__(
-        self,
-        steps: Steps,
-        on_timer: Callable[[], None],
-        on_error: Callable[[BaseException], None],
-    ) -> None:
-        self._steps = steps
-        self._on_timer = on_timer
-        self._on_error = on_error
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
+        self._steps: Steps | None = None
+        self._timer: weakref.ref[asyncio.TimerHandle] | None = None
         self._context: contextvars.Context | None = None
         self._again = False
-        self.running = False
+        self._running = False
         """Whether a step runs now."""
 
-    def step(self) -> None:
+    def _run(self) -> Steps:
+        """Return the generator to run."""
+        raise NotImplementedError
+
+    def _on_timer(self) -> None:
+        """Resume the generator, because the time that it yielded has come."""
+        raise NotImplementedError
+
+    def _on_loop_closed(self) -> None:
+        """Clean up, because the event loop was closed while the generator slept."""
+        raise NotImplementedError
+
+    def _on_error(self, error: BaseException) -> None:
+        """Handle an exception that escapes from the generator.
+
+        An exception that is not an ``Exception``, such as ``KeyboardInterrupt``, is raised again
+        afterwards.
+        """
+        raise NotImplementedError
+
+    def _step(self) -> None:
         """Run until the generator sleeps, and set a timer for the time that it yields."""
-        self.running = True
+        if self._steps is None:
+            self._steps = self._run()
+        self._running = True
         try:
             when = next(self._steps)
             while self._again:
@@ -71,28 +76,49 @@ class Driver:
         else:
             self._sleep_until(when)
         finally:
-            self.running = False
+            self._running = False
 
-    def wake(self) -> None:
+    def _resume(self) -> None:
         """Run the next step now, or directly after the step that runs now.
 
         Do nothing before the first step has ended.
         """
-        if self.running:
+        if self._running:
             self._again = True
         elif self._context is not None:
-            self._context.run(self.step)
+            self._context.run(self._step)
 
-    def stop(self) -> None:
-        """Cancel the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
+    def _cancel_timer(self) -> None:
+        timer = None if self._timer is None else self._timer()
+        if timer is not None:
+            timer.cancel()
 
     def _sleep_until(self, when: float | None) -> None:
         if self._context is None:
             # Later steps run in timers and in the plugin's tasks. The code that they call must see
             # the context variables of the code that asked for the reply.
             self._context = contextvars.copy_context()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if when is None else self._loop.call_at(when, self._on_timer)
+        self._cancel_timer()
+        self._timer = None
+        if when is not None:
+            self._timer = weakref.ref(self._loop.call_at(when, _Alarm(self)))
+
+
+class _Alarm:
+    """The callback of a driver's timer.
+
+    Only the event loop refers to it. A loop that is closed discards its timers without a notice, so
+    the end of this object is the notice.
+    """
+
+    __slots__ = ("_driver",)
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def __call__(self) -> None:
+        self._driver._on_timer()
+
+    def __del__(self) -> None:
+        if self._driver._loop.is_closed():
+            self._driver._on_loop_closed()

@@ -6,17 +6,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
 from traced_retry import semconv
-
-T = TypeVar("T")
 
 Kind = Literal[
     "timeout",
@@ -29,6 +27,7 @@ Kind = Literal[
     "authentication",
     "invalid_request",
     "session_closed",
+    "empty_response",
     "bug",
     "unknown",
 ]
@@ -45,11 +44,19 @@ RECOVERABLE: Final[dict[Kind, bool]] = {
     "authentication": False,
     "invalid_request": False,
     "session_closed": False,
+    "empty_response": True,
     "bug": False,
     "unknown": True,
 }
 """Whether trying again can help, by kind. An unknown provider code is taken as recoverable:
 most undocumented ones are passing faults, and the deadline bounds the price of being wrong."""
+
+MAX_RETRY_AFTER: Final = 60.0
+"""Seconds that a provider's ``retry_after`` is honored at most.
+
+A provider has asked for "114h18m0s" because of a limit per minute. One such value must not silence
+the rest of a call.
+"""
 
 CODES: Final[dict[str, Kind]] = {
     # OpenAI Realtime and those who speak its protocol (xAI, Azure, LiveKit inference)
@@ -59,6 +66,7 @@ CODES: Final[dict[str, Kind]] = {
     "engine_overloaded": "overloaded",
     "server_overloaded": "overloaded",
     "overloaded_error": "overloaded",
+    "overloaded": "overloaded",
     "service_unavailable": "overloaded",
     "rate_limit_exceeded": "rate_limit",
     "inference_rate_limit_exceeded": "rate_limit",
@@ -72,6 +80,8 @@ CODES: Final[dict[str, Kind]] = {
     "account_deactivated": "authentication",
     "authentication_error": "authentication",
     "permission_denied": "authentication",
+    "permission_error": "authentication",
+    "not_found_error": "invalid_request",
     "session_expired": "connection_lost",
     # Bedrock, on opening a stream
     "AccessDeniedException": "authentication",
@@ -115,7 +125,27 @@ _STATUS: Final[dict[int, Kind]] = {
 }
 
 _CODE: Final = re.compile(r"[A-Za-z][\w.:/-]{0,99}|\d{3,5}")
-_PASSING_BUILTINS: Final = (OSError, EOFError, TimeoutError, asyncio.TimeoutError)
+_KEY: Final = re.compile(
+    r"^(?i:sk|pk|rk|gsk|xai|ghp|hf)[-_]|^(?:eyJ|AIza|AKIA)|(?=[A-Za-z_]*\d)\w{24}"
+)
+"""Strings that look like an API key: a usual prefix, or 24 letters and digits in a row."""
+_LARGEST_CODE: Final = 100_000
+_LARGEST_STATUS: Final = 599
+_STATUS_IN_CODE: Final = re.compile(r"(?<!\d)[45]\d\d(?!\d)")
+_MESSAGES: Final[tuple[tuple[re.Pattern[str], Kind], ...]] = (
+    (re.compile(r"(?i)already has an active response"), "active_response"),
+    (re.compile(r"(?i)rate limit|too many requests"), "rate_limit"),
+)
+"""Messages that decide if there is no code."""
+_UNIT: Final = r"(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|)(?![a-z])"
+_WAIT: Final = re.compile(
+    r"(?i)\b(?:try(?:ing)? again|retry(?:ing)?)[\s-]*(?:in|after)[:\s]*"
+    rf"((?:\d++(?:\.\d++)?\s*{_UNIT}[\s,]*)+)"
+)
+_PART: Final = re.compile(rf"(?i)(\d++(?:\.\d++)?)\s*({_UNIT})")
+_LONGEST_WAIT: Final = 1e9
+"""Seconds. Python reads 400 digits as an infinite float."""
+_PASSING_BUILTINS: Final = (OSError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -139,15 +169,15 @@ class Failure:
 
     @property
     def error_type(self) -> str:
-        """Low-cardinality ``error.type``, the same on span and metric.
+        """The low-cardinality ``error.type``, the same on span and metric.
 
-        A known provider code as it is; ``_OTHER`` for an unknown one; without a code the class
-        of a programming error or the kind.
+        A known provider code as it is. Otherwise the kind, or the class of a programming error.
+        ``_OTHER`` for a code of unknown kind.
         """
-        if self.code is not None:
-            return self.code if self.code in CODES else semconv.OTHER
+        if self.code in CODES:
+            return self.code
         if self.kind == "bug":
-            return type(self.error).__name__
+            return type(self.error.__cause__ or self.error).__name__
         return self.kind if self.kind != "unknown" else semconv.OTHER
 
 
@@ -164,65 +194,134 @@ def failure(
 
 
 def explain(error: BaseException) -> Failure:
-    """Classify an exception by its provider code, its HTTP status, or its class.
+    """Classify an exception by its provider code, its HTTP status, its type or its class.
 
-    Reads ``error.code`` (str), ``error.status_code`` or ``error.status`` (int),
-    ``error.retry_after`` (seconds) and ``error.retryable`` (bool, as LiveKit's ``APIError``)
-    where they exist. Never raises.
+    Read ``error.code``, ``error.status_code`` or ``error.status`` (numbers or strings),
+    ``error.type``, ``error.retry_after`` (seconds) and ``error.retryable`` (bool, as on LiveKit's
+    ``APIError``), if they exist. Never raise.
     """
-    code = plain_code(_attribute(error, "code", str))
-    status = _attribute(error, "status_code", int) or _attribute(error, "status", int)
-    kind = _kind(error, code, status)
-    recoverable = RECOVERABLE[kind] and _attribute(error, "retryable", bool) is not False
+    code = plain_code(_attribute(error, "code"))
+    status = _attribute(error, "status_code") or _attribute(error, "status")
+    kind = kind_of(code, _attribute(error, "type"), status)
+    if kind == "unknown" and code is None:
+        kind = _kind_of_class(error)
+    recoverable = RECOVERABLE[kind] and _attribute(error, "retryable") is not False
     return Failure(error, kind, recoverable, code, _retry_after(error))
 
 
-def plain_code(code: str | None) -> str | None:
-    """``code`` where it looks like one, ``_OTHER`` where it looks like text, None where empty.
+def kind_of(
+    code: object, type_: object = None, status: object = None, message: object = None
+) -> Kind:
+    """Classify a failure by the first of these that is known.
 
-    Codes go into telemetry as they are; text might hold what nobody should read there.
+    1. the exact code,
+    2. a status number: the status, or a number from 400 to 599 inside the code,
+    3. the type,
+    4. the message. It also decides between a rejected request and an active response, because
+       OpenAI reports both with the type ``invalid_request_error``, and not always with a code.
     """
-    if not code:
+    code, type_ = plain_code(code), plain_code(type_)
+    if code in CODES:
+        return CODES[code]
+    kind = _kind_of_number(status)
+    if kind == "unknown" and code is not None and (number := _STATUS_IN_CODE.search(code)):
+        kind = _kind_of_number(number[0])
+    if kind == "unknown" and type_ is not None:
+        kind = CODES.get(type_, "unknown")
+    if kind in ("unknown", "invalid_request") and code is None and isinstance(message, str):
+        kind = next((k for pattern, k in _MESSAGES if pattern.search(message)), kind)
+    return kind
+
+
+def plain_code(code: object) -> str | None:
+    """Return ``code`` if it looks like an identifier, and ``_OTHER`` if it looks like free text.
+
+    Return None if it is empty, or neither a string nor a number. Codes go into telemetry unchanged,
+    and free text or a key must not be readable there.
+    """
+    if isinstance(code, int) and not isinstance(code, bool):
+        return str(code) if 0 < code < _LARGEST_CODE else semconv.OTHER
+    if not isinstance(code, str) or code.lower() in ("", "none", "null"):
         return None
-    return code if _CODE.fullmatch(code) else semconv.OTHER
+    if _CODE.fullmatch(code) is None or _KEY.search(code):
+        return semconv.OTHER
+    return code
 
 
 def kind_of_status(status: int) -> Kind:
-    """What an HTTP status means; ``unknown`` below 400."""
+    """Classify an HTTP status. Return ``unknown`` below 400."""
     if status < HTTPStatus.BAD_REQUEST:
         return "unknown"
     client = status < HTTPStatus.INTERNAL_SERVER_ERROR
     return _STATUS.get(status, "invalid_request" if client else "server_error")
 
 
-def _kind(error: BaseException, code: str | None, status: int | None) -> Kind:
-    if code is not None:
-        return CODES.get(code, "unknown")
-    if status is not None and (kind := kind_of_status(status)) != "unknown":
-        return kind
-    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+def finite(value: object) -> float | None:
+    """Return ``value`` as a float if it is a finite number, and None otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # An int of 400 digits.
+        return None
+    return number if math.isfinite(number) else None
+
+
+def wait_in(text: object) -> float | None:
+    """Return the seconds that a provider's message asks to wait, or None.
+
+    Providers give the wait in words: "Please try again in 1m26.4s.", "retry after 6 seconds",
+    "retry in 6.5s", "Retry-After: 6".
+    """
+    found = _WAIT.search(text) if isinstance(text, str) else None
+    if found is None:
+        return None
+    parts = _PART.findall(found[1])
+    seconds = sum(float(number) * _seconds_per(unit.lower()) for number, unit in parts)
+    return min(seconds, _LONGEST_WAIT) or None
+
+
+def _seconds_per(unit: str) -> float:
+    if unit.startswith(("ms", "milli")):
+        return 0.001
+    return {"m": 60.0, "h": 3600.0}.get(unit[:1], 1.0)
+
+
+def _kind_of_number(status: object) -> Kind:
+    if isinstance(status, str) and status.isascii() and status.isdigit():
+        status = int(status[:9])
+    if isinstance(status, int) and not isinstance(status, bool) and status <= _LARGEST_STATUS:
+        return kind_of_status(status)
+    return "unknown"
+
+
+def _kind_of_class(error: BaseException) -> Kind:
+    if isinstance(error, TimeoutError):
         return "timeout"
     if isinstance(error, (OSError, EOFError)):
         return "connection_lost"
-    # Python's own classes (TypeError, KeyError, NotImplementedError, ...) tell of a mistake in
-    # the code, which no second attempt mends; libraries' classes tell of the world.
+    # Python's own classes (TypeError, KeyError, NotImplementedError, ...) report a mistake in the
+    # code, and a second attempt cannot correct it. Classes of libraries report external failures.
     own = type(error).__module__ == "builtins" and type(error) is not Exception
     return "bug" if own and not isinstance(error, _PASSING_BUILTINS) else "unknown"
 
 
 def _retry_after(error: BaseException) -> float | None:
-    seconds = _attribute(error, "retry_after", object)
-    if isinstance(seconds, (int, float)) and math.isfinite(seconds) and seconds >= 0:
-        return float(seconds)
-    return None
+    """Return the wait that an exception asks for: its attribute, or its HTTP header."""
+    seconds = finite(_attribute(error, "retry_after"))
+    if seconds is None:
+        headers = _attribute(error, "headers")
+        value = headers.get("Retry-After") if isinstance(headers, Mapping) else None
+        if isinstance(value, str) and value.isascii() and value.isdigit():
+            seconds = float(value[:9])
+    return seconds if seconds is not None and seconds >= 0 else None
 
 
-def _attribute(error: BaseException, name: str, kind: type[T]) -> T | None:
+def _attribute(error: BaseException, name: str) -> object:
     try:
-        value = getattr(error, name, None)
-    except Exception:  # noqa: BLE001 - a property may do anything; aiohttp's `code` warns
+        return getattr(error, name, None)
+    except Exception:  # noqa: BLE001 - a property may raise; aiohttp's `code` warns
         return None
-    return value if isinstance(value, kind) else None
 
 
 NOTE: Final = "traced_retry: "
@@ -236,8 +335,8 @@ def copy_error(failure: Failure) -> Failure:
     """
     try:
         copied = copy.copy(failure.error)
-    except Exception:  # noqa: BLE001 - a provider's class may have an __init__ of its own
+        if notes := getattr(failure.error, "__notes__", None):  # The copy would share the list.
+            copied.__notes__ = [note for note in notes if not note.startswith(NOTE)]
+    except Exception:  # noqa: BLE001 - a class may forbid a copy or an attribute
         return failure
-    if notes := getattr(failure.error, "__notes__", None):  # The copy would share the list.
-        copied.__notes__ = [note for note in notes if not note.startswith(NOTE)]
     return replace(failure, error=copied)

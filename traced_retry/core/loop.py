@@ -13,6 +13,7 @@ The only clock is the running event loop's, so tests run the loop on a virtual c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -24,7 +25,7 @@ from traced_retry.core.attempt import Attempt
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.driver import Driver, Steps
 from traced_retry.core.failure import NOTE, Failure, copy_error, explain
-from traced_retry.core.guard import log_once, suppress_and_log
+from traced_retry.core.guard import log_once, log_suppressed, suppress_and_log
 from traced_retry.core.policy import Delays, RetryPolicy
 from traced_retry.core.request import Delivery, Request
 from traced_retry.core.telemetry import ReplyTrace
@@ -54,7 +55,7 @@ class FailedReply:
     """32 hexadecimal digits, or None if the reply is not traced."""
 
 
-class Reply(Generic[T]):
+class Reply(Driver, Generic[T]):
     """Attempts for one reply, until one succeeds or no further attempt is allowed.
 
     Args:
@@ -75,13 +76,11 @@ class Reply(Generic[T]):
         "_cooldown",
         "_deadline",
         "_delays",
-        "_driver",
         "_ended",
         "_forced_stop",
         "_future",
         "_jitter",
         "_last",
-        "_loop",
         "_number",
         "_on_ended",
         "_on_failed",
@@ -104,6 +103,7 @@ class Reply(Generic[T]):
         on_failed: Callable[[FailedReply], None] | None = None,
         on_ended: Callable[[Reply[T], BaseException | None], None] | None = None,
     ) -> None:
+        super().__init__()
         self._request = request
         self._policy = policy
         self._trace = trace
@@ -111,7 +111,6 @@ class Reply(Generic[T]):
         self._cooldown = cooldown or SessionCooldown()
         self._on_failed = on_failed
         self._on_ended = on_ended
-        self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[T] = self._loop.create_future()
 
         self._number = 0
@@ -125,7 +124,6 @@ class Reply(Generic[T]):
         self._result: Any = None
         """The first result. The streams of later results are attached to it."""
         self._ended = False
-        self._driver = Driver(self._run(), self.wake, self._fail_internally)
 
     # --- the caller's side ---------------------------------------------------------------------
 
@@ -143,12 +141,13 @@ class Reply(Generic[T]):
         """
         self._began = self._loop.time()
         self._deadline = self._began + self._policy.deadline
-        self._trace.begin()
+        self._trace.begin(self._began)
         if self._policy.budget is not None:
             self._policy.budget.earn(self._trace.target.provider, self._loop.time)
-        if self._cooldown.until <= self._began:
+        # A cooldown beyond the deadline does not hold a reply back, so each reply is sent once.
+        if not self._began < self._cooldown.until < self._deadline:
             self._send("send", 0.0)
-        self._driver.step()
+        self._step()
         future = self._future
         if not future.done():
             future.add_done_callback(self._on_future_done)
@@ -167,10 +166,12 @@ class Reply(Generic[T]):
 
     def wake(self) -> None:
         """Check the reply again, because ``Request.ready`` may have changed."""
-        if not self._driver.running and self._future.cancelled():
+        if self._ended:
+            return
+        if not self._running and self._future.cancelled():
             self.interrupt()  # The future's callback runs only in the event loop's next turn.
-        elif not self._ended:
-            self._driver.wake()
+        else:
+            self._resume()
 
     def interrupt(self, *, cut: bool = False) -> None:
         """End the reply as interrupted, unless it has ended, and cancel its attempt.
@@ -189,7 +190,7 @@ class Reply(Generic[T]):
         self._end("interrupted")
         # The outcome is recorded first, because the plugin may interrupt us again from here.
         if attempt is not None and attempt.future is not None:
-            if cut and attempt.future.done():
+            if self._loop.is_closed() or (cut and attempt.future.done()):
                 return
             with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt.future)
@@ -225,13 +226,11 @@ class Reply(Generic[T]):
             self._send(action, self._end_wait())
 
     def _await_cooldown(self) -> Generator[float | None, None, bool]:
-        """Wait until the provider accepts requests again. Return False if that takes too long."""
+        """Wait until the provider accepts requests again. Return False if the reply ended."""
         failure = self._cooldown.failure
         assert failure is not None
         failure = copy_error(failure)
-        stop: semconv.StopReason | None = "deadline"
-        if self._cooldown.until < self._deadline:
-            stop = yield from self._wait_until_ready("send", 0.0)
+        stop = yield from self._wait_until_ready("send", 0.0)
         if stop is not None:
             self._give_up(self._forced_failure(failure), stop)
             return False
@@ -241,11 +240,11 @@ class Reply(Generic[T]):
     def _send(self, action: semconv.Action, delay: float) -> None:
         """Make the next attempt."""
         self._number += 1
-        attempt: Attempt[T] = Attempt(self._number, action, delay, self._loop.time())
-        attempt.limit = self._deadline
+        began, limit = self._loop.time(), self._deadline
         for seconds in (self._policy.attempt_timeout, self._request.limit(action)):
             if seconds is not None:
-                attempt.limit = min(attempt.limit, attempt.began + seconds)
+                limit = min(limit, began + seconds)
+        attempt: Attempt[T] = Attempt(self._number, action, delay, began, limit)
         if self._forced_stop is None:
             self._reported = None
         self._trace.attempt_began(attempt)
@@ -258,7 +257,7 @@ class Reply(Generic[T]):
             future.set_exception(error)
         except BaseException:  # KeyboardInterrupt, SystemExit
             attempt.result = "interrupted"
-            self._trace.attempt_ended(attempt, 0.0, None)
+            self._trace.attempt_ended(attempt, 0.0)
             self._end("interrupted")
             raise
         attempt.future = future
@@ -291,8 +290,10 @@ class Reply(Generic[T]):
         assert attempt.future is not None
         result = attempt.future.result()
         delivery = None
-        with suppress_and_log("Request.delivery"):  # The result is valid without its delivery.
+        try:
             delivery = self._request.delivery(result)
+        except Exception as error:  # noqa: BLE001 - the result is valid without its delivery
+            log_suppressed("Request.delivery", error)
         attempt.delivery = delivery
         if self._result is None:
             self._result = result
@@ -426,9 +427,18 @@ class Reply(Generic[T]):
         if future.cancelled():
             self.interrupt()
 
-    def _fail_internally(self, error: BaseException) -> None:
+    def _on_timer(self) -> None:
+        self.wake()
+
+    def _on_loop_closed(self) -> None:
+        with suppress_and_log("the end of a reply whose event loop was closed"):
+            self.interrupt()
+
+    def _on_error(self, error: BaseException) -> None:
         """End the reply because our own code or an adapter failed."""
-        self._give_up(explain(error), "not_recoverable", note=False)
+        if isinstance(error, Exception):
+            log_suppressed("the retry of a reply", error)
+        self._give_up(self._request.internal_failure(error), "not_recoverable", note=False)
 
     def _fail_attempt(
         self,
@@ -457,8 +467,7 @@ class Reply(Generic[T]):
         """Record the end of the current attempt."""
         self._attempt = None
         attempt.result = result
-        seconds, at = attempt.seconds_to_output(self._loop.time())
-        self._trace.attempt_ended(attempt, seconds, at)
+        self._trace.attempt_ended(attempt, attempt.seconds_to_output(self._loop.time()))
 
     def _end_wait(self) -> float:
         """Record the wait before an attempt, if there is one, and return its seconds."""
@@ -472,7 +481,7 @@ class Reply(Generic[T]):
     def _succeed(self, attempt: Attempt[T]) -> None:
         self._close(attempt, "succeeded")
         delivery = attempt.delivery
-        self._end(None, first_output=None if delivery is None else delivery.first_output)
+        self._end(None, first_output_at=None if delivery is None else delivery.first_output_at)
 
     def _give_up(self, failure: Failure, stop: semconv.StopReason, *, note: bool = True) -> None:
         """End the reply as failed, and raise the error to the agent if it has no reply yet."""
@@ -487,7 +496,8 @@ class Reply(Generic[T]):
         error = self._last.error
         if note and self._last.kind != "bug":
             said = f"{self._number} attempt(s), stopped by {stop}"
-            error.add_note(f"{NOTE}{said}, trace id {self._trace.trace_id or 'none'}")
+            with contextlib.suppress(Exception):  # Some exceptions cannot take a note.
+                error.add_note(f"{NOTE}{said}, trace id {self._trace.trace_id or 'none'}")
         if not self._future.done():
             self._future.set_exception(error)
         if self._on_failed is not None:
@@ -498,14 +508,15 @@ class Reply(Generic[T]):
         self,
         stop: semconv.StopReason | None,
         failure: Failure | None = None,
-        first_output: tuple[float, int] | None = None,
+        first_output_at: float | None = None,
     ) -> None:
         self._ended = True
-        self._driver.stop()
-        at, unix = first_output or (self._loop.time(), None)
-        self._trace.end(stop, at - self._began, failure, unix)
+        self._cancel_timer()
+        at = self._loop.time() if first_output_at is None else first_output_at
+        self._trace.end(stop, at - self._began, failure)
         if stop in ("superseded", "interrupted"):
-            self._future.cancel()
+            with contextlib.suppress(RuntimeError):  # A closed loop runs no callbacks.
+                self._future.cancel()
         if self._on_ended is not None:
             unreported = failure.error if failure is not None and self._future.done() else None
             self._on_ended(self, unreported)

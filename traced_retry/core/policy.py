@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,7 @@ from typing import Any, Final, Literal, get_args
 import backoff
 
 from traced_retry.core.budget import RetryBudget, process_budget
-from traced_retry.core.failure import Failure
+from traced_retry.core.failure import MAX_RETRY_AFTER, Failure, finite
 from traced_retry.errors import UsageError
 
 OnSilence = Literal["restart", "listen", "resend"]
@@ -133,7 +132,9 @@ class Delays:
 
     def next(self, failure: Failure) -> float:
         """The wait before the next attempt: jittered, but never less than ``retry_after``."""
-        return max(self._jitter(next(self._bounds)), failure.retry_after or 0.0)
+        return max(
+            self._jitter(next(self._bounds)), min(failure.retry_after or 0.0, MAX_RETRY_AFTER)
+        )
 
 
 def _boolean(text: str) -> bool:
@@ -150,7 +151,7 @@ def _budget(text: str) -> RetryBudget | None:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return finite(value) is not None
 
 
 def _check_count(value: Any) -> str | None:

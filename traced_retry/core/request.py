@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -30,6 +29,9 @@ class Request(Protocol[T]):
 
     def timed_out(self, seconds: float) -> Failure:
         """Say that the attempt was ended by us after ``seconds`` without an answer."""
+
+    def internal_failure(self, error: BaseException) -> Failure:
+        """Return the failure to raise if our own code failed with ``error``. Never raise."""
 
     def next_action(self, failure: Failure) -> semconv.Action | None:
         """What is safe to do next; None where nothing is."""
@@ -64,8 +66,8 @@ class Delivery:
     """
 
     def __init__(self) -> None:
-        self.first_output: tuple[float, int] | None = None
-        """When the first word came: the loop's seconds, and Unix nanoseconds."""
+        self.first_output_at: float | None = None
+        """Time of the first output on the event loop's clock, in seconds."""
         self.last_activity: float | None = None
         """When the provider last sent anything of it, in the loop's seconds; None: not told."""
         self.ended = False
@@ -75,14 +77,19 @@ class Delivery:
         self.on_end: Callable[[], None] = lambda: None
 
     @property
+    def first_output(self) -> bool:
+        """Whether there was output: a word, a sound or a tool call."""
+        return self.first_output_at is not None
+
+    @property
     def failed_before_output(self) -> bool:
         """Whether it failed before its first word."""
-        return self.failure is not None and self.first_output is None
+        return self.failure is not None and self.first_output_at is None
 
     def mark_output(self) -> None:
         """Something was said, or a tool called."""
-        if self.first_output is None:
-            self.first_output = (asyncio.get_running_loop().time(), time.time_ns())
+        if self.first_output_at is None:
+            self.first_output_at = asyncio.get_running_loop().time()
 
     def mark_activity(self) -> None:
         """The provider sent something of it. Whoever tells of one tells of all."""
@@ -94,7 +101,7 @@ class Delivery:
             return
         self.ended = True
         self.failure = failure
-        self.cancelled = cancelled and self.first_output is None
+        self.cancelled = cancelled and self.first_output_at is None
         self.on_end()
 
 
@@ -143,6 +150,10 @@ class CallRequest(Generic[T]):
         """A ``TimeoutError`` of ours."""
         error = TimeoutError(f"no answer within {seconds:.1f} s")
         return failure(error, "timeout", ended_locally=True)
+
+    def internal_failure(self, error: BaseException) -> Failure:
+        """Return ``error`` as it is, classified by the default table."""
+        return explain(error)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
         """Send again, unless the first may still be answered."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -241,10 +242,12 @@ class ReplyTrace:
 
     __slots__ = (
         "_attempts",
+        "_began",
         "_context",
         "_live",
         "_silent",
         "_span",
+        "_started",
         "_telemetry",
         "_waited",
         "target",
@@ -260,6 +263,8 @@ class ReplyTrace:
         self._context: otel_context.Context | None = None
         self._attempts = 0
         self._waited = 0.0
+        self._began = 0.0
+        self._started = 0
 
     @property
     def trace_id(self) -> str | None:
@@ -268,14 +273,18 @@ class ReplyTrace:
         return trace.format_trace_id(context.trace_id) if self._live else None
 
     @_suppress_and_log
-    def begin(self) -> None:
-        """Start the span of the reply."""
+    def begin(self, now: float = 0.0) -> None:
+        """Start the span of the reply. ``now`` is the event loop's time."""
         if self._silent:
             return
+        # The system's clock is read once per reply. It may be set back during the reply, so all
+        # other times of its spans are this one plus seconds of the event loop's clock.
+        self._began, self._started = now, time.time_ns()
         self._span = self._telemetry.tracer.start_span(
             semconv.SPAN_SAY if self.target.say else semconv.SPAN_REPLY,
             kind=SpanKind.INTERNAL,
             attributes=self.target.attributes,
+            start_time=self._started,
         )
         # Without an SDK the span has no context of its own, so there is no span to nest below.
         self._live = self._span.get_span_context().is_valid
@@ -302,6 +311,7 @@ class ReplyTrace:
             context=self._context,
             kind=SpanKind.CLIENT,
             attributes=attributes,
+            start_time=self._unix(attempt.began),
         )
         attempt.context = trace.set_span_in_context(attempt.span, self._context)
 
@@ -320,8 +330,8 @@ class ReplyTrace:
             otel_context.detach(token)
 
     @_suppress_and_log
-    def attempt_ended(self, attempt: Attempt[Any], seconds: float, at: int | None) -> None:
-        """End the span of ``attempt`` at ``at`` (Unix ns, None for now) and count the attempt."""
+    def attempt_ended(self, attempt: Attempt[Any], seconds: float) -> None:
+        """End the span of ``attempt`` after ``seconds``, and count the attempt."""
         failure = attempt.failure
         if failure is not None and attempt.next_action is not None:
             self._log_retry(attempt.context, failure, attempt.next_action, attempt.next_delay)
@@ -341,7 +351,7 @@ class ReplyTrace:
                 labels = {**labels, semconv.RECOVERABLE: failure.recoverable}
             telemetry.attempts.add(1, labels, context)
         finally:
-            attempt.span.end(at)
+            attempt.span.end(self._unix(attempt.began + seconds))
 
     @_suppress_and_log
     def waited(self, seconds: float) -> None:
@@ -356,9 +366,8 @@ class ReplyTrace:
         stop: semconv.StopReason | None,
         seconds: float,
         failure: Failure | None,
-        at: int | None,
     ) -> None:
-        """End the span of the reply at ``at`` (Unix ns, None for now) and count the reply.
+        """End the span of the reply after ``seconds``, and count the reply.
 
         ``stop`` is None if the reply succeeded. ``failure`` holds the error raised to the agent.
         """
@@ -383,7 +392,11 @@ class ReplyTrace:
                 labels = {**labels, semconv.STOP_REASON: stop}
             telemetry.replies.add(1, labels, context)
         finally:
-            self._span.end(at)
+            self._span.end(self._unix(self._began + seconds))
+
+    def _unix(self, at: float) -> int:
+        """Return the Unix time in ns of the event loop's time ``at``."""
+        return self._started + round((at - self._began) * 1e9)
 
     def _end_attributes(
         self,

@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from traced_retry.core.sanitize import is_url
 from traced_retry.doctor import environment, pipeline, plugins
-from traced_retry.doctor.check import Check, is_url
+from traced_retry.doctor.check import Check
 from traced_retry.errors import UsageError
 
 __all__ = ["Check", "DoctorError", "run_checks"]

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from traced_retry.core import supported
 from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
-from traced_retry.doctor.check import Check, is_url, redact_url
+from traced_retry.core.sanitize import is_url, redact_url
+from traced_retry.doctor.check import Check
 
 
 def policy() -> Iterator[Check]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from traced_retry import semconv
 from traced_retry._version import __version__
-from traced_retry.doctor.check import Check, redact_url
+from traced_retry.core.sanitize import redact_url
+from traced_retry.doctor.check import Check
 from traced_retry.doctor.probe import deliver, diagnose, in_jaeger, jaeger_query_url, server
 from traced_retry.errors import UsageError, install_command
 

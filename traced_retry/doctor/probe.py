@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-from traced_retry.doctor.check import is_url, redact_url
+from traced_retry.core.sanitize import is_url, redact_url
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import Span
@@ -63,9 +63,7 @@ _GRPC = re.compile(r"[\w.:\[\]-]+:\d+")
 
 def server(endpoint: str) -> str:
     """Return an endpoint without secrets."""
-    if is_url(endpoint):
-        return redact_url(endpoint)
-    return endpoint if _GRPC.fullmatch(endpoint) else "(hidden: no URL)"
+    return endpoint if _GRPC.fullmatch(endpoint) else redact_url(endpoint)
 
 
 def diagnose(exporter: Any, endpoint: str | None, status: int | None, path: str) -> tuple[str, str]:
@@ -112,11 +110,12 @@ _STATUS_FIX: Final = {
 
 def jaeger_query_url(endpoint: str | None) -> str | None:
     """Return the query URL of a Jaeger that takes spans at ``endpoint``."""
-    if (
-        endpoint is None or server(endpoint) != endpoint
-    ):  # a user and password belong to that server only
+    if endpoint is None or not (is_url(endpoint) or _GRPC.fullmatch(endpoint)):
         return None
-    host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+    url = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
+    if url.username is not None or url.query:
+        return None  # A server that needs a key is not a Jaeger on the same host.
+    host = url.hostname or ""
     return f"http://[{host}]:{JAEGER_PORT}" if ":" in host else f"http://{host}:{JAEGER_PORT}"
 
 

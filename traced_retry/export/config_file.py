@@ -10,8 +10,12 @@ file.
 from __future__ import annotations
 
 import difflib
+import json
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from importlib.metadata import distributions, entry_points
@@ -20,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
 
+from traced_retry.core.sanitize import is_url, printable
 from traced_retry.errors import UsageError
 from traced_retry.export.processor import DELAY, BoundedSpanProcessor
 from traced_retry.livekit.instrumentor import RetryOptions
@@ -32,6 +37,7 @@ INSTRUMENTOR: Final = "traced_retry"
 """Our name below ``instrumentation/development`` → ``python``."""
 
 _COMPRESSIONS: Final = ("gzip", "deflate", "none")
+_QUOTED: Final = re.compile(r"""(?s)(['"])(?!(?:<[a-z ]+>|.|\\.)\1).*?\1(?=[\s,.;:)]|$)""")
 
 
 class ConfigurationFileError(UsageError):
@@ -62,9 +68,12 @@ def load(path: str | os.PathLike[str]) -> ConfigFile:
     )
 
     try:
-        model = load_config_file(path)
+        with _suppress_sdk_errors():
+            model = load_config_file(path)
     except ConfigurationError as error:
         raise ConfigurationFileError(f"{path}: {_describe_error(error)}") from None
+    except Exception as error:  # noqa: BLE001 - a file that is not UTF-8 or too deeply nested
+        raise ConfigurationFileError(f"{path}: cannot be read ({type(error).__name__})") from None
     for problem in _problems(model, ""):
         raise ConfigurationFileError(f"{path}: {problem}")
     return ConfigFile(path, model, _extract_options(path, model))
@@ -141,20 +150,55 @@ def _otlp_http(declared: OtlpHttpExporter) -> SpanExporter:
     )
 
 
+@contextmanager
+def _suppress_sdk_errors() -> Iterator[None]:
+    """Suppress the loader's ERROR records. It logs a traceback that quotes lines of the file.
+
+    The loader also raises each of these errors.
+    """
+    loader = logging.getLogger("opentelemetry.configuration.file._loader")
+
+    def below_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    loader.addFilter(below_error)
+    try:
+        yield
+    finally:
+        loader.removeFilter(below_error)
+
+
+def without_quotes(error: object) -> str:
+    """Return the text of an SDK's error with "(hidden)" for each word that it quotes.
+
+    Such a word may be a header's value in the wrong place. Single characters and the names of
+    tokens, such as ``'<block end>'``, remain.
+    """
+    return printable(_QUOTED.sub("(hidden)", str(error)))
+
+
 def _describe_error(error: Exception) -> str:
     """Describe the loader's finding without values from the file."""
     cause = error.__cause__
     mark = getattr(cause, "problem_mark", None)
     if mark is not None:
-        return f"line {mark.line + 1} is no YAML: {getattr(cause, 'problem', '')}"
+        return f"line {mark.line + 1} is no YAML: {without_quotes(getattr(cause, 'problem', ''))}"
+    if isinstance(cause, json.JSONDecodeError):
+        return f"line {cause.lineno} is no JSON: {cause.msg}"
+    if getattr(cause, "validator", None) is None:
+        return without_quotes(error)
+    return _describe_schema_error(cause)
+
+
+def _describe_schema_error(cause: object) -> str:
     validator = getattr(cause, "validator", None)
-    if validator is None:
-        return str(error)
     instance, schema = getattr(cause, "instance", None), getattr(cause, "schema", {})
     at = ".".join(str(part) for part in getattr(cause, "absolute_path", ())) or "the top level"
     if validator == "additionalProperties":
         known = schema.get("properties", {})
         odd = sorted(set(instance or ()) - set(known))
+        if ".headers" in at:
+            return f"{len(odd)} key(s) at {at} are not known; allowed: {', '.join(sorted(known))}"
         return f"{_listed(odd)} at {at} is not known; allowed: {', '.join(sorted(known))}"
     if validator == "required":
         missing = sorted(set(schema["required"]) - set(instance or ()))
@@ -184,7 +228,8 @@ def _problems(node: object, at: str) -> Iterator[str]:
             where = at.removeprefix(".") or "the top level"
             allowed = sorted(word.replace("_development", "/development") for word in known)
             yield f"{name!r} at {where} is not known; allowed: {', '.join(allowed)}"
-    if type(node).__name__.startswith("OtlpHttp") and not _is_url(getattr(node, "endpoint", None)):
+    endpoint = getattr(node, "endpoint", None)
+    if type(node).__name__.startswith("OtlpHttp") and not (endpoint is None or is_url(endpoint)):
         yield (
             f"{at.removeprefix('.')}.endpoint is no http:// or https:// URL; is a variable in it "
             "not set?"
@@ -192,15 +237,11 @@ def _problems(node: object, at: str) -> Iterator[str]:
     compression = getattr(node, "compression", None) or "none"
     if compression.lower() not in _COMPRESSIONS:
         yield (
-            f"{at.removeprefix('.')}.compression is {compression!r}; it must be one of "
+            f"{at.removeprefix('.')}.compression is invalid; it must be one of "
             f"{', '.join(_COMPRESSIONS)}"
         )
     for name in known:
         yield from _problems(getattr(node, name), f"{at}.{name}")
-
-
-def _is_url(endpoint: str | None) -> bool:
-    return endpoint is None or endpoint.startswith(("http://", "https://"))
 
 
 def _plugin_names() -> set[str]:

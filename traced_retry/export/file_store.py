@@ -26,6 +26,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from platformdirs import user_state_path
 
 from traced_retry import semconv
+from traced_retry.core.sanitize import file_name
 from traced_retry.export.processor import BoundedSpanProcessor
 
 FILE_BYTES: Final = 16 * 2**20
@@ -50,8 +51,11 @@ def store_directory() -> Path:
 
 
 def new_store(name: str) -> Path:
-    """Return a path for a new local store, made of ``name``, the time in UTC and the process id."""
-    return store_directory() / f"{name}-{_now()}-{os.getpid()}.jsonl"
+    """Return a path for a new local store, made of ``name``, the time in UTC and the process id.
+
+    The file is directly inside :func:`store_directory`, whatever characters ``name`` has.
+    """
+    return store_directory() / f"{file_name(name)}-{_now()}-{os.getpid()}.jsonl"
 
 
 def latest_store() -> Path | None:

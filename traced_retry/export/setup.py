@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from opentelemetry import metrics, trace
@@ -46,8 +46,6 @@ T = TypeVar("T")
 SERVICE: Final = "livekit-agent"
 """Default of ``service.name``."""
 
-_PROVIDERS: Final = 3
-"""The number of providers in a file: tracer, meter and logger."""
 _PROTOCOLS: Final = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 
 
@@ -116,14 +114,12 @@ def _load_file(path: Path, feature: str = "OTEL_CONFIG_FILE") -> ConfigFile:
 
 
 def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
-    from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
-        ConfigurationError,
-        configure_sdk,
-    )
+    from opentelemetry.configuration import ConfigurationError  # noqa: PLC0415 - an extra
 
     from traced_retry.export.config_file import (  # noqa: PLC0415
         ConfigurationFileError,
         extract_batch_processors,
+        without_quotes,
     )
 
     policy = declared.options.policy()
@@ -133,19 +129,12 @@ def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
     if has_meter_provider():
         model.meter_provider = None
 
-    def configure() -> bool:
-        configure_sdk(model)
-        return True
-
     sets_meter_provider = model.meter_provider is not None
     try:
         batches = extract_batch_processors(model, construct)
-        for _ in range(_PROVIDERS + 1):
-            if construct("of a provider", configure):
-                break
-            _leave_out_failed_provider(model)
+        _configure_sdk(model, f"of {declared.path}")
     except ConfigurationError as error:  # a missing package
-        raise ConfigurationFileError(f"{declared.path}: {error}") from None
+        raise ConfigurationFileError(f"{declared.path}: {without_quotes(error)}") from None
     # Handlers run in reverse order at exit, and the SDK would begin with its meter provider, for up
     # to 30 s. Shut the span processors down first, because the metrics must include spans dropped
     # during shutdown. The shutdown of a meter provider also removes this registration.
@@ -161,17 +150,29 @@ def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
     return SdkSetup(destination, policy)
 
 
-def _leave_out_failed_provider(model: Any) -> None:
-    """Remove the provider that could not be created, and those that are set already."""
-    if model.tracer_provider is not None:
-        model.tracer_provider = None
-        if not isinstance(trace.get_tracer_provider(), TracerProvider):
+def _configure_sdk(model: Any, place: str) -> None:
+    """Set the providers up, without the exporters that cannot be created.
+
+    The SDK stops at the first of them. Continue after it, which takes at most five calls.
+    """
+    from opentelemetry.configuration import configure_sdk  # noqa: PLC0415 - an extra of its own
+
+    def configure() -> bool:
+        configure_sdk(model)
+        return True
+
+    for _ in range(5):
+        if construct(place, configure):
             return
-    if model.meter_provider is not None:
-        model.meter_provider = None
-        if not has_meter_provider():
-            return
-    model.logger_provider = None
+        if model.tracer_provider and not isinstance(trace.get_tracer_provider(), TracerProvider):
+            if model.tracer_provider.processors:  # our own processors need the provider
+                model.tracer_provider.processors = []
+            else:
+                model.tracer_provider = None
+        elif model.meter_provider and not has_meter_provider():
+            model.tracer_provider = model.meter_provider = None
+        else:
+            model.tracer_provider = model.meter_provider = model.logger_provider = None
 
 
 def _set_service_name(declared: ConfigFile, service_name: str) -> None:
@@ -225,6 +226,18 @@ def _from_environment(service_name: str) -> SdkSetup:
     )
 
 
+_REMEDIES: Final = {
+    "EADDRINUSE": (
+        "Each process needs a port of its own. Send metrics with OTEL_METRICS_EXPORTER=otlp, or "
+        "let LiveKit serve those of all jobs: examples/agent_prometheus.py."
+    ),
+    **dict.fromkeys(
+        ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR"),
+        "Name a file in a folder that this process can write.",
+    ),
+}
+
+
 def construct(name: str, make: Callable[[], T]) -> T | None:
     """Return a new exporter. If its construction fails, log the remedy and return None.
 
@@ -244,25 +257,13 @@ def construct(name: str, make: Callable[[], T]) -> T | None:
         number = getattr(error, "errno", None)
         reason = os.strerror(number) if isinstance(number, int) else type(error).__name__
         logger.warning(
-            "exporter %s is left out, because it cannot be created (%s); replies and the other "
-            "exporters are not affected. %s",
+            "exporter %s is left out, because it cannot be created (%s). Replies are not affected. "
+            "%s",
             name,
             reason,
             _REMEDIES.get(errno.errorcode.get(number or 0, ""), "Check the exporter's settings."),
         )
         return None
-
-
-_REMEDIES: Final = {
-    "EADDRINUSE": (
-        "Each process needs a port of its own. Send metrics with OTEL_METRICS_EXPORTER=otlp, or "
-        "let LiveKit serve those of all jobs: examples/agent_prometheus.py."
-    ),
-    **dict.fromkeys(
-        ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR"),
-        "Name a file in a folder that this process can write.",
-    ),
-}
 
 
 def _describe_exporter(name: str) -> str:
@@ -337,7 +338,7 @@ def _resource(service_name: str) -> Resource:
 
 def _local_store(service_name: str) -> SdkSetup:
     resource = _resource(service_name)
-    path = new_store(str(resource.attributes[SERVICE_NAME]).replace(os.sep, "-"))
+    path = new_store(str(resource.attributes[SERVICE_NAME]))
     try:
         exporter = StoreExporter(path)
     except OSError as error:
@@ -349,11 +350,22 @@ def _local_store(service_name: str) -> SdkSetup:
             error.strerror,
         )
         return SdkSetup(f"nowhere: {path} cannot be written")
-    trace.set_tracer_provider(_store_provider(exporter, resource))
+    tracer_provider = TracerProvider(resource=resource)
+    tracer_provider.add_span_processor(store_processor(exporter))
+    trace.set_tracer_provider(tracer_provider)
     return SdkSetup(str(path))
 
 
-def store_providers(path: Path, service_name: str) -> tuple[TracerProvider, MeterProvider]:
+class StoreProviders(NamedTuple):
+    """Providers with a local store."""
+
+    tracer_provider: TracerProvider
+    meter_provider: MeterProvider
+    store: BoundedSpanProcessor
+    """The processor of the local store alone."""
+
+
+def store_providers(path: Path, service_name: str) -> StoreProviders:
     """Create providers that store spans in ``path``, and also send to the endpoints of ``OTEL_*``.
 
     The global providers stay as they are.
@@ -382,20 +394,14 @@ def store_providers(path: Path, service_name: str) -> tuple[TracerProvider, Mete
     # Create the meter provider first. Providers shut down in reverse order, and the metrics must
     # include spans dropped during shutdown.
     meter_provider = MeterProvider(readers, resource=resource)
-    tracer_provider = _store_provider(exporter, resource, meter_provider)
+    tracer_provider = TracerProvider(resource=resource)
+    store = store_processor(exporter, meter_provider)
+    tracer_provider.add_span_processor(store)
     if endpoint("TRACES"):
         tracer_provider.add_span_processor(
             BoundedSpanProcessor(_span_exporter("otlp"), "otlp", meter_provider=meter_provider)
         )
-    return tracer_provider, meter_provider
-
-
-def _store_provider(
-    exporter: StoreExporter, resource: Resource, meter_provider: MeterProvider | None = None
-) -> TracerProvider:
-    tracer_provider = TracerProvider(resource=resource)
-    tracer_provider.add_span_processor(store_processor(exporter, meter_provider))
-    return tracer_provider
+    return StoreProviders(tracer_provider, meter_provider, store)
 
 
 def has_meter_provider() -> bool:

@@ -16,10 +16,11 @@ from typing import Any, ClassVar, Protocol
 from livekit.agents import APIConnectionError, llm
 
 from traced_retry import semconv
-from traced_retry.core.failure import CODES, Failure, Kind, explain, failure, plain_code
+from traced_retry.core.failure import Failure, Kind, explain, failure
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.core.request import CallRequest, Delivery, Request
 from traced_retry.core.telemetry import Target
+from traced_retry.livekit.events import read_error
 
 Generation = llm.GenerationCreatedEvent
 Call = Callable[[], "asyncio.Future[Generation]"]
@@ -119,6 +120,14 @@ class PassthroughRequest:
         """A ``RealtimeError``, for LiveKit catches nothing else."""
         return timeout_failure(seconds)
 
+    def internal_failure(self, error: BaseException) -> Failure:
+        """Return a ``RealtimeError`` caused by ``error``. LiveKit catches no other class."""
+        if isinstance(error, llm.RealtimeError) or not isinstance(error, Exception):
+            return explain(error)
+        raised = llm.RealtimeError(f"traced_retry failed internally ({type(error).__name__})")
+        raised.__cause__ = error
+        return failure(raised, "bug")
+
     def next_action(self, why: Failure) -> semconv.Action | None:
         """Nothing is known to be safe."""
         return None
@@ -176,28 +185,42 @@ def timeout_failure(seconds: float, kind: Kind = "timeout") -> Failure:
 
 
 def failure_from_event(
-    kind: Kind, what: str, code: str | None = None, *, ended_locally: bool = False
+    kind: Kind,
+    what: str,
+    code: str | None = None,
+    *,
+    ended_locally: bool = False,
+    retry_after: float | None = None,
 ) -> Failure:
-    """A failure that only an event told of, with an error LiveKit catches and no foreign text."""
+    """Return the failure that only an event reported.
+
+    Its error is one that LiveKit catches, without text from the provider.
+    """
     error = llm.RealtimeError(f"{what} ({code or kind})", code=code)
-    return failure(error, kind, code=code, ended_locally=ended_locally)
+    return failure(error, kind, code=code, ended_locally=ended_locally, retry_after=retry_after)
+
+
+def failure_from_error(source: object, what: str, reason: object = None) -> Failure:
+    """Return the failure for the error object of an event, whatever types its fields have."""
+    found = read_error(source, reason)
+    wait = found.retry_after if found.kind in ("rate_limit", "overloaded") else None
+    return failure_from_event(found.kind, what, found.code, retry_after=wait)
 
 
 def classify_event(event: llm.RealtimeModelError) -> Failure:
-    """What a session's ``error`` event means, by the provider's code or an HTTP status."""
+    """Classify a session's ``error`` event by the provider's code or an HTTP status."""
     what, error = "the realtime session failed", event.error
     body = getattr(error, "body", None)
-    code = plain_code(getattr(body, "code", None)) or plain_code(getattr(body, "type", None))
-    if code is not None:
-        return failure_from_event(CODES.get(code, "unknown"), what, code)
+    if not isinstance(body, str) and read_error(body).kind != "unknown":
+        return failure_from_error(body, what)
     source: BaseException | None = error
-    while source is not None:  # a plugin's error may wrap its SDK's, and that one HTTP's
-        if (kind := explain(source).kind) not in ("unknown", "bug"):
-            return failure_from_event(kind, what)
+    while source is not None:  # A plugin's error may wrap its SDK's, which wraps HTTP's.
+        found = explain(source)
+        if found.kind not in ("unknown", "bug"):
+            return failure_from_event(found.kind, what, retry_after=found.retry_after)
         source = source.__cause__
-    return failure_from_event(
-        "connection_lost" if isinstance(error, APIConnectionError) else "unknown", what
-    )
+    kind: Kind = "connection_lost" if isinstance(error, APIConnectionError) else "unknown"
+    return failure_from_event(kind, what, None if isinstance(body, str) else read_error(body).code)
 
 
 def plain_provider(provider: str) -> str:

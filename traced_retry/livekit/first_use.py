@@ -9,8 +9,8 @@ fork server import it and run no job.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -67,19 +67,27 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != _LIVEKIT:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        loader: Any = spec and spec.loader
-        with suppress_and_log("watching the import of LiveKit"):
-            execute = loader.exec_module
+        for finder in sys.meta_path:
+            search = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = search(name, path, target) if search else None
+            if spec is not None:
+                with suppress_and_log("watching the import of LiveKit"):
+                    self._watch(spec.loader)
+                return spec
+        return None
 
-            def execute_and_watch(module: ModuleType) -> None:
-                execute(module)
-                with suppress_and_log("watching for LiveKit's first use"):
-                    _watch_classes()
+    def _watch(self, loader: Any) -> None:
+        # A program may also look for the module without importing it.
+        execute = loader.exec_module
 
-            loader.exec_module = execute_and_watch
-        return spec
+        def execute_and_watch(module: ModuleType) -> None:
+            with contextlib.suppress(ValueError):
+                sys.meta_path.remove(self)
+            execute(module)
+            with suppress_and_log("watching for LiveKit's first use"):
+                _watch_classes()
+
+        loader.exec_module = execute_and_watch
 
 
 def _watch_classes() -> None:

@@ -20,16 +20,16 @@ Facts (livekit-plugins-openai 1.8.9, ``livekit/agents/llm/_realtime/openai.py``)
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from livekit.agents import APIConnectionError, llm
 from openai.types.realtime import ResponseCancelEvent
 
 from traced_retry import semconv
-from traced_retry.core.failure import CODES, Failure, explain, failure, plain_code
-from traced_retry.core.guard import suppress_and_log
+from traced_retry.core.failure import Failure, explain, failure, wait_in
+from traced_retry.core.guard import log_once, suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
@@ -38,15 +38,13 @@ from traced_retry.livekit.adapter import (
     Generation,
     PassthroughRequest,
     Replies,
+    failure_from_error,
     failure_from_event,
     timeout_failure,
 )
+from traced_retry.livekit.events import field, mapping, read_error, text
 from traced_retry.livekit.streams import Streams
 
-_TRY_AGAIN = re.compile(r"try again in ((?:\d+(?:\.\d+)?(?:ms|h|m|s))+)")
-"""OpenAI tells the wait only in words, as a Go duration: 200ms, 1.5s, 1m26.4s, 2h0m0s."""
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
-_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _OUTPUT = frozenset(
     {
         "response.output_text.delta",
@@ -75,7 +73,11 @@ class OpenAIAdapter(Adapter):
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         super().__init__(session, replies)
         self.connected = True
-        self.errors: dict[str, Mapping[str, Any]] = {}
+        self.echoes: bool | None = None
+        """Whether responses carry the id of their request. None before the first one."""
+        self._unanswered_turns = 0
+        """Turns of the caller that were committed and to which no response has begun."""
+        self.errors: dict[str, object] = {}
         """The ``error`` events that answered a request, by its id, until it asks."""
         self.open: list[OpenAIRequest] = []
         """Requests sent and not yet answered."""
@@ -153,61 +155,92 @@ class OpenAIAdapter(Adapter):
     def _on_server_event(self, kind: str, event: Mapping[str, Any]) -> None:
         if not self.connected:
             self._on_connected()
-        asker = self._speaking.get(event.get("response_id", ""))
+        asker = self._speaking.get(text(event.get("response_id")))
         if asker is not None and asker.delivered is not None:
             asker.delivered.mark_activity()
         if kind == "response.created":
-            self._on_response_created(event["response"])
+            self._on_response_created(mapping(event.get("response")))
         elif kind in _OUTPUT and asker is not None:
-            if kind != "response.output_item.done" or _is_call(event["item"]):
+            if event.get("delta") or _is_call(mapping(event.get("item"))):
                 asker.heard()
         elif kind == "response.done":
-            self._on_response_done(event["response"])
+            self._on_response_done(mapping(event.get("response")))
         elif kind == "error":
-            self._on_server_error(event["error"])
+            self._on_server_error(event.get("error"))
+        elif kind == "input_audio_buffer.committed":
+            self._unanswered_turns += 1
 
     def _on_response_created(self, response: Mapping[str, Any]) -> None:
         # One at a time: the plugin knows only the latest. xAI's server leaves one in flight where
         # it begins another, and tells no end of it.
-        self.active = {response["id"]}
+        response_id = text(response.get("id"))
+        self.active = {response_id} if response_id else set()
         left, self._speaking = self._speaking, {}
         for earlier in left.values():
             if earlier.delivered is not None:
                 earlier.delivered.end(cancelled=True)
-        asked_by = (response.get("metadata") or {}).get("client_event_id")
+        asked_by = text(mapping(response.get("metadata")).get("client_event_id"))
         asker = next((request for request in self.open if asked_by in request.ids), None)
         if asker is not None:
-            self._speaking[response["id"]] = asker
+            self.echoes = True
+        elif self._unanswered_turns:
+            self._unanswered_turns -= 1  # The server answers the caller by itself.
+        elif asked_by not in self._abandoned:
+            for request in self.open:
+                request.may_be_answered = True
+        if asker is not None:
+            self._speaking[response_id] = asker
             asker.delivered = Delivery()
         elif asked_by in self._abandoned:
             # The plugin looks at its own set right after this event, and a reconnect emptied it.
             del self._abandoned[asked_by]
             self.session._discarded_event_ids.add(asked_by)  # type: ignore[attr-defined]
 
+    def sent(self) -> None:
+        """Forget the caller's earlier turns, because the server answers a turn at once."""
+        self._unanswered_turns = 0
+
+    def stop_sending_again(self) -> None:
+        """Treat the server as one without ids, because a response lacked the id of its request.
+
+        Such a response cannot be matched to its request. If the request were sent again, the caller
+        could hear a second reply.
+        """
+        self.echoes = False
+        log_once(
+            f"{self.target().provider} does not echo request metadata in its responses: replies of "
+            "such a session are traced and never sent again"
+        )
+
     def _on_response_done(self, response: Mapping[str, Any]) -> None:
-        self.active.discard(response["id"])
-        asker = self._speaking.pop(response["id"], None)
+        response_id = text(response.get("id"))
+        self.active.discard(response_id)
+        asker = self._speaking.pop(response_id, None)
         if asker is not None and asker.delivered is not None:
             status = response.get("status")
-            failed = _why_unfinished(response) if status in ("failed", "incomplete") else None
+            failed = None
+            if status in ("failed", "incomplete"):
+                failed = _why_unfinished(response)
+            elif status == "completed" and not asker.delivered.first_output:
+                failed = _why_empty(response)
             if failed is not None and failed.code == _LIMIT and asker.delivered.first_output:
-                failed = None  # it was heard, as long as the user's own limit lets it be
+                failed = None  # The session's own limit ended a reply that was heard.
             asker.delivered.end(failed, cancelled=status == "cancelled")
         self.replies.wake()
 
-    def _on_server_error(self, error: Mapping[str, Any]) -> None:
-        asked_by = error.get("event_id")
-        if asked_by is not None:
+    def _on_server_error(self, error: object) -> None:
+        asked_by = text(field(error, "event_id"))
+        if asked_by:
             if any(asked_by in request.ids for request in self.open):
                 self.errors[asked_by] = error
-        elif error.get("type") != "invalid_request_error" and len(self.open) == 1:
-            # The server failed and does not say at what. Where just one request is open it is
-            # that one, and asking again is safe: should it be answered after all, that response
-            # is cancelled by its id. An invalid request names its own event, or is not ours.
-            code = plain_code(error.get("code")) or plain_code(error.get("type"))
-            why = failure_from_event(
-                CODES.get(code or "", "unknown"), "the provider reported an error", code
-            )
+            return
+        why = failure_from_error(error, "the provider reported an error")
+        if why.code == "session_expired":
+            self.replies.report_failure(why)
+        elif why.kind != "invalid_request" and len(self.open) == 1:
+            # The error names no request, and only one is open. It is safe to send that one again,
+            # because a late response is cancelled by its id. An error about an invalid request
+            # names its event, or is about another event than a request for a reply.
             self.replies.report_failure(why, only=self.open[0])
 
     def _on_connected(self) -> None:
@@ -248,6 +281,8 @@ class OpenAIRequest(PassthroughRequest):
         self._adapter = adapter
         self.ids: set[str] = set()
         """The ids under which the current attempt was sent."""
+        self.may_be_answered = False
+        """Whether a response without any id began while the current attempt was open."""
         self.delivered: Delivery | None = None
         """Set once the server has created the response."""
         self._losses = 0
@@ -261,6 +296,8 @@ class OpenAIRequest(PassthroughRequest):
         """Send it, and learn its id."""
         before = self._adapter.pending()
         self._losses = self._adapter.connection_losses
+        self.may_be_answered = False
+        self._adapter.sent()
         attempt = self.call()
         self.ids = self._adapter.pending() - before
         self._current = attempt
@@ -274,19 +311,17 @@ class OpenAIRequest(PassthroughRequest):
     def explain(self, error: BaseException) -> Failure:
         """Use the raw event where there was one: the future's error may have lost its code."""
         errors = self._adapter.errors
-        raw: Mapping[str, Any] = next((errors.pop(i) for i in self.ids if i in errors), {})
+        raw = next((errors.pop(id_) for id_ in self.ids if id_ in errors), None)
         why = explain(error)
-        if why.code is None and isinstance(error, llm.RealtimeError):
-            code = plain_code(raw.get("code")) or plain_code(raw.get("type"))
-            if code is not None:
-                why = failure(error, CODES.get(code, "unknown"), code=code)
-            elif self._adapter.connection_losses > self._losses:
-                why = failure(error, "connection_lost")
-            else:
-                why = failure(error, "timeout")
-        if why.kind == "rate_limit" and (asked := _TRY_AGAIN.search(str(error))):
-            seconds = sum(float(n) * _UNIT[unit] for n, unit in _PART.findall(asked[1]))
-            why = failure(error, why.kind, code=why.code, retry_after=seconds)
+        if raw is not None:
+            self.may_be_answered = False  # The server rejected this request.
+            found = read_error(raw)
+            why = failure(error, found.kind, code=found.code or why.code)
+        elif why.code is None and isinstance(error, llm.RealtimeError):
+            lost = self._adapter.connection_losses > self._losses
+            why = failure(error, "connection_lost" if lost else "timeout")
+        if why.kind in ("rate_limit", "overloaded") and why.retry_after is None:
+            why = replace(why, retry_after=wait_in(str(error)))
         return why
 
     def timed_out(self, seconds: float) -> Failure:
@@ -294,8 +329,14 @@ class OpenAIRequest(PassthroughRequest):
         return timeout_failure(seconds, "timeout" if self._adapter.connected else "connection_lost")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """The id makes sending again safe; a subclass that sends later than asked hides it."""
-        return "send" if self.ids else None
+        """Return "send" if the id makes that safe.
+
+        There is no id if a subclass of the plugin sends later than asked. An id is of no use if the
+        server does not echo it.
+        """
+        if self._adapter.echoes is None and self.may_be_answered:
+            self._adapter.stop_sending_again()
+        return "send" if self.ids and self._adapter.echoes is not False else None
 
     def ready(self) -> bool:
         """See :meth:`OpenAIAdapter.ready`."""
@@ -367,12 +408,22 @@ def _is_call(item: Mapping[str, Any]) -> bool:
 
 
 def _why_unfinished(response: Mapping[str, Any]) -> Failure:
-    details = response.get("status_details") or {}
-    error = details.get("error") or {}
-    said = (error.get("code"), error.get("type"), details.get("reason"))
-    code = next(filter(None, map(plain_code, said)), None)
+    details = response.get("status_details")
     what = f"the response ended {response.get('status')}"
-    return failure_from_event(CODES.get(code or "", "unknown"), what, code)
+    return failure_from_error(field(details, "error"), what, field(details, "reason"))
+
+
+def _why_empty(response: Mapping[str, Any]) -> Failure | None:
+    """Return the failure of a completed response without a word, a sound or a tool call."""
+    output = response.get("output")
+    for item in map(mapping, output if isinstance(output, list) else ()):
+        content = item.get("content")
+        parts = map(mapping, content if isinstance(content, list) else ())
+        if _is_call(item) or any(
+            part.get(name) for part in parts for name in ("text", "transcript", "audio")
+        ):
+            return None
+    return failure_from_event("empty_response", "the response held neither speech nor a tool call")
 
 
 def _provider(model: llm.RealtimeModel) -> str:

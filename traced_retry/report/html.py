@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from html import escape
-from pathlib import Path
 from typing import Final
 
 from traced_retry.report.model import Attempt, Reply, Wait
+from traced_retry.report.read import ReportError
 from traced_retry.report.sentence import note, overview, sentence, when
 from traced_retry.report.summary import LEGEND, summarize, table
 
@@ -71,15 +71,30 @@ def write_html(
 ) -> None:
     """Write the report of ``replies`` as one HTML page.
 
+    Only the user can read a new file, like the store.
+
     Args:
         path: the file to write.
         replies: the replies to show, in this order.
         unreadable_lines: the number of lines that could not be read.
+
+    Raises:
+        ReportError: if the file cannot be written.
     """
     lines = [_HEAD, *_overview(replies, unreadable_lines)]
     for number, reply in enumerate(replies, 1):
         lines.extend(_reply(number, reply))
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        with open(path, "w", encoding="utf-8", opener=_private) as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:
+        raise ReportError(
+            f"{os.fspath(path)} cannot be written ({error.strerror}): name another file."
+        ) from None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _overview(replies: Sequence[Reply], unreadable_lines: int) -> Iterator[str]:

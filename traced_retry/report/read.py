@@ -8,16 +8,20 @@ Written by ``FileSpanExporter`` of ``opentelemetry-exporter-otlp-json-file`` or 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, Final, TextIO, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from traced_retry import semconv
+from traced_retry.core.sanitize import printable
 from traced_retry.errors import UsageError
 from traced_retry.report.model import Attempt, Reply
 
@@ -33,7 +37,9 @@ _SIGNS: Final = (semconv.SPAN_REPLY, f"{semconv.SCOPE}.")
 """One of these is in each line that holds a span of ours."""
 _BATCH: Final = '{"resourceSpans"'
 _GZIP: Final = b"\x1f\x8b"
-_LONGEST: Final = 200
+_LINE_BYTES: Final = 32 * 2**20
+"""The largest line that is read. A file of the store has 16 MiB, and a Collector's batch less. A
+small gzipped file may expand to any size."""
 _LATEST: Final = 2**63
 _SECOND: Final = 10**9
 """Nanoseconds; an int, for a float would round them away."""
@@ -105,20 +111,26 @@ def read(paths: StrPath | Iterable[StrPath]) -> Replies:
 
 def _files(given: list[StrPath]) -> Iterator[Path]:
     for path in map(Path, given):
-        if path.is_dir():
-            yield from sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
-        elif path.exists():
-            yield path
-        else:
-            raise ReportError(f"{path} does not exist. {_REMEDY}")
+        try:
+            if path.is_dir():
+                # Reading a pipe in the folder would wait for its writer.
+                found = (p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
+                yield from sorted(found)
+                continue
+            path.stat()
+        except FileNotFoundError:
+            raise ReportError(f"{path} does not exist. {_REMEDY}") from None
+        except OSError as error:
+            raise ReportError(f"{path} cannot be read: {error.strerror}. {_REMEDY}") from None
+        yield path
 
 
 def _collect(path: Path, spans: dict[tuple[str, str], _Span]) -> int:
     """Add the spans of one file to ``spans``, and return the number of unreadable lines."""
     unreadable_lines = 0
     try:
-        with _open(path) as lines:
-            for line in lines:
+        with _open(path) as file:
+            for line in _lines(file, path):
                 batch, whole = _parse(line)
                 unreadable_lines += not whole
                 spans.update(((s.trace_id, s.span_id), s) for s in _spans(batch))
@@ -129,12 +141,42 @@ def _collect(path: Path, spans: dict[tuple[str, str], _Span]) -> int:
     return unreadable_lines
 
 
-def _open(path: Path) -> TextIO:
-    with path.open("rb") as file:
-        zipped = file.read(len(_GZIP)) == _GZIP
-    if zipped:
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace")
-    return path.open(encoding="utf-8-sig", errors="replace")
+@contextmanager
+def _open(path: Path) -> Iterator[BufferedIOBase]:
+    """Open a file, gzipped or not. Open it once, because a pipe cannot be read again."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not file.peek(len(_GZIP)).startswith(_GZIP):
+            yield file
+            return
+        with gzip.open(file) as unzipped:
+            yield unzipped
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a pipe that has no writer as an empty file, instead of waiting for a writer."""
+    if not hasattr(os, "O_NONBLOCK"):  # Windows
+        return os.open(path, flags)
+    opened = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(opened, True)
+    return opened
+
+
+def _lines(file: BufferedIOBase, path: Path) -> Iterator[str]:
+    """Read line by line, and never hold more than one line of limited length.
+
+    Raises:
+        ReportError: if a line is too long.
+    """
+    for number in itertools.count(1):
+        line = file.readline(_LINE_BYTES + 1)
+        if len(line) > _LINE_BYTES:
+            raise ReportError(
+                f"{path}: line {number} is longer than {_LINE_BYTES // 2**20} MiB, which no batch "
+                "of spans is. Remove the file, or give the other files by name."
+            )
+        if not line:
+            return
+        yield line.decode("utf-8-sig", errors="replace")
 
 
 def _parse(line: str) -> tuple[dict[str, Any], bool]:
@@ -186,9 +228,8 @@ def _span(raw: dict[str, Any]) -> _Span:
 
 
 def _plain(value: object) -> str:
-    """Return ``value`` as text without control characters."""
-    text = value if isinstance(value, str) else ""
-    return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST])
+    """Return ``value`` as text that can be shown anywhere."""
+    return printable(value if isinstance(value, str) else "")
 
 
 def _nanoseconds(value: object) -> int | None:

@@ -70,7 +70,7 @@ class OpenAIConnection(Connection):
     async def reject(
         self,
         event_id: str | None,
-        code: str | None,
+        code: str | int | None,
         message: str,
         kind: str = "invalid_request_error",
     ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 
 from aiohttp import WSCloseCode, web
@@ -95,7 +96,13 @@ class _ScriptedConnection(OpenAIConnection):
             case "error" if code == "server_error":
                 await self.reject(event_id, None, SERVER_ERROR, "server_error")
             case "error":
-                await self.reject(event_id, code, "The script says so.")
+                kind, _, code = code.rpartition("/")
+                await self.reject(
+                    event_id,
+                    int(code) if code.isdigit() else code,
+                    "The script says so.",
+                    kind or error_type(code),
+                )
             case "uncorrelated":
                 await self.reject(None, None, SERVER_ERROR, "server_error")
             case "rate_limit":
@@ -121,6 +128,11 @@ class _ScriptedConnection(OpenAIConnection):
                 self.after(PAUSE, partial(self.fail, response, "server_error"))
             case "stalled":
                 await self.begin(request.metadata)
+            case "empty":
+                response = await self.begin(request.metadata)
+                await self.finish(response, "completed")
+            case "unlabelled":
+                await self.reply(replace(request, metadata=None))
             case "incomplete":
                 response = await self.begin(request.metadata)
                 await self.finish(response, "incomplete", reason="content_filter")
@@ -182,7 +194,7 @@ class _ScriptedConnection(OpenAIConnection):
 
 
 def error_type(code: str) -> str:
-    """The type under which OpenAI files an error code."""
+    """Return the type under which OpenAI files an error code."""
     return code if code in ("server_error", "insufficient_quota") else "invalid_request_error"
 
 

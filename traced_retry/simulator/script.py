@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from traced_retry.errors import UsageError
 
-_WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}(/[A-Za-z0-9_.-]{1,64})?")
 
 
 class ScriptError(UsageError):
@@ -40,7 +40,7 @@ class FaultKind:
 
 FAULTS: dict[str, FaultKind] = {
     "ok": FaultKind("", 'answers with the text "reply N", N counting requests'),
-    "error": FaultKind("CODE", "rejects the request with that error code"),
+    "error": FaultKind("CODE", "rejects the request with that error code, or with TYPE/CODE"),
     "uncorrelated": FaultKind("", "sends a server error that names no request, and no answer"),
     "rate_limit": FaultKind("SECONDS", "rejects as rate limited, naming a wait if given", ""),
     "quota": FaultKind("", "rejects for lack of quota and closes the connection"),
@@ -63,6 +63,8 @@ FAULTS: dict[str, FaultKind] = {
     "failed_during": FaultKind("CODE", "the same, after the first words", "server_error"),
     "failed_tool": FaultKind("NAME", "calls that function, and fails a tenth of a second later"),
     "stalled": FaultKind("", "begins a response that neither says anything nor ends"),
+    "empty": FaultKind("", "completes a response that holds neither words nor a tool call"),
+    "unlabelled": FaultKind("", "answers as ok, without the id of the request"),
     "incomplete": FaultKind("", "begins a response that a content filter ends"),
     "malformed": FaultKind("", "sends a text frame that is not JSON, and no answer"),
     "tool": FaultKind("NAME", 'answers with a call of that function, arguments "{}"'),

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Events of OpenAI-compatible servers whose shape or content surprises.
+
+Each is taken from a public report. The result of the plugin alone stands beside each table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from livekit.agents import llm
+from support.conversation import codes, ended
+from support.frames import OURS, FramesServer
+
+from traced_retry.livekit.openai import OpenAIRequest
+
+BEGIN = FramesServer.BEGIN
+
+
+def error(**fields):
+    """An ``error`` event."""
+    return {"type": "error", "error": fields}
+
+
+def failed(details):
+    """The end of a failed response."""
+    response = {"id": "<response>", "status": "failed", "status_details": details, "output": []}
+    return {"type": "response.done", "response": response}
+
+
+def completed(output):
+    """The end of a completed response."""
+    response = {"id": "<response>", "status": "completed", "output": output}
+    return {"type": "response.done", "response": response}
+
+
+def answered_by(*answers):
+    """Make a server that gives these answers first."""
+    return lambda script: FramesServer(answers, script)
+
+
+PASSING = {
+    # name: the events, the error.type of the first attempt. The plugin alone: no reply, and an
+    # error at once.
+    "number as code": (
+        [error(type="rate_limit_error", code=429, message="Too many requests", event_id=OURS)],
+        "429",
+    ),
+    "text as status number": (
+        [error(type="odd_type", code="503", message="Busy", event_id=OURS)],
+        "503",
+    ),
+    "code is a list": ([error(type="server_error", code=[], event_id=OURS)], "server_error"),
+    "code is an object": ([error(type="server_error", code={}, event_id=OURS)], "server_error"),
+    "code is a float": ([error(type="server_error", code=4.5, event_id=OURS)], "server_error"),
+    "code is the word None": (
+        [error(type="server_error", code="None", event_id=OURS)],
+        "server_error",
+    ),
+    "type is a number": ([error(type=7, code="server_error", event_id=OURS)], "server_error"),
+    "message is null": ([error(type="server_error", message=None, event_id=OURS)], "server_error"),
+    "failed with a number": ([BEGIN, failed({"error": {"code": 429}})], "429"),
+    "failed with a word": ([BEGIN, failed("failed")], "_OTHER"),
+    "failed with an error that is a word": ([BEGIN, failed({"error": "overloaded"})], "overloaded"),
+    "failed without details": ([BEGIN, failed(None)], "_OTHER"),
+    "failed with a list": ([BEGIN, failed([1])], "_OTHER"),
+    "failed with an error that is a list": ([BEGIN, failed({"error": [1]})], "_OTHER"),
+    "failed with an empty error": ([BEGIN, failed({"error": {}})], "_OTHER"),
+}
+
+
+class TestUnexpectedShapes:
+    @pytest.mark.parametrize("name", PASSING)
+    async def test_reply_is_recovered_at_once(self, name, start_conversation, recorder):
+        """No shape of an error stops the retry, and its kind is found if there is one."""
+        events, error_type = PASSING[name]
+        talk = await start_conversation("ok", simulator=answered_by(events))
+
+        raised, seconds = await talk.timed_reply()
+        await talk.settle()
+
+        assert raised is None
+        assert ["reply 2"] == talk.heard
+        assert [("recovered", None)] == ended(recorder)
+        assert error_type == recorder.attempts[0]["error.type"]
+        assert seconds <= 1.1
+        assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize("name", PASSING)
+    async def test_agent_gets_realtime_error_if_fault_lasts(
+        self, name, start_conversation, recorder
+    ):
+        """LiveKit catches no other class."""
+        events, _ = PASSING[name]
+        talk = await start_conversation("ok", simulator=answered_by(events), max_retries=0)
+
+        raised, seconds = await talk.timed_reply()
+
+        assert isinstance(raised, llm.RealtimeError)
+        assert 0.0 == seconds
+        assert [("exhausted", "max_attempts")] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+
+PERMANENT = {
+    # name: the error, its code in the trace. The plugin alone: no reply, and an error at once.
+    "type with new code": (
+        error(type="invalid_request_error", code="access_not_enabled", event_id=OURS),
+        "access_not_enabled",
+    ),
+    "authentication with new code": (
+        error(type="authentication_error", code="token_expired", event_id=OURS),
+        "token_expired",
+    ),
+    **{
+        f"code {code!r}": (error(type="odd_type", code=code, event_id=OURS), str(code))
+        for code in ("400", "401", "403", "404", 400, 401, 403, 404, 422)
+    },
+}
+
+
+class TestClassification:
+    @pytest.mark.parametrize("name", PERMANENT)
+    async def test_permanent_error_is_reported_at_once(self, name, start_conversation, recorder):
+        """It is sent once, and its attempt is marked as the last."""
+        event, code = PERMANENT[name]
+        talk = await start_conversation("ok", simulator=answered_by([event]))
+
+        raised, seconds = await talk.timed_reply()
+        await talk.settle()
+
+        assert isinstance(raised, llm.RealtimeError)
+        assert 0.0 == seconds
+        assert 1 == len(talk.server.requests)
+        assert [("not_recoverable", "not_recoverable")] == ended(recorder)
+        (attempt,) = recorder.attempts
+        assert code == attempt["traced_retry.error_code"]
+        assert (False, "stop") == (
+            attempt["traced_retry.recoverable"],
+            attempt["traced_retry.decision"],
+        )
+
+    async def test_active_response_is_recognized_by_message(self, start_conversation, recorder):
+        """OpenAI does not always send the code. The plugin alone: no reply, and an error."""
+        event = error(
+            type="invalid_request_error",
+            code=None,
+            message="Conversation already has an active response in progress: resp_1.",
+            event_id=OURS,
+        )
+        talk = await start_conversation("ok", simulator=answered_by([event]))
+
+        assert None is await talk.reply()
+        assert ["reply 2"] == talk.heard
+        assert ["active_response", None] == codes(recorder)
+
+    async def test_expired_session_is_reported_as_such(self, start_conversation, recorder):
+        """The event names no request. The plugin alone: no reply, and a bare error."""
+        event = error(type="invalid_request_error", code="session_expired", message="Bye.")
+        talk = await start_conversation("ok", simulator=answered_by([event]), max_retries=0)
+
+        assert isinstance(await talk.reply(), llm.RealtimeError)
+        assert ["session_expired"] == codes(recorder)
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "sk-proj-abcdefghijklmnop",
+            "sk_live_51H8abcdef",
+            "AIzaSyA1234567890abcdefghijklmnopqrstuv",
+            "eyJhbGciOiJIUzI1NiJ9.e30.abc",
+            "AKIAIOSFODNN7EXAMPLE",
+            "0a1b2c3d4e5f60718293a4b5c6d7e8f9",
+        ],
+    )
+    async def test_key_in_place_of_code_is_not_recorded(
+        self, key, start_conversation, recorder, caplog
+    ):
+        """A key that looks like one word reaches no span, metric or record of ours."""
+        event = error(type="odd_type", code=key, event_id=OURS)
+        talk = await start_conversation("ok", simulator=answered_by([event]))
+
+        assert None is await talk.reply()
+        assert ["_OTHER", None] == codes(recorder)
+        ours = [r.getMessage() for r in caplog.records if r.name.startswith("traced_retry")]
+        assert not [message for message in ours if key in message]
+
+
+WORDS = {"type": "message", "content": [{"type": "output_text", "text": "Hello"}]}
+EMPTY = {
+    # The output of a completed response. The plugin alone: success, and nothing is heard.
+    "no output": [],
+    "output is null": None,
+    "message without content": [{"type": "message", "content": []}],
+    "message with empty text": [
+        {"type": "message", "content": [{"type": "output_text", "text": ""}]}
+    ],
+    "message without text": [{"type": "message", "content": [{"type": "output_text"}]}],
+    "reasoning alone": [{"type": "reasoning", "summary": []}],
+}
+
+
+class TestEmptyResponse:
+    @pytest.mark.parametrize("name", EMPTY)
+    async def test_completed_response_without_output_is_sent_again(
+        self, name, start_conversation, recorder
+    ):
+        """It was not heard, and its id makes another request safe."""
+        answer = [BEGIN, completed(EMPTY[name])]
+        talk = await start_conversation("ok", simulator=answered_by(answer))
+
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert ["reply 2"] == [text for text in talk.heard if text]
+        assert [("recovered", None)] == ended(recorder)
+        assert ["empty_response", None] == codes(recorder)
+
+    async def test_lasting_emptiness_is_reported(self, start_conversation, recorder):
+        """The agent's code learns that its caller heard silence."""
+        talk = await start_conversation("empty")
+
+        await talk.reply()
+
+        assert [("exhausted", "max_attempts")] == ended(recorder)
+        assert ["empty_response"] * 4 == codes(recorder)
+        assert 0 == recorder.open_spans
+
+
+LIMITED = "Rate limit reached. "
+WAITS = {
+    # The wording of a wait of 6 s. The plugin alone: no reply, and an error at once.
+    "Please try again in 6s.": 6.0,
+    "Please try again in 6 seconds": 6.0,
+    "retry after 6 seconds": 6.0,
+    "Retry-After: 6": 6.0,
+    "retry in 6.5s": 6.5,
+    "Try again in 6s": 6.0,
+    "Trying again in 6000ms": 6.0,
+    "Please try again in 0m6s.": 6.0,
+}
+
+
+def rate_limit(words, **fields):
+    """The error object of a rate limit."""
+    return {
+        "type": "rate_limit_error",
+        "code": "rate_limit_exceeded",
+        "message": LIMITED + words,
+        **fields,
+    }
+
+
+PLACES = {
+    "answer": lambda words: [{"type": "error", "error": rate_limit(words, event_id=OURS)}],
+    "error without id": lambda words: [{"type": "error", "error": rate_limit(words)}],
+    "failed response": lambda words: [BEGIN, failed({"error": rate_limit(words)})],
+}
+
+
+class TestRetryAfter:
+    @pytest.mark.parametrize("words", WAITS)
+    @pytest.mark.parametrize("place", PLACES)
+    async def test_wait_is_honored_from_each_place(
+        self, place, words, start_conversation, recorder
+    ):
+        """The second request follows after the wait, and is answered."""
+        talk = await start_conversation("ok", simulator=answered_by(PLACES[place](words)))
+
+        raised, seconds = await talk.timed_reply()
+
+        assert raised is None
+        assert 2 == len(talk.server.requests)
+        assert WAITS[words] <= seconds <= WAITS[words] + 0.1
+
+    @pytest.mark.parametrize("place", PLACES)
+    @pytest.mark.parametrize("wait", ["114h18m0s", "9" * 400 + "s", "61 minutes"])
+    async def test_absurd_wait_does_not_silence_later_replies(
+        self, wait, place, start_conversation, recorder
+    ):
+        """The next reply is sent once at once, as by the plugin alone."""
+        answer = PLACES[place](f"Please try again in {wait}.")
+        talk = await start_conversation("ok", simulator=answered_by(answer))
+        assert isinstance(await talk.reply(), llm.RealtimeError)
+
+        raised, seconds = await talk.timed_reply()
+
+        assert raised is None
+        assert 0.0 == seconds
+        assert ["reply 2"] == talk.heard
+
+
+class TestMissingEcho:
+    async def test_reply_of_server_without_echo_is_heard_once(self, start_conversation, recorder):
+        """The plugin alone: heard once, and its future ends after 10 s."""
+        talk = await start_conversation("unlabelled")
+        await talk.reply()
+        await talk.settle(60)
+
+        assert ["reply 1"] == talk.heard
+        assert 1 == len(talk.server.requests)
+        assert 0 == recorder.open_spans
+
+    async def test_longer_deadline_sends_no_further_request(self, start_conversation, recorder):
+        """With ``deadline=60`` four replies were heard."""
+        talk = await start_conversation("unlabelled", deadline=60.0)
+        for _ in range(2):
+            await talk.reply()
+        await talk.settle(60)
+
+        assert ["reply 1", "reply 2"] == talk.heard
+
+    async def test_own_response_of_server_does_not_look_like_missing_echo(
+        self, start_conversation, recorder
+    ):
+        """A server that rejects the request at the same time still gets it again."""
+        talk = await start_conversation("active:1,silence,ok")
+
+        assert None is await talk.reply()
+        assert ["reply 3"] == talk.heard
+
+
+class TestOwnFault:
+    @pytest.mark.parametrize("method", ["explain", "next_action", "ready"])
+    async def test_fault_in_adapter_is_raised_as_realtime_error(
+        self, method, start_conversation, recorder, monkeypatch, caplog
+    ):
+        """The agent gets the cause, the log has the place without text, and no future is open."""
+
+        def broken(*_):
+            raise KeyError("SECRET of ours")
+
+        talk = await start_conversation("error:server_error,ok")
+        monkeypatch.setattr(OpenAIRequest, method, broken)
+
+        future = talk.realtime.generate_reply()
+        await asyncio.wait([future], timeout=1.1)
+
+        raised = future.exception()
+        assert isinstance(raised, llm.RealtimeError)
+        assert isinstance(raised.__cause__, KeyError)
+        assert "SECRET" not in str(raised)
+        ours = [r.getMessage() for r in caplog.records if r.name.startswith("traced_retry")]
+        assert 1 == len([m for m in ours if "raised KeyError" in m])
+        assert "SECRET" not in "".join(ours)
+        assert 0 == recorder.open_spans
+
+    async def test_fault_in_reading_the_delivery_leaves_the_reply(
+        self, start_conversation, recorder, monkeypatch
+    ):
+        """The generation is valid, so the agent gets it."""
+
+        def broken(*_):
+            raise KeyError("SECRET of ours")
+
+        talk = await start_conversation("ok")
+        monkeypatch.setattr(OpenAIRequest, "delivery", broken)
+
+        assert None is await talk.reply()
+        assert ["reply 1"] == talk.heard
+        assert [("succeeded", None)] == ended(recorder)
