@@ -71,7 +71,7 @@ def recorder():
 @pytest.fixture(autouse=True)
 def fresh_budget():
     """The retries of one test are not paid by the next."""
-    budget.process_budget.cache_clear()
+    budget._process_budgets.clear()
 
 
 @pytest.fixture(autouse=True)

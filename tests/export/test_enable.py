@@ -344,6 +344,44 @@ result = one, two, asyncio_run(), told
 
         assert (2, 2, 1, ["max_attempts"]) == ended.result
 
+    @pytest.mark.parametrize("first", ["", "traced_retry.enable(policy=first)"])
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ("policy={'max_retries': 1}", "ArgumentError: policy is a dict; it must be a Retry"),
+            ("on_exhausted='nope'", "ArgumentError: on_exhausted is 'nope'; it must be a function"),
+            ("on_exhausted=print", "PolicyError: LIVEKIT_REALTIME_MAX_RETRIES is 'lots'"),
+        ],
+    )
+    def test_wrong_argument_changes_nothing(self, first, wrong, message, state):
+        """An error leaves providers, store and the hook of an earlier call as they were."""
+        ended = fresh(
+            f"""
+import os
+import traced_retry
+from livekit.agents import llm
+from opentelemetry import trace
+first = traced_retry.RetryPolicy(max_retries=1)
+{first}
+before = llm.RealtimeSession.__init__, trace.get_tracer_provider()
+os.environ["LIVEKIT_REALTIME_MAX_RETRIES"] = "lots"
+try:
+    traced_retry.enable({wrong})
+except ValueError as error:
+    said = type(error).__name__ + ": " + str(error)
+same = before == (llm.RealtimeSession.__init__, trace.get_tracer_provider())
+result = said, same
+""",
+            **state,
+        )
+
+        assert "" == ended.error
+        said, same = ended.result
+        assert said.startswith(message)
+        assert same
+        if not first:
+            assert [] == list(Path(state["XDG_STATE_HOME"]).rglob("*.jsonl"))
+
     def test_from_many_threads(self, state):
         """One SDK, one store; as where LiveKit runs each job in a thread."""
         ended = fresh(
