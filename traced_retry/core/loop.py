@@ -52,7 +52,7 @@ class FailedReply:
     seconds: float
     """Seconds from the request until the failure: the silence that the caller heard."""
     trace_id: str | None
-    """32 hexadecimal digits, or None if the reply is not traced."""
+    """32 hexadecimal digits, or None if the reply is not traced or its trace is not sampled."""
 
 
 class Reply(Driver, Generic[T]):
