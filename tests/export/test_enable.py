@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -452,13 +453,12 @@ result = tracing.flush(10)
 
 
 def test_a_hanging_server_holds_up_neither_flush_nor_exit(state):
-    """Flush gives up after the time given to it, and the process ends."""
-    import socket
-    import time
+    """Flush gives up after the time given to it, and the process ends.
 
+    Both are timed from the moment the code starts to wait. The start of the fork server, which
+    imports LiveKit, takes 8 s on a busy machine.
+    """
     with socket.create_server(("127.0.0.1", 0)) as hanging:
-        port = hanging.getsockname()[1]
-        began = time.monotonic()
         ended = fresh(
             """
 import time, traced_retry
@@ -469,11 +469,11 @@ began = time.monotonic()
 done = tracing.flush(0.5)
 result = done, time.monotonic() - began
 """,
-            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{hanging.getsockname()[1]}",
             **state,
         )
-        took = time.monotonic() - began
+    (done, flush_seconds) = ended.result
 
-    assert (False, 0) == (ended.result[0], ended.exitcode)
-    assert 0.4 < ended.result[1] < 1.0
-    assert took < 8
+    assert (False, 0) == (done, ended.exitcode)
+    assert 0.4 < flush_seconds < 1.0
+    assert flush_seconds + ended.exit_seconds < 8
