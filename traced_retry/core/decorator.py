@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from opentelemetry import metrics, trace
 
 from traced_retry.core.loop import Reply
-from traced_retry.core.policy import RetryPolicy
+from traced_retry.core.policy import RetryPolicy, check_policy
 from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
+from traced_retry.core.variables import warn_about_misspelt
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,9 +43,12 @@ def retry(
         meter_provider: default: the global one.
 
     Raises:
-        PolicyError: the environment holds a value that cannot be.
-        TypeError: what is decorated cannot be retried (an async generator).
+        PolicyError: if an environment variable is invalid.
+        TypeError: if ``policy`` is not a policy, or if the function cannot be retried (an async
+            generator).
     """
+    check_policy(policy)
+    warn_about_misspelt()
     policy = policy or RetryPolicy.from_env()
     telemetry = Telemetry(tracer_provider, meter_provider)
     target = Target(provider, model)
@@ -100,8 +104,11 @@ class RetryingRealtimeSession(ABC):
 
         Raises:
             Exception: a programming error of ``_do_generate_reply``, untouched.
+            TypeError: if ``retry_policy`` is not a policy.
         """
+        check_policy(self.retry_policy)
         if self.retry_policy is None:
+            warn_about_misspelt()
             self.retry_policy = RetryPolicy.from_env()
         if self.retry_telemetry is None:
             self.retry_telemetry = Telemetry()
