@@ -44,6 +44,7 @@ class VoiceLiveAdapter(OpenAIAdapter):
     """What one session's server said, as far as its replies are concerned."""
 
     required_attributes: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_send")
+    relied_methods: ClassVar[tuple[str, ...]] = ("_send",)
     raw_event: ClassVar[str] = "azure_server_event_received"
 
     def target(self) -> Target:

@@ -74,6 +74,13 @@ class OpenAIAdapter(Adapter):
         "_response_created_futures",
         "_discarded_event_ids",
     )
+    relied_methods: ClassVar[tuple[str, ...]] = (
+        "send_event",
+        "_run_ws",
+        "_handle_response_created",
+        "_handle_response_done",
+        "_handle_error",
+    )
     raw_event: ClassVar[str] = "openai_server_event_received"
     """The session's event that carries each event of the server, before it is dealt with."""
 
