@@ -505,6 +505,9 @@ class Reply(Driver, Generic[T]):
         """End the reply as failed, and raise the error to the agent if it has no reply yet."""
         if self._ended:
             return
+        if stop == "not_recoverable" and failure.recoverable:
+            # The session is over, so no further attempt can succeed, whatever the kind of failure.
+            failure = replace(failure, recoverable=False)
         if self._attempt is not None:
             self._fail_attempt(self._attempt, failure, None, 0.0)
         self._record_failure(failure)

@@ -294,8 +294,7 @@ class SessionHook:
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         if not event.recoverable:
             with suppress_and_log("reading an error event"):
-                failure = replace(self._adapter.classify_event(event), recoverable=False)
-                self._close_with(failure, "not_recoverable")
+                self._close_with(self._adapter.classify_event(event), "not_recoverable")
 
     def _close_with(self, why: Failure, stop: semconv.StopReason) -> None:
         if self._closed_by is None:
