@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import logging
 
 import pytest
@@ -77,7 +78,9 @@ class TestSuccess:
         asker = Asker()
         asker.__name__ = "asker"
 
-        assert "hello" == await retry(provider="openai")(asker)()
+        decorated = retry(provider="openai")(asker)
+        assert inspect.iscoroutinefunction(decorated)
+        assert "hello" == await decorated()
         assert 2 == script.calls
 
 
