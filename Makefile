@@ -87,6 +87,7 @@ bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stam
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/queries.py
+	$(BIN)/python benchmarks/report.py
 
 .PHONY: backends
 backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once: ~/.cache, 8 minutes
