@@ -119,7 +119,7 @@ def measure(path, options):
     """Return seconds by the wall clock and of the CPU, MB and the output of the command."""
     command = [sys.executable, "-m", "traced_retry.cli", "report", str(path), *options.split()]
     started = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = status

@@ -11,6 +11,7 @@ import os
 import sys
 from multiprocessing import util
 
+from traced_retry.core import switch
 from traced_retry.core.guard import logger
 from traced_retry.errors import UsageError
 
@@ -18,13 +19,14 @@ from traced_retry.errors import UsageError
 def pre_instrument() -> None:
     """Set the SDK up if no other SDK is set up.
 
-    Do nothing if ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` names ``traced_retry`` or ``*``. Invalid
-    settings are logged and not raised, because OpenTelemetry forbids to end a program for its
-    telemetry. Replies are retried in any case.
+    Do nothing if ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` names ``traced_retry`` or ``*``, or if
+    ``TRACED_RETRY_DISABLED`` is true. Invalid settings are logged and not raised, because
+    OpenTelemetry forbids to end a program for its telemetry. Replies are then retried all the same.
     """
     off = os.environ.get("OTEL_PYTHON_DISABLED_INSTRUMENTATIONS", "").replace(" ", "").split(",")
     command = " ".join(sys.orig_argv)
-    if "traced_retry" in off or "*" in off or "multiprocessing.resource_tracker" in command:
+    unwanted = switch.is_off() or "traced_retry" in off or "*" in off
+    if unwanted or "multiprocessing.resource_tracker" in command:
         return
     if "multiprocessing.forkserver" in command:
         # Wait for the fork: a job does not inherit a thread, and must not share an open file.
