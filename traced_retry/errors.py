@@ -10,6 +10,10 @@ class UsageError(ValueError):
     """Something given to us cannot be. The message names it, and what is allowed."""
 
 
+class ArgumentError(UsageError, TypeError):
+    """An argument of a wrong type. The message names it, and what is allowed."""
+
+
 class MissingExtraError(UsageError, ModuleNotFoundError):
     """A package is not installed. The message names the command that installs it."""
 

@@ -10,7 +10,7 @@ ALLOWED = {
     "core": set(),
     "livekit": {"core"},
     "simulator": set(),
-    "monitoring": set(),
+    "monitoring": {"core"},
     "report": {"core"},
     "export": {"core", "livekit"},
     "doctor": {"core", "livekit", "export"},

@@ -37,6 +37,17 @@ def model():
     return openai.realtime.RealtimeModel(api_key="sk-SECRET", base_url="http://127.0.0.1:1/v1")
 
 
+WRONG = pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"policy": {"max_retries": 1}}, "policy is a dict; it must be a RetryPolicy, for example"),
+        ({"policy": 3}, "policy is a int; it must be a RetryPolicy"),
+        ({"on_exhausted": "nope"}, "on_exhausted is 'nope'; it must be a function of one Failed"),
+        ({"on_exhausted": False}, "on_exhausted is False; it must be a function"),
+    ],
+)
+
+
 class TestWrap:
     def test_wrap_returns_same_model(self, model):
         """wrap() returns the model that it gets."""
@@ -67,6 +78,27 @@ class TestWrap:
             traced_retry.PolicyError, match="LIVEKIT_REALTIME_MAX_RETRIES is 'lots'"
         ):
             traced_retry.wrap(model)
+
+    @WRONG
+    def test_wrong_argument_is_refused_at_wrap(self, wrong, message, model):
+        """The error names the argument and what is expected, and the model stays as it was."""
+        session = model.session
+
+        with pytest.raises(TypeError, match=message):
+            traced_retry.wrap(model, **wrong)
+        assert session == model.session
+        traced_retry.wrap(model)
+        with pytest.raises(TypeError, match=message):
+            traced_retry.wrap(model, **wrong)
+
+    def test_misspelt_variable_is_logged_at_wrap(self, model, monkeypatch, caplog):
+        """The warning suggests the right name, also if the policy comes from code."""
+        monkeypatch.setenv("TRACED_RETRY_UNTESTD_LIVEKIT", "allow")
+        traced_retry.wrap(model, policy=RetryPolicy())
+
+        assert (
+            "TRACED_RETRY_UNTESTD_LIVEKIT is not read; did you mean TRACED_RETRY_UNTESTED_LIVEKIT?"
+        ) in caplog.messages
 
     async def test_wrapped_session_keeps_identity_and_state(self, start_conversation):
         """Identity, class, events and private state of the session are the plugin's."""
@@ -185,6 +217,20 @@ class TestInstrument:
         await talk.reply()
 
         assert 4 == len(talk.server.requests)
+
+    @WRONG
+    def test_wrong_argument_is_refused_at_instrument(self, wrong, message):
+        """The class stays as it was, whether it was instrumented or not."""
+        original = llm.RealtimeSession.__init__
+        for _ in range(2):
+            before = llm.RealtimeSession.__init__
+            with pytest.raises(TypeError, match=message):
+                traced_retry.instrument(**wrong)
+            assert before is llm.RealtimeSession.__init__
+            with contextlib.suppress(RuntimeWarning):
+                traced_retry.instrument()
+        traced_retry.uninstrument()
+        assert original is llm.RealtimeSession.__init__
 
     async def test_uninstrument_restores_class(self, recorder, start_conversation):
         """uninstrument() restores the class, and a second call does nothing."""

@@ -14,9 +14,10 @@ from opentelemetry import metrics, trace
 
 from traced_retry.core import switch
 from traced_retry.core.loop import Reply
-from traced_retry.core.policy import RetryPolicy
+from traced_retry.core.policy import RetryPolicy, check_policy
 from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
+from traced_retry.core.variables import warn_about_misspelt
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,12 +51,15 @@ def retry(
 
     Raises:
         PolicyError: if an environment variable is invalid.
-        TypeError: if ``on`` is no exception class, or if the function can not be retried: an async
-            generator, or a function that is neither async nor annotated to return a future.
+        TypeError: if ``policy`` is not a policy, if ``on`` is not an exception class, or
+            if the function cannot be retried: an async generator, or a function that is neither
+            async nor annotated to return a future.
     """
     kinds = on if isinstance(on, tuple) else (on,)
     if not kinds or not all(isinstance(k, type) and issubclass(k, Exception) for k in kinds):
         raise TypeError(f"on is {on!r}; expected an exception class, or a tuple of them")
+    check_policy(policy)
+    warn_about_misspelt()
     policy = policy or RetryPolicy.from_env()
     telemetry = Telemetry(tracer_provider, meter_provider)
     target = Target(provider, model)
@@ -147,10 +151,13 @@ class RetryingRealtimeSession(ABC):
 
         Raises:
             Exception: a programming error of ``_do_generate_reply``, untouched.
+            TypeError: if ``retry_policy`` is not a policy.
         """
         if switch.is_off():
             return self._do_generate_reply(*args, **kwargs)
+        check_policy(self.retry_policy)
         if self.retry_policy is None:
+            warn_about_misspelt()
             self.retry_policy = RetryPolicy.from_env()
         if self.retry_telemetry is None:
             self.retry_telemetry = Telemetry()

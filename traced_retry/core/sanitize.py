@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 _NAME_BYTES: Final = 100
 """File systems allow 255 bytes. A store adds times and process ids to its name."""
 _LONGEST: Final = 200
+_LONGEST_SHOWN: Final = 80
 
 
 def file_name(text: str) -> str:
@@ -31,6 +32,15 @@ def printable(text: str, longest: int | None = _LONGEST) -> str:
     """Return ``text`` in one line, without control characters, cut to ``longest`` characters."""
     text = text[:longest]
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def shown(value: object) -> str:
+    """Return a wrong value as an error message shows it, cut to 80 characters."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - an int of 5,000 digits, or an object that raises
+        text = f"a {type(value).__name__} that cannot be printed"
+    return printable(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}...")
 
 
 def is_url(text: str) -> bool:

@@ -105,9 +105,11 @@ def enable(
         ExportError: if the preset does not exist, or if a variable is invalid.
         ConfigurationFileError: if the configuration file is invalid.
         PolicyError: if an environment variable of the policy is invalid.
+        TypeError: if ``policy`` or ``on_exhausted`` has a wrong type.
 
-    All of them are :class:`traced_retry.UsageError`.
+    All but the last are :class:`traced_retry.UsageError`.
     """
+    hook.check_arguments(policy, on_exhausted)
     switch.switch_on()
     if switch.check():
         logger.warning("%s is true: replies are neither retried nor traced", switch.VARIABLE)
@@ -166,11 +168,10 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
 
 
 def _instrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) -> None:
-    if hook.is_instrumented():
-        if policy is None and on_exhausted is None:
-            return
-        hook.uninstrument()  # the new arguments replace the old ones
-    hook.instrument(policy=policy or _file_policy, on_exhausted=on_exhausted)
+    if not hook.is_instrumented():
+        hook.instrument(policy=policy or _file_policy, on_exhausted=on_exhausted)
+    elif policy is not None or on_exhausted is not None:
+        hook.reinstrument(policy or _file_policy, on_exhausted)
 
 
 def _existing_destination() -> str | None:

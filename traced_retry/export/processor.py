@@ -36,6 +36,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from traced_retry import semconv
 from traced_retry._version import __version__
 from traced_retry.core.guard import log_suppressed, logger
+from traced_retry.core.sanitize import shown
 from traced_retry.errors import ExportError
 
 SPANS_WITHIN: Final = 2.0
@@ -48,6 +49,7 @@ QUEUE_SIZE: Final = 2048
 BATCH_SIZE: Final = 512
 DELAY: Final = 5.0
 """Seconds. All three values are the SDK's defaults."""
+_DIGITS: Final = 9
 
 
 class BoundedSpanProcessor(SpanProcessor):
@@ -287,6 +289,9 @@ def _positive_integer(variable: str, default: int) -> int:
     text = os.environ.get(variable, "").strip()
     if not text:
         return default
-    if not text.isdecimal() or int(text) == 0:
-        raise ExportError(f"{variable} is {text!r}; it must be a whole number above 0")
+    if not text.isdecimal() or not int(text[:_DIGITS]) > 0 or len(text) > _DIGITS:
+        raise ExportError(
+            f"{variable} is {shown(text)}; it must be a whole number above 0, of at most "
+            f"{_DIGITS} digits"
+        )
     return int(text)

@@ -30,9 +30,12 @@ from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import Failure, copy_error
 from traced_retry.core.guard import log_once, suppress_and_log
 from traced_retry.core.loop import FailedReply, Reply
-from traced_retry.core.policy import RetryPolicy
+from traced_retry.core.policy import RetryPolicy, check_policy
 from traced_retry.core.request import Request
+from traced_retry.core.sanitize import shown
 from traced_retry.core.telemetry import Target, Telemetry
+from traced_retry.core.variables import warn_about_misspelt
+from traced_retry.errors import ArgumentError
 from traced_retry.livekit.adapter import Adapter, Generation, PassthroughRequest, failure_from_event
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.livekit.say import SayRequest, observed
@@ -67,6 +70,26 @@ def _config(
     telemetry = Telemetry(tracer_provider, meter_provider, tracer=tracer, in_livekit=True)
     may_retry = supported.check_livekit()
     return _Config(policy or RetryPolicy.from_env(), telemetry, on_exhausted, may_retry)
+
+
+def check_arguments(policy: object, on_exhausted: object) -> None:
+    """Check the arguments of :func:`wrap`, and the variables, before anything is changed.
+
+    Raises:
+        PolicyError: if an environment variable is invalid.
+        SupportError: likewise.
+        ArgumentError: if an argument has a wrong type.
+    """
+    check_policy(policy)
+    if on_exhausted is not None and not callable(on_exhausted):
+        raise ArgumentError(
+            f"on_exhausted is {shown(on_exhausted)}; it must be a function of one FailedReply, "
+            "async or not"
+        )
+    warn_about_misspelt()
+    supported.choice()
+    if policy is None:
+        RetryPolicy.from_env()
 
 
 class SessionHook:
@@ -307,14 +330,16 @@ def wrap(
             What it raises is logged once and changes nothing.
 
     Raises:
-        PolicyError: the environment holds a value that cannot be.
-        TypeError: ``model`` is no LiveKit realtime model.
+        PolicyError: if an environment variable is invalid.
+        TypeError: if ``model`` is not a LiveKit realtime model, or if another argument has a wrong
+            type.
     """
     if not isinstance(model, llm.RealtimeModel):
         raise TypeError(
             "wrap() takes a livekit.agents.llm.RealtimeModel, and this is a "
             f"{type(model).__name__}; the pipeline's LLM, STT and TTS retry by themselves"
         )
+    check_arguments(policy, on_exhausted)
     if hasattr(model.session, _HOOK):
         warnings.warn(
             f"{model.label} is wrapped already; the second wrap() does nothing",
@@ -371,9 +396,10 @@ def instrument(
     model that was wrapped keeps the policy it was wrapped with.
 
     Raises:
-        PolicyError: the environment holds a value that cannot be.
+        PolicyError: if an environment variable is invalid.
+        TypeError: if an argument has a wrong type.
     """
-    global _original_init  # noqa: PLW0603 - there is one RealtimeSession class to instrument
+    check_arguments(policy, on_exhausted)
     if is_instrumented():
         warnings.warn(
             "LiveKit is instrumented already; the second instrument() does nothing",
@@ -383,7 +409,22 @@ def instrument(
         return
     if switch.check():
         return
-    config = _config(policy, tracer_provider, meter_provider, on_exhausted)
+    _replace_init(_config(policy, tracer_provider, meter_provider, on_exhausted))
+
+
+def reinstrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) -> None:
+    """Use these arguments for sessions created from now on.
+
+    If an argument is invalid, raise as :func:`instrument` does, and change nothing.
+    """
+    check_arguments(policy, on_exhausted)
+    config = _config(policy, None, None, on_exhausted)
+    uninstrument()
+    _replace_init(config)
+
+
+def _replace_init(config: _Config) -> None:
+    global _original_init  # noqa: PLW0603 - there is one RealtimeSession class to instrument
     _original_init = original = llm.RealtimeSession.__init__
 
     @functools.wraps(original)
