@@ -35,6 +35,7 @@ _EXTRAS: Final = {
     "platformdirs": "export",
     "requests": "export",
     "aiohttp": "simulator",
+    "pytest": "testing",
     "h2": "simulator",
     "trustme": "simulator",
     "rich": "cli",

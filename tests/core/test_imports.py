@@ -14,6 +14,7 @@ ALLOWED = {
     "report": {"core"},
     "export": {"core", "livekit"},
     "doctor": {"core", "livekit", "export"},
+    "testing": {"core", "report", "simulator"},
     "cli": {"core", "doctor", "export", "monitoring", "report", "simulator"},
 }
 """The packages that a package may import. Each may import the modules of the root."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,7 @@ WORKS = {
     "livekit": {"report", "wrap"},  # livekit-agents needs typer and rich itself
     "presets": set(),
     "simulator": {"report", "simulator"},
+    "testing": set(FEATURES) - {"preset"},
 }
 """The features that work with each extra alone. With any other, the error names an extra."""
 
@@ -173,7 +175,7 @@ class TestExtras:
         made = environment(extra)
         works = set()
         for feature, code in FEATURES.items():
-            if feature == "simulator" and extra not in ("agent", "demo", "simulator"):
+            if feature == "simulator" and extra not in ("agent", "demo", "simulator", "testing"):
                 continue  # a module for tests; its import error names the package
             done = made.python(code)
             if done.returncode == 0:
@@ -182,7 +184,7 @@ class TestExtras:
                 last = done.stderr.strip().splitlines()[-1]
                 assert HINT.search(last), done.stderr
                 assert "which is not installed: " in last
-                if (extra, feature) == ("demo", "preset"):
+                if feature == "preset" and extra in ("demo", "testing"):
                     assert "ExportError: preset 'console' needs opentelemetry." in last
 
         assert WORKS[extra] == works
@@ -276,3 +278,15 @@ class TestReadme:
         done = agent.run("opentelemetry-instrument", "python", "agent.py")
 
         assert (0, "ran\n") == (done.returncode, done.stdout), done.stderr
+
+
+class TestTesting:
+    def test_verdicts_from_the_wheel(self, environment, tmp_path):
+        """The verdict names each planted error in an environment that has only the extra."""
+        made = environment("testing")
+        for name in ("agents.py", "test_verdict.py"):
+            shutil.copy(ROOT / "tests" / "testing" / name, tmp_path)
+        done = made.run("python", "-m", "pytest", "-q", tmp_path / "test_verdict.py")
+
+        assert 0 == done.returncode, done.stdout[-3000:]
+        assert "11 passed" in done.stdout
