@@ -80,6 +80,9 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Div: ast.Mult,
 }
 
+FALSE = ("None", "False", "0", "0.0")
+"""Values that None stands for, so that returning None instead would change nothing."""
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -162,14 +165,16 @@ def _is_documentation(node: ast.AST) -> bool:
 
 def _changed_statement(node: ast.stmt) -> Iterator[tuple[ast.AST, str]]:
     match node:
+        case ast.Expr(value=ast.Yield() | ast.YieldFrom()):
+            return  # Without its sleep, a loop runs for ever.
         case ast.Expr() | ast.Raise() | ast.Continue() | ast.Break() | ast.AugAssign():
             yield node, "pass"
         case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield node, "pass"
-        case ast.Return(value=ast.expr() as value) if ast.unparse(value) not in ("None", "self"):
+        case ast.Return(value=ast.expr() as value) if ast.unparse(value) not in FALSE:
             yield node, "return None"
         case ast.If(test=test) | ast.While(test=test) if not isinstance(
-            test, (ast.Compare, ast.UnaryOp)
+            test, (ast.Compare, ast.UnaryOp, ast.Constant)
         ):
             yield test, f"not ({ast.unparse(test)})"
 

@@ -180,6 +180,23 @@ class TestActions:
             assert note.startswith("traced_retry: 1 attempt(s), stopped by not_recoverable, trace")
         assert not hasattr(shared.error, "__notes__")
 
+    @pytest.mark.parametrize(
+        ("error", "calls"),
+        [(TimeoutError(), 1), (ConnectionResetError(), 1), (ProviderError("server_error"), 2)],
+    )
+    async def test_unanswered_call_is_not_repeated_if_that_is_unsafe(self, error, calls, recorder):
+        """The late answer to a call could still be heard, unless the provider refused the call."""
+        script = Scripted(error, "hello")
+        request = CallRequest(script.future, resend_after_timeout=False)
+        trace = Telemetry(**recorder.providers).reply(Target("somebody"))
+        future = Reply(request, RetryPolicy(base_delay=0), trace).start()
+        await asyncio.wait([future])
+
+        assert calls == script.calls
+        if calls == 1:
+            assert error is future.exception()
+            assert "unsafe_to_resend" == recorder.replies[0]["traced_retry.stop_reason"]
+
 
 class TestReadiness:
     async def test_retry_waits_until_request_is_ready(self, reply, recorder):
@@ -197,6 +214,25 @@ class TestReadiness:
         assert [0, 4] == script.times
         assert [1.0] == [a["traced_retry.next_delay"] for a in recorder.attempts[:1]]
         assert [0.0, 4.0] == [a["traced_retry.delay"] for a in recorder.attempts]
+
+    async def test_wake_during_a_check_checks_again(self, reply):
+        """A request may become ready because of the very question, and nothing else wakes it."""
+
+        class Shy(Request):
+            __slots__ = ()
+
+            def ready(self):
+                was_ready, self.is_ready = self.is_ready, True
+                asked.wake()
+                return was_ready
+
+        script = Scripted(ProviderError("server_error"), "hello")
+        request = Shy(script)
+        request.is_ready = False
+        asked = reply(request)
+
+        assert "hello" == await asked.start()
+        assert [0, 1] == script.times
 
     async def test_request_that_is_never_ready_ends_at_deadline(self, reply, recorder):
         """The deadline ends the wait with the provider's error."""

@@ -12,6 +12,7 @@ import pytest
 from opentelemetry import context, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import SpanKind, StatusCode
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
@@ -515,6 +516,28 @@ class TestLog:
             "openai attempt failed (rate_limit_exceeded), send in 1.00 s"
             == caplog.records[0].getMessage()
         )
+
+    @pytest.mark.parametrize("sampled", [True, False])
+    async def test_only_a_sampled_trace_has_an_id(self, sampled, recorder, caplog):
+        """No backend has an unsampled trace, so its id is in no note, log or callback."""
+        provider = TracerProvider(sampler=ALWAYS_ON if sampled else ALWAYS_OFF)
+        failed_replies = []
+        with caplog.at_level(logging.WARNING, logger="traced_retry"):
+            reply = Reply(
+                CallRequest(Scripted(ProviderError("invalid_api_key")).future),
+                RetryPolicy(),
+                Telemetry(provider, recorder.meter_provider).reply(TARGET),
+                on_failed=failed_replies.append,
+            ).start()
+            await ended(reply)
+
+        (record,) = caplog.records
+        (failed_reply,) = failed_replies
+        found = failed_reply.trace_id
+        assert sampled == (found is not None)
+        assert (found or "") == record.trace_id
+        assert record.getMessage().endswith(f"trace {found or 'none'}")
+        assert reply.exception().__notes__[0].endswith(f"trace id {found or 'none'}")
 
     async def test_failed_reply_logs_one_warning(self, recorder, caplog):
         """A failed reply logs one WARN record with its trace id."""
