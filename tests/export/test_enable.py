@@ -422,6 +422,36 @@ result = [child.exitcode for child in children]
         assert ["child 0", "child 1", "parent"] == sorted(names(stored(state)))
 
 
+@pytest.mark.parametrize("refuses", [None, "traces", "metrics"])
+def test_flush_returns_whether_all_was_delivered(refuses, state):
+    """A flush returns False if the backend refused the spans or the metrics.
+
+    The ``force_flush`` of the SDK's own providers returns True in each case.
+    """
+    with receiver() as server:
+        endpoints = {
+            f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT": f"{server.url}/v1/{signal}"
+            for signal in ("traces", "metrics")
+            if signal != refuses
+        }
+        ended = fresh(
+            """
+import traced_retry
+from opentelemetry import metrics, trace
+tracing = traced_retry.enable()
+trace.get_tracer("t").start_span("s").end()
+metrics.get_meter("m").create_counter("c").add(1)
+result = tracing.flush(10)
+""",
+            OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
+            OTEL_EXPORTER_OTLP_TIMEOUT="0.3",
+            **endpoints,
+            **state,
+        )
+
+    assert ("", refuses is None) == (ended.error, ended.result)
+
+
 def test_a_hanging_server_holds_up_neither_flush_nor_exit(state):
     """Flush gives up after the time given to it, and the process ends.
 

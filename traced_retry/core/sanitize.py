@@ -49,6 +49,17 @@ def is_url(text: str) -> bool:
     return url is not None and url.scheme in ("http", "https") and bool(url.hostname)
 
 
+def host_and_port(url: object) -> tuple[str | None, int | None]:
+    """Return the host and port of a URL, and no user or password. Both are None without a host.
+
+    The default port is 80 for ``http`` and ``ws``, else 443.
+    """
+    parts = _split(url) if isinstance(url, str) else None
+    if parts is None or not parts.hostname:
+        return None, None
+    return parts.hostname, parts.port or (80 if parts.scheme in ("http", "ws") else 443)
+
+
 def redact_url(text: str) -> str:
     """Return scheme, host and port of a URL.
 

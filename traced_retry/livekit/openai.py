@@ -31,6 +31,7 @@ from traced_retry import semconv
 from traced_retry.core.failure import Failure, explain, failure, wait_in
 from traced_retry.core.guard import log_once, suppress_and_log
 from traced_retry.core.request import Delivery
+from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
@@ -74,6 +75,13 @@ class OpenAIAdapter(Adapter):
         "_response_created_futures",
         "_discarded_event_ids",
     )
+    relied_methods: ClassVar[tuple[str, ...]] = (
+        "send_event",
+        "_run_ws",
+        "_handle_response_created",
+        "_handle_response_done",
+        "_handle_error",
+    )
     raw_event: ClassVar[str] = "openai_server_event_received"
     """The session's event that carries each event of the server, before it is dealt with."""
 
@@ -106,17 +114,10 @@ class OpenAIAdapter(Adapter):
         session.on("error", self._on_error)
 
     def target(self) -> Target:
-        """The server is in the plugin's ``provider``, which is a host and port, not a name."""
+        """Return the provider and the server, which is in the model's private options."""
         model = self.session.realtime_model
-        # Without the user's name and password, should the URL hold them.
-        host, _, port = model.provider.rpartition("@")[2].partition(":")
-        named = "." in host or host == "localhost"
-        return Target(
-            _provider(model),
-            model.model,
-            host if named else None,
-            (int(port) if port.isdigit() else 443) if named else None,
-        )
+        server = host_and_port(getattr(getattr(model, "_opts", None), "base_url", None))
+        return Target(_provider(model), model.model, *server)
 
     def request(self, call: Call) -> OpenAIRequest:
         """One reply's request."""
