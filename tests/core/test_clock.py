@@ -118,9 +118,7 @@ class TestOldLoop:
         starts = [(attempt.start_time - span.start_time) / 1e9 for attempt in attempts]
         assert [0.0, 3.0, 11.0] == pytest.approx(starts)
         assert abs(span.start_time - before) < 5e9
-        assert (2, 6.0) == tuple(
-            map(sum, zip(*recorder.points(semconv.METRIC_DELAY).values(), strict=True))
-        )
+        assert [(2, 6.0)] == list(recorder.points(semconv.METRIC_DELAY).values())
         durations = recorder.points(semconv.METRIC_ATTEMPT_DURATION).values()
         assert [2.0, 3.0, 4.0] == sorted(total for _, total in durations)
         assert [(1, 15.0)] == list(recorder.points(semconv.METRIC_REPLY_DURATION).values())
@@ -133,9 +131,8 @@ class TestOldLoop:
     async def test_timeout_names_its_seconds(self, stalled, recorder):
         """The error of an attempt without an answer has the seconds of the attempt."""
         await asyncio.sleep(1000)
-        request = (
-            Stalled(Scripted("hello").future) if stalled else CallRequest(Scripted(HANG).future)
-        )
+        call = Scripted("hello" if stalled else HANG).future
+        request = Stalled(call) if stalled else CallRequest(call)
         policy = RetryPolicy(deadline=12.0, attempt_timeout=None if stalled else 3.0, max_retries=0)
         ended = []
         reply = Reply(
