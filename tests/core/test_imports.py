@@ -15,7 +15,7 @@ ALLOWED = {
     "export": {"core", "livekit"},
     "doctor": {"core", "livekit", "export"},
     "testing": {"core", "report", "simulator"},
-    "cli": {"core", "doctor", "export", "monitoring", "report", "simulator"},
+    "cli": {"core", "doctor", "export", "monitoring", "report", "simulator", "testing"},
 }
 """The packages that a package may import. Each may import the modules of the root."""
 ROOT = {"semconv", "errors", "shipped_files", "_version"}
