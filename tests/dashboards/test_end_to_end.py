@@ -58,10 +58,33 @@ def alertmanager_config(hook):
     shipped = yaml.safe_load((DASHBOARDS / "alertmanager/inhibit.yaml").read_text())
     found["inhibit_rules"] = shipped["inhibit_rules"]
     found["route"].update(group_wait="1s", group_interval="2s")
+    for route in found["route"]["routes"]:
+        route.pop("group_wait", None)
+    return addressed(found, hook)
+
+
+def addressed(found, hook):
+    """Return a configuration with receivers that send to the webhook on that port."""
     for receiver in found["receivers"]:
         for webhook in receiver["webhook_configs"]:
             webhook["url"] = webhook["url"].replace("127.0.0.1:9099", f"127.0.0.1:{hook}")
     return found
+
+
+def alertmanager(tmp_path, config, port):
+    """Return an Alertmanager with that configuration, to be started."""
+    (tmp_path / "alertmanager.yaml").write_text(json.dumps(config))
+    return Process(
+        "prometheus-alertmanager",
+        [
+            f"--config.file={tmp_path / 'alertmanager.yaml'}",
+            f"--storage.path={tmp_path / 'alertmanager'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--cluster.listen-address=",
+        ],
+        f"http://127.0.0.1:{port}/-/ready",
+        tmp_path,
+    )
 
 
 @pytest.fixture
@@ -74,9 +97,6 @@ def paging(tmp_path):
     (tmp_path / "rules").mkdir()
     for path in (DASHBOARDS / "prometheus").glob("*.yaml"):
         (tmp_path / "rules" / path.name).write_text(faster(path.read_text(), 60))
-    (tmp_path / "alertmanager.yaml").write_text(
-        json.dumps(alertmanager_config(hook.server_address[1]))
-    )
     shipped = yaml.safe_load((EXPORTERS / "prometheus/prometheus.yaml").read_text())
     shipped["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     shipped["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [
@@ -90,17 +110,6 @@ def paging(tmp_path):
     ]
     (tmp_path / "prometheus.yaml").write_text(json.dumps(shipped))
     url = f"http://127.0.0.1:{port}"
-    alertmanager = Process(
-        "prometheus-alertmanager",
-        [
-            f"--config.file={tmp_path / 'alertmanager.yaml'}",
-            f"--storage.path={tmp_path / 'alertmanager'}",
-            f"--web.listen-address=127.0.0.1:{manager}",
-            "--cluster.listen-address=",
-        ],
-        f"http://127.0.0.1:{manager}/-/ready",
-        tmp_path,
-    )
     prometheus = Process(
         "prometheus",
         [
@@ -112,7 +121,8 @@ def paging(tmp_path):
         f"{url}/-/ready",
         tmp_path,
     )
-    with alertmanager, prometheus:
+    config = alertmanager_config(hook.server_address[1])
+    with alertmanager(tmp_path, config, manager), prometheus:
         yield traffic, hook, url, f"http://127.0.0.1:{manager}"
     traffic.close()
     hook.shutdown()
@@ -189,3 +199,36 @@ def test_several_providers_fail(paging):
     until(lambda: time.monotonic() > settled, 10, "three group intervals")
 
     assert [json.dumps({"alertname": alerts.MANY})] == list(hook.groups("/page", "firing"))
+
+
+def test_page_arrives_while_group_of_another_environment_is_open(tmp_path):
+    """Production fires after staging was notified, and is notified within 30 s as shipped."""
+    command("prometheus-alertmanager")
+    (port,), hook = free_ports(1), Webhook()
+    config = yaml.safe_load((EXPORTERS / "alertmanager/alertmanager.yaml").read_text())
+    addressed(config, hook.server_address[1])
+
+    def fire(environment):
+        labels = {
+            "alertname": alerts.BURN,
+            "gen_ai_provider_name": "openai",
+            "severity": "critical",
+            "deployment_environment_name": environment,
+        }
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/api/v2/alerts",
+            json.dumps([{"labels": labels}]).encode(),
+            {"content-type": "application/json"},
+        )
+        urllib.request.urlopen(request, timeout=5).close()
+
+    def paged(environment):
+        return any(environment in group for group in hook.groups("/page", "firing"))
+
+    with alertmanager(tmp_path, config, port):
+        fire("staging")
+        until(lambda: paged("staging"), 30, "staging's page")
+        fire("production")
+        until(lambda: paged("production"), 30, "production's page")
+    hook.shutdown()
+    hook.server_close()

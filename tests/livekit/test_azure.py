@@ -254,6 +254,7 @@ class TestNames:
             ("https://mine.services.ai.azure.com/", "mine.services.ai.azure.com", 443),
             ("wss://mine.example:8443", "mine.example", 8443),
             ("http://127.0.0.1:1", "127.0.0.1", 1),
+            ("http://[::1]/", "::1", 80),
         ],
     )
     async def test_target_has_plain_name_and_address(

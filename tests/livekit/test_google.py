@@ -913,6 +913,10 @@ class TestTarget:
                 ("gcp.gemini", "m", "h.test", 8),
             ),
             (
+                {"api_key": "k", "model": "m", "http_options": {"base_url": "http://proxy"}},
+                ("gcp.gemini", "m", "proxy", 80),
+            ),
+            (
                 {"vertexai": True, "project": "p", "model": "m"},
                 ("gcp.vertex_ai", "m", None, None),
             ),

@@ -358,8 +358,16 @@ class TestProviders:
                 ("azure.ai.openai", "gpt-realtime", "mine.openai.azure.com", 443),
             ),
             (lambda: xai.realtime.RealtimeModel(api_key="x"), ("x_ai", None, "api.x.ai", 443)),
+            (
+                lambda: openai.realtime.RealtimeModel(api_key="x", base_url="http://[::1]:81/v1"),
+                ("openai", "gpt-realtime", "::1", 81),
+            ),
+            (
+                lambda: openai.realtime.RealtimeModel(api_key="x", base_url="ws://speaches/v1"),
+                ("openai", "gpt-realtime", "speaches", 80),
+            ),
         ],
-        ids=["openai", "openai elsewhere", "azure openai", "xai"],
+        ids=["openai", "openai elsewhere", "azure openai", "xai", "IPv6", "one word"],
     )
     async def test_target_names_provider_without_url(self, model, expected):
         """The names are those of the semantic conventions, never a URL or a port."""

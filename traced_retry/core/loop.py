@@ -52,7 +52,7 @@ class FailedReply:
     seconds: float
     """Seconds from the request until the failure: the silence that the caller heard."""
     trace_id: str | None
-    """32 hexadecimal digits, or None if the reply is not traced."""
+    """32 hexadecimal digits, or None if the reply is not traced or its trace is not sampled."""
 
 
 class Reply(Driver, Generic[T]):
@@ -195,6 +195,21 @@ class Reply(Driver, Generic[T]):
             with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt.future)
 
+    def end_retries(self, failure: Failure) -> None:
+        """Make no further attempt, and end the reply as out of time.
+
+        A reply with output goes on. A first attempt without a result may still get one, because the
+        caller would wait for it without retries, too.
+        """
+        attempt = self._attempt
+        if attempt is not None and attempt.delivery is not None and attempt.delivery.first_output:
+            return
+        waits = attempt is not None and attempt.future is not None and not attempt.future.done()
+        if waits and self._number == 1:
+            self._policy = replace(self._policy, max_retries=0)
+        else:
+            self.report_failure(failure, "deadline")
+
     @property
     def resolved(self) -> bool:
         """Whether the agent has its reply, or knows that there is none."""
@@ -213,6 +228,9 @@ class Reply(Driver, Generic[T]):
             if failure is None and not self._ended:
                 failure = yield from self._await_delivery(attempt)
             if failure is None or self._ended:
+                return
+            if self._future.cancelled():  # The policy's classify did so.
+                self.interrupt()
                 return
             stop, action, delay = self._decide(failure)
             if action is None or stop is not None:

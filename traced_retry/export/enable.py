@@ -26,6 +26,7 @@ from opentelemetry import metrics, trace
 from traced_retry.core import telemetry
 from traced_retry.core.guard import logger, suppress_and_log
 from traced_retry.core.policy import RetryPolicy
+from traced_retry.export.processor import metrics_delivered
 from traced_retry.export.setup import SdkSetup, file_policy, set_up
 from traced_retry.livekit import hook
 from traced_retry.livekit.hook import OnExhausted
@@ -45,12 +46,16 @@ class Tracing:
     """The target of the spans in a few words, or the path of the local store."""
 
     def flush(self, within: float = FLUSH_WITHIN) -> bool:
-        """Deliver buffered spans and metrics, and return whether that was done in time.
+        """Deliver buffered spans and metrics, and return whether all of them were delivered.
+
+        Return False if spans were dropped since the last flush, or if the last export of metrics
+        failed. Of an exporter that the SDK runs itself, such as ``otlp_grpc`` in a configuration
+        file, only a missed deadline is known.
 
         Args:
             within: the longest wait in seconds. Telemetry not delivered by then stays buffered.
         """
-        return _run_within(within, [p.force_flush for p in _providers()])
+        return _run_within(within, [p.force_flush for p in _providers()]) and metrics_delivered()
 
 
 _lock = threading.Lock()

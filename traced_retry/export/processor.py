@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry import context, metrics
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY
@@ -29,7 +29,7 @@ from opentelemetry.sdk.environment_variables import (
     OTEL_BSP_MAX_QUEUE_SIZE,
     OTEL_BSP_SCHEDULE_DELAY,
 )
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import MetricExporter, PeriodicExportingMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
@@ -144,13 +144,17 @@ class BoundedSpanProcessor(SpanProcessor):
             self._drops.log_first(reason)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Send queued spans, and return whether all were processed in time."""
+        """Send queued spans.
+
+        Return False if time was up, or if spans were dropped since the last call.
+        """
         with self._changed:
             self._flushing += 1
             self._changed.notify_all()
             done = self._changed.wait_for(self._idle, timeout_millis / 1000)
             self._flushing -= 1
-        return done
+            dropped = self._drops.take_news()
+        return done and not dropped
 
     def shutdown(self) -> None:
         """Send queued spans for at most ``within`` seconds, and count the rest as dropped."""
@@ -223,6 +227,10 @@ class BoundedMetricReader(PeriodicExportingMetricReader):
     Metrics are cumulative: the next export includes the values of a failed one.
     """
 
+    def __init__(self, exporter: MetricExporter, **settings: Any) -> None:
+        super().__init__(exporter, **settings)
+        _metric_exporters.add(exporter)
+
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: object) -> None:
         """Export a last time and stop."""
         super().shutdown(min(timeout_millis, METRICS_WITHIN * 1000), **kwargs)
@@ -239,6 +247,14 @@ class BoundedMetricReader(PeriodicExportingMetricReader):
         flushing.start()
         flushing.join(timeout_millis / 1000)
         return not flushing.is_alive()
+
+
+_metric_exporters: weakref.WeakSet[MetricExporter] = weakref.WeakSet()
+
+
+def metrics_delivered() -> bool:
+    """Return whether the last export of each of our OTLP metric exporters succeeded."""
+    return all(getattr(exporter, "delivered", True) for exporter in _metric_exporters)
 
 
 class _Drops:
@@ -260,13 +276,20 @@ class _Drops:
     def forget(self) -> None:
         """Reset the totals after a fork, because the parent reports its own drops."""
         self._sums: Counter[semconv.DropReason] = Counter()
+        self._news = False
 
     def add(self, spans: int, reason: semconv.DropReason) -> bool:
         """Count dropped spans, and return whether they are the first."""
         first = not self._sums
+        self._news = True
         self._sums[reason] += spans
         self._count(spans, reason)
         return first
+
+    def take_news(self) -> bool:
+        """Return whether spans were dropped since the last call."""
+        news, self._news = self._news, False
+        return news
 
     def log_first(self, reason: semconv.DropReason) -> None:
         logger.warning(

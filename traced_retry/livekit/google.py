@@ -40,7 +40,6 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 from livekit.agents import llm
 
@@ -48,6 +47,7 @@ from traced_retry import semconv
 from traced_retry.core.failure import Failure, Kind, failure
 from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
+from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
@@ -154,15 +154,10 @@ class GoogleAdapter(Adapter):
         model = self.session.realtime_model
         vertex = model.provider == "Vertex AI"
         options = getattr(getattr(model, "_opts", None), "http_options", None)
-        url = urlsplit(getattr(options, "base_url", None) or "")
-        if not url.hostname and not vertex:
-            url = urlsplit("https://generativelanguage.googleapis.com")
-        return Target(
-            "gcp.vertex_ai" if vertex else "gcp.gemini",
-            model.model,
-            url.hostname,
-            (url.port or 443) if url.hostname else None,
-        )
+        server = host_and_port(getattr(options, "base_url", None))
+        if server[0] is None and not vertex:
+            server = host_and_port("https://generativelanguage.googleapis.com")
+        return Target("gcp.vertex_ai" if vertex else "gcp.gemini", model.model, *server)
 
     def request(self, call: Call) -> GoogleRequest:
         """One reply's request."""

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from livekit.agents import llm
 from livekit.agents import telemetry as livekit_telemetry
@@ -36,14 +36,33 @@ from traced_retry.core.sanitize import shown
 from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.core.variables import warn_about_misspelt
 from traced_retry.errors import ArgumentError
-from traced_retry.livekit.adapter import Adapter, Generation, PassthroughRequest, failure_from_event
+from traced_retry.livekit.adapter import (
+    Adapter,
+    Generation,
+    PassthroughRequest,
+    failure_from_event,
+    timeout_failure,
+)
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.livekit.say import SayRequest, observed
-from traced_retry.livekit.speech import current_speech, record_error, when_interrupted
+from traced_retry.livekit.speech import (
+    agent_activity,
+    current_speech,
+    record_error,
+    watch_shutdown,
+    when_interrupted,
+)
 
 logger = logging.getLogger(semconv.SCOPE)
 
 OnExhausted = Callable[[FailedReply], "Awaitable[None] | None"]
+
+DRAIN_WITHIN: Final = 9.0
+"""Seconds after ``AgentSession.shutdown(drain=True)`` in which retries are allowed.
+
+LiveKit then waits for the pending replies. It kills a job's process that does not end within
+``shutdown_process_timeout`` of ``AgentServer`` and ``WorkerOptions``, which is 10 s by default
+(livekit-agents 1.7.0 to 1.8.9)."""
 
 _HOOK = "_traced_retry"
 """Name of the attribute that our hook leaves on what it is installed on."""
@@ -111,6 +130,7 @@ class SessionHook:
         self._closed_by: tuple[Failure, semconv.StopReason] | None = None
         self._cooldown = SessionCooldown()
         self._checked = False
+        self._drained = False
         self._adapter = adapter_class(session)(session, self)
         setattr(session, _HOOK, self)
         session.generate_reply = self.generate_reply  # type: ignore[method-assign]
@@ -133,9 +153,15 @@ class SessionHook:
         adapter = self._adapter_in_force()
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
         request.speech = current_speech()
+        policy = self._config.policy
+        with suppress_and_log("watching for the agent session's shutdown"):
+            if (activity := agent_activity(self._session)) is not None:
+                watch_shutdown(activity.session, self)
+        if self._drained:
+            policy = replace(policy, max_retries=0)
         return self._start(
             request,
-            self._config.policy,
+            policy,
             self._target,
             cooldown=self._cooldown,
             on_failed=self._schedule_callback if self._config.on_exhausted is not None else None,
@@ -194,6 +220,18 @@ class SessionHook:
         )
         self._close_with(closed, "session_closed")
         await self._aclose()
+
+    def drain(self) -> None:
+        """Allow retries for :data:`DRAIN_WITHIN` more seconds, because the agent session ends.
+
+        Without retries, a pending reply ends with the plugin's own time-out.
+        """
+        asyncio.get_running_loop().call_later(DRAIN_WITHIN, self._end_retries)
+
+    def _end_retries(self) -> None:
+        self._drained = True
+        for reply in list(self._open):
+            reply.end_retries(timeout_failure(DRAIN_WITHIN))
 
     # --- Replies, for the adapter --------------------------------------------------------------
 

@@ -15,15 +15,29 @@ interrupted.
 from __future__ import annotations
 
 import asyncio
+import functools
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+from livekit.agents import AgentSession, llm
+from livekit.agents.voice.agent_activity import AgentActivity
 
 from traced_retry.core.guard import log_once, suppress_and_log
+
+_WATCHERS = "_traced_retry_watchers"
 
 try:
     from livekit.agents.voice.agent import _get_activity_task_info
 except ImportError:  # it has moved
     _get_activity_task_info = None  # type: ignore[assignment]
+
+
+class Watcher(Protocol):
+    """The receiver of an agent session's shutdown."""
+
+    def drain(self) -> None:
+        """Note that the agent session ends after its pending speeches."""
 
 
 def current_speech() -> Any:
@@ -58,6 +72,42 @@ def when_interrupted(speech: Any, callback: Callable[[], None]) -> Callable[[], 
         interrupted.remove_done_callback(call)
 
     return forget
+
+
+def agent_activity(session: llm.RealtimeSession[Any]) -> AgentActivity | None:
+    """Return LiveKit's activity that uses this realtime session, if there is one.
+
+    It listens to the session's errors, or to those of a session that falls back to other models.
+    """
+    for listener in getattr(session, "_events", {}).get("error", ()):
+        owner = getattr(listener, "__self__", None)
+        if isinstance(owner, AgentActivity):
+            return owner
+        if isinstance(owner, llm.RealtimeSession) and owner is not session:
+            return agent_activity(owner)
+    return None
+
+
+def watch_shutdown(agent_session: AgentSession[Any], watcher: Watcher) -> None:
+    """Have ``agent_session.shutdown(drain=True)`` call ``watcher.drain()``.
+
+    LiveKit has no event for it. The watcher is referred to weakly.
+    """
+    watchers = getattr(agent_session, _WATCHERS, None)
+    if watchers is None:
+        watchers = weakref.WeakSet()
+        setattr(agent_session, _WATCHERS, watchers)
+        original = agent_session.shutdown
+
+        @functools.wraps(original)
+        def shutdown(*, drain: bool = True) -> None:
+            for one in list(watchers) if drain else ():
+                with suppress_and_log("shutting an agent session down"):
+                    one.drain()
+            original(drain=drain)
+
+        agent_session.shutdown = shutdown  # type: ignore[method-assign]
+    watchers.add(watcher)
 
 
 def record_error(speech: Any, error: BaseException) -> None:
