@@ -159,6 +159,28 @@ def test_demo_beside_a_dead_server(tmp_path):
     assert "k3y" not in done.stdout + done.stderr
 
 
+def test_interrupted_demo_prints_the_location_of_its_spans(tmp_path):
+    """Ctrl-C after the first conversation leaves a store that can be read, and no traceback."""
+    store = tmp_path / "spans.jsonl"
+    with subprocess.Popen(
+        [SCRIPT, "demo", "--store", str(store)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        for line in process.stderr:
+            if "heard once" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+
+    assert 130 == process.returncode
+    assert "Traceback" not in rest
+    assert f"Interrupted. The spans until now are in\n  {store}" in rest
+    assert "succeeded" in run("report", store).stdout
+
+
 class TestReport:
     def test_text(self, demo):
         """The report names each outcome and fits a terminal."""

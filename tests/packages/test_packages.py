@@ -348,6 +348,7 @@ class TestTesting:
     def test_verdicts_from_the_wheel(self, environment, tmp_path):
         """The verdict names each planted error in an environment that has only the extra."""
         made = environment("testing")
+        (tmp_path / "pytest.ini").touch()
         for name in ("agents.py", "test_verdict.py"):
             shutil.copy(ROOT / "tests" / "testing" / name, tmp_path)
         done = made.run("python", "-m", "pytest", "-q", tmp_path / "test_verdict.py")

@@ -12,8 +12,9 @@ import traced_retry
 from traced_retry.core.budget import refill
 from traced_retry.report import Reply
 from traced_retry.report.read import order, replies_of
-from traced_retry.simulator import Script, simulator
-from traced_retry.testing.incident import incident_script
+from traced_retry.simulator import PROVIDERS, Script, simulator
+from traced_retry.simulator.reach import _LINES
+from traced_retry.testing.incident import SIMULATOR_OF, incident_script
 from traced_retry.testing.spans import _as_stored
 
 INCIDENTS = [
@@ -90,3 +91,9 @@ def test_provider_without_a_simulator_is_refused():
     """The message names the provider."""
     with pytest.raises(traced_retry.UsageError, match="'mine' has no simulator"):
         incident_script([Reply("t", "s", "mine", 0.0, 1.0, outcome="exhausted")])
+
+
+def test_each_provider_has_a_constructor_and_a_simulator():
+    """A new simulator needs lines that reach it, and a provider name in the spans."""
+    assert set(PROVIDERS) == set(_LINES)
+    assert set(PROVIDERS) == {*SIMULATOR_OF.values(), "nvidia"}

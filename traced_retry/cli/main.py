@@ -114,7 +114,11 @@ def demo(
         heard = {0: "nothing heard", 1: "heard once"}.get(result.replies_heard, "HEARD TWICE")
         progress.print(f"        {result.reply.outcome}, {heard}, {result.reply.seconds:.2f} s")
 
-    results, seconds = run_demo(path, *(() if as_json else (on_start, on_result)))
+    try:
+        results, seconds = run_demo(path, *(() if as_json else (on_start, on_result)))
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. The spans until now are in\n  {path}", err=True)
+        raise typer.Exit(130) from None
     if as_json:
         replies = [result.as_dict() for result in results]
         typer.echo(
