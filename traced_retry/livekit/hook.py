@@ -134,7 +134,7 @@ class SessionHook:
         self._drained = False
         self._adapter = adapter_class(session)(session, self)
         setattr(session, _HOOK, self)
-        session.generate_reply = self.generate_reply  # type: ignore[method-assign]
+        session.generate_reply = self._generate_reply_unless_off  # type: ignore[method-assign]
         session.aclose = self.aclose  # type: ignore[method-assign]
         session.interrupt = self.interrupt  # type: ignore[method-assign]
         if self._says:
@@ -151,8 +151,6 @@ class SessionHook:
 
     def generate_reply(self, **kwargs: Any) -> asyncio.Future[Generation]:
         """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
-        if switch.is_off():
-            return self._plain_generate_reply(**kwargs)
         adapter = self._adapter_in_force()
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
         request.speech = current_speech()
@@ -263,6 +261,12 @@ class SessionHook:
                 reply.report_failure(copy_error(why), stop)
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _generate_reply_unless_off(self, **kwargs: Any) -> asyncio.Future[Generation]:
+        """Call the plugin's own method while traced-retry is switched off."""
+        if switch.is_off():
+            return self._plain_generate_reply(**kwargs)
+        return self.generate_reply(**kwargs)
 
     def _initialize_telemetry(self) -> None:
         """Have the session's metrics at their start, before its first reply."""
