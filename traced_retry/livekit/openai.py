@@ -440,8 +440,8 @@ class OpenAIRequest(PassthroughRequest):
         """End the response where it has begun and nobody will read it."""
         if attempt.cancelled() or attempt.exception() is not None:
             return
-        response_id = attempt.result().response_id
-        if response_id is not None and response_id in self._adapter.active:
+        response_id = text(attempt.result().response_id)
+        if response_id in self._adapter.active:
             self._adapter.stop(response_id)
 
     def _on_done(self, attempt: asyncio.Future[Generation]) -> None:
