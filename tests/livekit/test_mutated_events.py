@@ -131,6 +131,16 @@ class Result:
     """Whether a stream never ended."""
 
     @property
+    def replies(self):
+        """The number of replies that were heard, whole or in part."""
+        return "".join(self.texts).count("reply")
+
+    @property
+    def whole(self):
+        """Whether a reply was heard to its end, or a tool was called."""
+        return bool(self.calls) or any(text[-1:].isdigit() for text in self.texts)
+
+    @property
     def clean(self):
         """Whether the session is as it was before."""
         return self.error is None and len(self.texts) == 1 and not (self.calls or self.hung)
@@ -226,8 +236,8 @@ class Side:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
         self.reading = []
-        if not self.result.clean:
-            await asyncio.sleep(BOUND)
+        # A server's last events come after the reply's end, and belong to this trial.
+        await asyncio.sleep(0.1 if self.result.clean else BOUND)
 
 
 def problems(ours, alone):
@@ -246,9 +256,9 @@ def problems(ours, alone):
         found.append("the reply was lost")
     if heard and alone.error is None and ours.error is not None:
         found.append("the reply failed")
-    if heard and alone.error is None and ours.seconds > alone.seconds + 0.01:
+    if alone.whole and alone.error is None and ours.seconds > alone.seconds + 0.01:
         found.append(f"the reply took {ours.seconds} s instead of {alone.seconds} s")
-    if len(ours.texts) > max(1, len(alone.texts)):
+    if ours.replies > max(1, alone.replies):
         found.append("a reply was heard twice")
     return found
 
@@ -288,6 +298,8 @@ async def test_mutated_event_is_no_worse_than_with_plugin_alone(name, mutator, c
                 results.append(await side.reply(word))
             clean = all(result.clean for result in results)
             found = problems(*results)
+            if recorder.open_spans:
+                await asyncio.sleep(BOUND)
             if recorder.open_spans:
                 found.append("a span is open")
             found += [message for message in guard._logged if " raised " in message]
