@@ -341,10 +341,12 @@ class TestLostEndOfTurn:
         (connection,) = talk.server._open
         await connection.say("reply 1")
         await connection.content(generationComplete=True)
-        await handle
-        await talk.settle(3600)
-
+        await talk.settle(300)
         assert [("succeeded", None)] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+        await connection.content(turnComplete=True)
+        await handle
         assert ["reply 1"] == talk.heard
 
 
