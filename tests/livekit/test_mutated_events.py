@@ -236,8 +236,8 @@ class Side:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
         self.reading = []
-        # A server's last events come after the reply's end, and belong to this trial.
-        await asyncio.sleep(0.1 if self.result.clean else BOUND)
+        # The last events of a reply come after its end, and the plugin may connect again.
+        await asyncio.sleep(2 if self.result.clean else BOUND)
 
 
 def problems(ours, alone):
