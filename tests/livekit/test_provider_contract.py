@@ -265,6 +265,19 @@ class TestExactlyOnce:
         assert [True] == [cancelled is not None for cancelled in talk.server.cancels]
 
 
+@providers(["openai", "voicelive"])
+async def test_response_that_lost_its_id_is_heard_once(start_conversation, recorder):
+    """The server echoes ids otherwise. The plugin alone speaks the reply and reports a failure."""
+    talk = await start_conversation("ok,unlabelled,ok")
+    await talk.reply()
+
+    assert isinstance(await talk.reply(), llm.RealtimeError)
+    await talk.settle()
+
+    assert ["reply 1", "reply 2"] == talk.heard
+    assert [("succeeded", None), ("exhausted", "unsafe_to_resend")] == ended(recorder)
+
+
 @providers(OPENAI_COMPATIBLE)
 class TestClosedWait:
     async def test_closing_realtime_session_fails_waiting_reply(self, start_conversation, recorder):
