@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 HEAD = """
 import asyncio, pytest, traced_retry
 from livekit.agents import Agent, AgentSession
@@ -149,6 +153,14 @@ async def test_agent(realtime_server, retry_spans):
     assert "recovered" == retry_spans[0].outcome
 """
     )
+
+    assert "1 passed" in output, output
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["verdict", "fixtures"])
+def test_block_of_the_page_passes(user_tests, block):
+    """A user can copy the tests of docs/testing.md."""
+    output = user_tests(block)
 
     assert "1 passed" in output, output
 
