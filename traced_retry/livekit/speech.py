@@ -26,6 +26,11 @@ from livekit.agents.voice.agent_activity import AgentActivity
 from traced_retry.core.guard import log_once, suppress_and_log
 
 _WATCHERS = "_traced_retry_watchers"
+_REPLY_TASK = "AgentActivity.realtime_reply"
+_SOON = 0.1
+"""Seconds in which an interrupted speech normally ends."""
+_requested: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+_failed: weakref.WeakSet[Any] = weakref.WeakSet()
 
 try:
     from livekit.agents.voice.agent import _get_activity_task_info
@@ -108,6 +113,44 @@ def watch_shutdown(agent_session: AgentSession[Any], watcher: Watcher) -> None:
 
         agent_session.shutdown = shutdown  # type: ignore[method-assign]
     watchers.add(watcher)
+
+
+def is_closing(agent_session: AgentSession[Any]) -> bool:
+    """Return whether LiveKit has begun to close the agent session."""
+    return getattr(agent_session, "_closing_task", None) is not None
+
+
+def pending_speeches(activity: AgentActivity) -> list[Any]:
+    """Return the speeches with a reply that LiveKit has scheduled and not yet requested."""
+    if _get_activity_task_info is None:
+        return []
+    waiting = [
+        info.speech_handle
+        for task in activity._speech_tasks
+        if task.get_name() == _REPLY_TASK and not task.done() and task not in _requested
+        if (info := _get_activity_task_info(task)) is not None
+    ]
+    return [one for one in waiting if one is not None and not one.interrupted]
+
+
+def fail_speech(speech: Any, error: BaseException) -> None:
+    """End ``speech`` with ``error`` before it has requested its reply.
+
+    LiveKit also interrupts it, without an error, and waits up to 5 s for a chat context that no
+    server acknowledges.
+    """
+    _failed.add(speech)
+    record_error(speech, error)
+    loop = asyncio.get_running_loop()
+    loop.call_soon(lambda: speech.interrupt(force=True))
+    loop.call_later(_SOON, lambda: [task.cancel() for task in speech._tasks])
+
+
+def note_request() -> bool:
+    """Note that the current task requests its reply. Return whether its failure is reported."""
+    if (task := asyncio.current_task()) is not None:
+        _requested.add(task)
+    return current_speech() in _failed
 
 
 def record_error(speech: Any, error: BaseException) -> None:
