@@ -66,6 +66,11 @@ packages: .venv/.test  ## build wheel and sdist; install the wheel with each ext
 newest: .venv/.newest  ## the tests on the newest version of everything
 	.venv/newest/bin/pytest $(PARALLEL)
 
+# MUTANTS="--number 0 core/loop.py" runs all mutants of one module.
+.PHONY: mutants
+mutants: .venv/.test  ## change the code in 60 small ways, and list the changes that no test notices
+	$(BIN)/python tools/mutants.py $(MUTANTS)
+
 constraints: .venv/.test  ## resolve constraints.txt again, for all Pythons and extras
 	$(BIN)/python tools/constraints.py
 
@@ -82,6 +87,7 @@ bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stam
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/queries.py
+	$(BIN)/python benchmarks/report.py
 
 .PHONY: backends
 backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once: ~/.cache, 8 minutes

@@ -46,6 +46,11 @@ def run_script(*arguments, **environ):
     )
 
 
+def interrupted(replies):
+    """Return the trace ids of the replies that the caller interrupted."""
+    return {r["trace_id"] for r in replies if r["outcome"] == "interrupted"}
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """One run of the demo as JSON, its store under a state directory of its own."""
@@ -174,6 +179,73 @@ class TestReport:
         assert 2 == done.returncode
         assert "nothing.jsonl" in done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_failed_replies_are_selected(self, demo):
+        """--failed, --last and --provider select, and --limit shows fewer than are counted."""
+        every = demo[0]["replies"]
+        lost = [r["trace_id"] for r in every if r["stop_reason"] and not r["replies_heard"]]
+        lost = [t for t in lost if t not in interrupted(every)]
+
+        done = run("report", demo[0]["store"], "--failed", "--json")
+        assert lost == [r["trace_id"] for r in json.loads(done.stdout)["replies"]]
+
+        done = run("report", demo[0]["store"], "--failed", "--last", "1", "--jsonl")
+        assert [lost[-1]] == [json.loads(line)["trace_id"] for line in done.stdout.splitlines()]
+
+        done = run("report", demo[0]["store"], "--limit", "0")
+        assert f"{len(every)} replies, " in done.stdout
+        assert lost[0] not in done.stdout
+
+        done = run("report", demo[0]["store"], "--provider", "aws")
+        assert f"No reply matches --provider aws; {len(every)} were read.\n" == done.stdout
+
+    def test_json_lines_from_standard_input(self, demo):
+        """A store comes through a pipe, and each reply is one line."""
+        done = subprocess.run(
+            [SCRIPT, "report", "-", "--jsonl"],
+            input=Path(demo[0]["store"]).read_bytes(),
+            capture_output=True,
+            timeout=90,
+            check=True,
+        )
+        replies = [json.loads(line) for line in done.stdout.splitlines()]
+
+        assert {r["trace_id"] for r in demo[0]["replies"]} == {r["trace_id"] for r in replies}
+        assert {"traced-retry-demo"} == {r["service"] for r in replies}
+
+    def test_progress_is_only_for_a_terminal(self, demo):
+        """A pipe gets no progress."""
+        assert "" == run("report", demo[0]["store"]).stderr
+
+    @pytest.mark.parametrize(
+        ("name", "content", "problem"),
+        [
+            ("notes.txt", b"Call the provider.\n", "is a text file, not OTLP-JSON lines"),
+            ("sound.wav", b"RIFF\x24\x00\x00\x00WAVE", "is a binary file, not OTLP-JSON lines"),
+        ],
+    )
+    def test_other_files(self, name, content, problem, tmp_path):
+        """One line says the kind of file, and the kind that is read."""
+        (tmp_path / name).write_bytes(content)
+        done = run("report", tmp_path / name)
+
+        assert (2, 1) == (done.returncode, len(done.stderr.splitlines()))
+        assert f"{name} {problem}. Give a file" in done.stderr
+
+    def test_missing_folder_of_a_page(self, demo, tmp_path):
+        """One line names the page."""
+        done = run("report", demo[0]["store"], "--html", tmp_path / "gone" / "page.html")
+
+        assert (2, 1) == (done.returncode, len(done.stderr.splitlines()))
+        assert "page.html cannot be written" in done.stderr
+
+    def test_options_that_do_not_fit(self, demo):
+        """The message names the options, or the value and what is expected."""
+        done = run("report", demo[0]["store"], "--json", "--jsonl")
+        assert (2, True) == (done.returncode, "exclude each other" in done.stderr)
+
+        done = run("report", demo[0]["store"], "--since", "yesterday")
+        assert (2, True) == (done.returncode, "invalid time 'yesterday'" in done.stderr)
 
     def test_no_store_yet(self, tmp_path):
         """Says what makes one."""

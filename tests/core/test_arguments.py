@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 from support.scripted import Scripted
 
 from traced_retry import PolicyError, RetryingRealtimeSession, RetryPolicy, retry
+from traced_retry.core.telemetry import Telemetry
 from traced_retry.core.variables import NAMES, misspelt
 
 MISSPELT = {
@@ -77,3 +79,27 @@ def test_wrong_policy_is_also_a_value_error():
     with pytest.raises(ValueError, match="policy is a dict"):
         retry(provider="openai", policy={})
     assert not issubclass(PolicyError, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("model", "provider", "name"),
+    [
+        (SimpleNamespace(provider="My.Provider", model="m-1"), "my.provider", "m-1"),
+        (SimpleNamespace(), "session", None),
+        (None, "session", None),
+    ],
+)
+async def test_session_is_named_after_its_model(model, provider, name, recorder):
+    """Without a provider the class names the telemetry."""
+
+    class Session(RetryingRealtimeSession):
+        retry_telemetry = Telemetry(**recorder.providers)
+        realtime_model = model
+
+        def _do_generate_reply(self):
+            return Scripted("hello").future()
+
+    assert "hello" == await Session().generate_reply()
+    (reply,) = recorder.replies
+    assert (provider, name) == (reply["gen_ai.provider.name"], reply.get("gen_ai.request.model"))
+    assert 0 == min(recorder.points("traced_retry.attempts").values())

@@ -166,6 +166,19 @@ class TestFromEnv:
         assert policy == RetryPolicy(5, 0.5, 4.0, 12.0, 3.0, False, "listen")
 
     @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            *((text, True) for text in ("1", "true", "yes", "on", "YES", " True ")),
+            *((text, False) for text in ("0", "false", "no", "off", "OFF")),
+        ],
+    )
+    def test_usual_words_are_booleans(self, text, value):
+        """The words that people write for true and false are accepted in any case."""
+        policy = RetryPolicy.from_env({"TRACED_RETRY_RETRY_RATE_LIMITS": text})
+
+        assert value is policy.retry_rate_limits
+
+    @pytest.mark.parametrize(
         ("variable", "value", "allowed"),
         [
             ("LIVEKIT_REALTIME_MAX_RETRIES", "many", "whole number"),

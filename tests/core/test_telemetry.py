@@ -17,6 +17,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, semconv
+from traced_retry.core import telemetry as core_telemetry
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
@@ -447,6 +448,47 @@ class TestMetrics:
             {0} == set(replies.values()) == set(recorder.points("traced_retry.attempts").values())
         )
 
+    async def test_counters_are_initialized_once(self, recorder, monkeypatch):
+        """The listeners are called once per provider, and once for its texts to speak."""
+        calls = []
+        monkeypatch.setattr(core_telemetry, "on_counters_initialized", [lambda: calls.append(1)])
+        telemetry = Telemetry(**recorder.providers)
+        for provider, say in [("openai", False), ("openai", False), ("x_ai", False)]:
+            telemetry.initialize_counters(provider, say=say)
+        assert 2 == len(calls)
+        for _ in range(2):
+            telemetry.initialize_counters("x_ai", say=True)
+
+        assert 3 == len(calls)
+
+    async def test_attempts_start_at_zero_with_each_action(self, recorder):
+        """Each action starts at 0 with success and with the frequent failures."""
+        telemetry = Telemetry(**recorder.providers)
+        telemetry.initialize_counters("google", ("send", "restart"))
+        telemetry.initialize_counters("x_ai", say=True)
+        kinds = ("timeout", "connection_lost", "server_error", "rate_limit_exceeded")
+        targets = [
+            {"gen_ai.provider.name": "google", "traced_retry.action": "send"},
+            {"gen_ai.provider.name": "google", "traced_retry.action": "restart"},
+            {
+                "gen_ai.provider.name": "x_ai",
+                "traced_retry.action": "send",
+                "traced_retry.operation": "say",
+            },
+        ]
+        failing = {"traced_retry.result": "failed", "traced_retry.recoverable": True}
+        expected = [
+            frozenset({**target, **more}.items())
+            for target in targets
+            for more in [
+                {"traced_retry.result": "succeeded"},
+                *({**failing, "error.type": kind} for kind in kinds),
+            ]
+        ]
+
+        assert dict.fromkeys(expected, 0) == recorder.points("traced_retry.attempts")
+        assert {0} == set(recorder.points("traced_retry.late_replies").values())
+
     async def test_exemplars_lead_to_trace(self, recorder):
         """Metrics are recorded inside the span, so each exemplar leads to its trace."""
         await ask(recorder, "hello")
@@ -528,6 +570,42 @@ class TestLog:
 
         assert "generate_reply" == seen[-1]
 
+    async def test_log_records_have_attributes(self, recorder, caplog):
+        """A log backend can filter by the same names as a trace backend."""
+        with caplog.at_level(logging.INFO, logger="traced_retry"):
+            await ended(ask(recorder, RATE_LIMIT, max_retries=1))
+        retried, lost = ({k: v for k, v in vars(r).items() if "." in k} for r in caplog.records)
+        trace_id = format(recorder.spans()[0].context.trace_id, "032x")
+
+        assert {
+            "gen_ai.provider.name": "openai",
+            "error.type": "rate_limit_exceeded",
+            "traced_retry.action": "send",
+            "traced_retry.next_delay": 1.0,
+        } == retried
+        assert {
+            "gen_ai.provider.name": "openai",
+            "error.type": "rate_limit_exceeded",
+            "traced_retry.outcome": "exhausted",
+            "traced_retry.stop_reason": "max_attempts",
+            "traced_retry.attempts": 2,
+        } == lost
+        assert [trace_id] * 2 == [record.trace_id for record in caplog.records]
+
+    async def test_late_reply_is_counted_and_logged(self, recorder, caplog):
+        """The record names the trace of the reply that was reported as failed."""
+        trace = Telemetry(**recorder.providers).reply(Target("x_ai", say=True))
+        trace.begin()
+        trace.late()
+        (record,) = caplog.records
+
+        assert logging.WARNING == record.levelno
+        assert (
+            f"x_ai say heard after it was reported as failed, trace {trace.trace_id}"
+            == record.getMessage()
+        )
+        assert {"x_ai": 1} == recorder.counted("traced_retry.late_replies", "gen_ai.provider.name")
+
     async def test_interruption_logs_nothing(self, recorder, caplog):
         """An interruption by the caller logs no record."""
         with caplog.at_level(logging.INFO, logger="traced_retry"):
@@ -587,6 +665,25 @@ class TestHarmless:
         assert [] == recorder.spans()
         # What is left of the process's budget is not told of this reply.
         assert {"traced_retry.budget.remaining"} == recorder.metric_names()
+
+    async def test_suppressed_instrumentation_still_logs_failure(self, recorder, caplog):
+        """A reply that fails under suppression is logged, without a trace, and not counted."""
+        with suppress_instrumentation():
+            await ended(ask(recorder, RATE_LIMIT, max_retries=1))
+        (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+
+        assert record.getMessage().endswith("exhausted, stopped by max_attempts, trace none")
+        assert [] == recorder.spans()
+        assert {"traced_retry.budget.remaining"} == recorder.metric_names()
+
+    async def test_suppressed_late_reply_is_not_counted(self, recorder):
+        """The suppression of the reply applies to what follows it."""
+        with suppress_instrumentation():
+            trace = Telemetry(**recorder.providers).reply(TARGET)
+        trace.begin()
+        trace.late()
+
+        assert "traced_retry.late_replies" not in recorder.metric_names()
 
     async def test_retries_work_without_sdk(self):
         """Retries need only the API of OpenTelemetry."""

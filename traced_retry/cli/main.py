@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from traced_retry.core.sanitize import printable, redact_url
 from traced_retry.errors import UsageError, install_command, missing_extra
@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:  # the core installs neither
 
 from traced_retry import __version__
 from traced_retry.cli.files import dashboards, exporters
+from traced_retry.cli.report import report
 
 app = typer.Typer(
     help="Retries for LiveKit realtime replies, traced: each is heard exactly once, or its "
@@ -133,53 +134,7 @@ def demo(
         console.print(TO_JAEGER, soft_wrap=True)
 
 
-@app.command()
-def report(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(help="OTLP-JSON files or folders of them; default: the newest local store."),
-    ] = None,
-    *,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: replies and providers.")
-    ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Write one self-contained HTML page there instead.")
-    ] = None,
-) -> None:
-    """Show stored replies: what happened to each in a sentence and a waterfall, and a summary."""
-    from dataclasses import asdict  # noqa: PLC0415
-
-    from traced_retry.report import (  # noqa: PLC0415
-        ReportError,
-        as_dict,
-        read,
-        summarize,
-        write_html,
-    )
-
-    if not files:
-        from traced_retry.export.file_store import latest_store, store_directory  # noqa: PLC0415
-
-        newest = latest_store()
-        if newest is None:
-            raise ReportError(
-                f"there is no store in {store_directory()} yet: run `traced-retry demo`, or name "
-                "the file your agent writes to"
-            )
-        files = [newest]
-    replies = read(files)
-    if as_json:
-        providers = [asdict(row) for row in summarize(replies)]
-        found: dict[str, Any] = {"replies": [as_dict(r) for r in replies], "providers": providers}
-        typer.echo(json.dumps(found))
-    elif html is not None:
-        write_html(html, replies, unreadable_lines=replies.unreadable_lines)
-        typer.echo(str(html))
-    else:
-        from traced_retry.report.terminal import render  # noqa: PLC0415
-
-        render(Console(highlight=False), replies, unreadable_lines=replies.unreadable_lines)
+app.command()(report)
 
 
 def _known_providers() -> str:

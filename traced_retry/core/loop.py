@@ -236,6 +236,9 @@ class Reply(Driver, Generic[T]):
                 failure = yield from self._await_delivery(attempt)
             if failure is None or self._ended:
                 return
+            if self._future.cancelled():  # The policy's classify did so.
+                self.interrupt()
+                return
             stop, action, delay = self._decide(failure)
             if action is None or stop is not None:
                 self._give_up(failure, stop or "unsafe_to_resend")

@@ -30,7 +30,8 @@ def file_name(text: str) -> str:
 
 def printable(text: str, longest: int | None = _LONGEST) -> str:
     """Return ``text`` in one line, without control characters, cut to ``longest`` characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[:longest])
+    text = text[:longest]
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def shown(value: object) -> str:
