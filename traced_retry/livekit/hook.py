@@ -309,18 +309,23 @@ class SessionHook:
                 asyncio.get_running_loop().call_soon(self._fail_speeches)
 
     def _fail_speeches(self) -> None:
-        """Report the replies that LiveKit does not request any more, because the session died."""
+        """Report the replies that LiveKit does not request any more, because the session died.
+
+        LiveKit interrupts them without an error: it closes the agent session, or a session that
+        falls back takes another model.
+        """
         with suppress_and_log("reporting a fatal error to the agent"):
             activity = agent_activity(self._session)
-            if activity is None or not is_closing(activity.session):
+            if activity is None:
                 return
             for speech in pending_speeches(activity):
                 self._fail_speech(speech)
-            # LiveKit accepts further replies until it holds the agent session's lock.
-            activity.session.on("speech_created", self._on_speech_created)
-            self._stop_listening = functools.partial(
-                activity.session.off, "speech_created", self._on_speech_created
-            )
+            if is_closing(activity.session):
+                # LiveKit accepts further replies until it holds the agent session's lock.
+                activity.session.on("speech_created", self._on_speech_created)
+                self._stop_listening = functools.partial(
+                    activity.session.off, "speech_created", self._on_speech_created
+                )
 
     def _on_speech_created(self, event: SpeechCreatedEvent) -> None:
         if event.source == "generate_reply":
