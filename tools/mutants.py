@@ -142,6 +142,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[Any, str]]:
         yield from _changed_statement(node)
     elif isinstance(node, ast.expr):
         yield from _changed_expression(node)
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "cast":
+        node.args = node.args[1:]
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "type_params"):
             continue

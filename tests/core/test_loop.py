@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import logging
+import sys
 
 import pytest
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
@@ -77,8 +79,21 @@ class TestSuccess:
         asker = Asker()
         asker.__name__ = "asker"
 
-        assert "hello" == await retry(provider="openai")(asker)()
+        decorated = retry(provider="openai")(asker)
+        assert inspect.iscoroutinefunction(decorated)
+        assert "hello" == await decorated()
         assert 2 == script.calls
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.11 has no eager tasks")
+    async def test_call_that_need_not_wait_costs_no_turn(self):
+        """The reply of such a call is there when start() returns."""
+
+        async def call():
+            return "hello"
+
+        reply = Reply(CallRequest(call), RetryPolicy(), Telemetry().reply(Target("openai")))
+
+        assert "hello" == reply.start().result()
 
 
 class TestFailure:

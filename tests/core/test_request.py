@@ -197,6 +197,33 @@ class TestActions:
             assert error is future.exception()
             assert "unsafe_to_resend" == recorder.replies[0]["traced_retry.stop_reason"]
 
+    @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+    async def test_end_of_program_in_send_ends_reply(self, kind, reply, recorder):
+        """Ctrl-C passes unchanged, and the reply is recorded as interrupted."""
+
+        class Ending(Request):
+            __slots__ = ()
+
+            def attempt(self, action):
+                raise kind
+
+        with pytest.raises(kind):
+            reply(Ending(Scripted("hello"))).start()
+        assert 0 == recorder.open_spans
+        assert ["interrupted"] == [r["traced_retry.outcome"] for r in recorder.replies]
+        assert ["interrupted"] == [a["traced_retry.result"] for a in recorder.attempts]
+
+    async def test_cancelled_future_is_noticed_by_wake(self, reply, recorder):
+        """An adapter's event ends a cancelled reply before the future's callback runs."""
+        asked = reply(Request(Scripted(HANG)))
+        future = asked.start()
+        future.cancel()
+        assert 2 == recorder.open_spans
+        asked.wake()
+
+        assert 0 == recorder.open_spans
+        assert ["interrupted"] == [r["traced_retry.outcome"] for r in recorder.replies]
+
 
 class TestReadiness:
     async def test_retry_waits_until_request_is_ready(self, reply, recorder):

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import SpanKind, StatusCode
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
-from traced_retry import RetryPolicy, semconv
+from traced_retry import RetryPolicy, __version__, semconv
 from traced_retry.core import telemetry as core_telemetry
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest
@@ -410,18 +410,39 @@ class TestMetrics:
         assert {exactly(provider="openai"): 0} == recorder.points("traced_retry.in_flight")
 
     async def test_instruments_have_names_units_and_kinds(self, recorder):
-        """Every instrument has its name, unit and kind."""
+        """Every instrument has its name, unit, kind and a description."""
         await ask(recorder, RATE_LIMIT, "hello")
+        trace = Telemetry(**recorder.providers).reply(TARGET)
+        trace.begin()
+        trace.late()
+        (resource,) = recorder._reader.get_metrics_data().resource_metrics
+        (scope,) = resource.scope_metrics
+        seconds = ("s", "Histogram", None, semconv.DURATION_BUCKETS)
 
         assert {
-            "traced_retry.attempts",
-            "traced_retry.replies",
-            "traced_retry.attempt.duration",
-            "traced_retry.reply.duration",
-            "traced_retry.delay",
-            "traced_retry.in_flight",
-            "traced_retry.budget.remaining",
-        } == recorder.metric_names()  # late_replies only once there was one
+            "traced_retry.attempts": ("{attempt}", "Sum", True, None),
+            "traced_retry.replies": ("{reply}", "Sum", True, None),
+            "traced_retry.attempt.duration": seconds,
+            "traced_retry.reply.duration": seconds,
+            "traced_retry.delay": seconds,
+            "traced_retry.in_flight": ("{reply}", "Sum", False, None),
+            "traced_retry.late_replies": ("{reply}", "Sum", True, None),
+            "traced_retry.budget.remaining": ("{attempt}", "Gauge", None, None),
+        } == {
+            m.name: (
+                m.unit,
+                type(m.data).__name__,
+                getattr(m.data, "is_monotonic", None),
+                getattr(m.data.data_points[0], "explicit_bounds", None),
+            )
+            for m in scope.metrics
+        }
+        assert all(m.description[0].isupper() and m.description[-1] == "." for m in scope.metrics)
+        assert ("traced_retry", __version__, semconv.SCHEMA_URL) == (
+            scope.scope.name,
+            scope.scope.version,
+            scope.scope.schema_url,
+        )
 
     async def test_initialized_counter_has_no_exemplar(self, recorder):
         """An exemplar of "exhausted" must not name the call that initialized the counter."""

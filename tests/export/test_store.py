@@ -209,6 +209,17 @@ result = tracing.flush()
     assert (state, store) == (store.parent, latest_store())
 
 
+def test_only_files_count_as_stores(state):
+    """A pipe or a folder that is named like a store is neither read nor deleted."""
+    state.mkdir(parents=True)
+    os.mkfifo(state / "pipe.jsonl")
+    (state / "folder.jsonl").mkdir()
+    StoreExporter(new_store("agent"), total_bytes=0).shutdown()
+
+    assert latest_store().name.startswith("agent-")
+    assert {"pipe.jsonl", "folder.jsonl"} <= {path.name for path in state.iterdir()}
+
+
 def test_a_folder_that_cannot_be_is_an_error(tmp_path):
     """A store below a file is an error that names it and the remedy."""
     (tmp_path / "file").touch()
