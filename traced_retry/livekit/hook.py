@@ -156,8 +156,12 @@ class SessionHook:
 
     def generate_reply(self, **kwargs: Any) -> asyncio.Future[Generation]:
         """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
-        if self._failure_is_reported():
-            return self._failed_future()
+        with suppress_and_log("looking for the speech"):
+            if (error := note_request()) is not None:
+                failed: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+                failed.set_exception(error)
+                failed.exception()  # Mark it as retrieved, because LiveKit may not wait for it.
+                return failed
         adapter = self._adapter_in_force()
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
         request.speech = current_speech()
@@ -341,17 +345,6 @@ class SessionHook:
         reply = Reply(request, self._config.policy, trace, on_failed=self._on_failed())
         reply.fail_unsent(failure, stop)
         fail_speech(speech, failure.error)
-
-    def _failure_is_reported(self) -> bool:
-        with suppress_and_log("looking for the speech"):
-            return note_request()
-        return False
-
-    def _failed_future(self) -> asyncio.Future[Generation]:
-        assert self._closed_by is not None
-        future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
-        future.set_exception(copy_error(self._closed_by[0]).error)
-        return future
 
     def _close_with(self, why: Failure, stop: semconv.StopReason) -> None:
         if self._closed_by is None:
