@@ -47,6 +47,7 @@ LIVEKIT_TESTS = [
     f"tests/livekit/test_{name}.py"
     for name in (
         "openai",
+        "openai_adapter",
         "streams",
         "failure_before_output",
         "server_events",
