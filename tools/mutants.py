@@ -42,7 +42,6 @@ MODULES = {
     "openai": ["livekit/openai.py"],
     "streams": ["livekit/streams.py"],
 }
-CORE_TESTS = ["tests/core"]
 LIVEKIT_TESTS = [
     f"tests/livekit/test_{name}.py"
     for name in (

@@ -151,7 +151,7 @@ def test_demo_beside_a_dead_server(tmp_path):
         )
 
     assert 0 == done.returncode, done.stderr
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 45  # It was 94 s when each scenario flushed to the server.
     assert f"They were sent to http://{server} as well." in done.stdout
     assert "k3y" not in done.stdout + done.stderr
 

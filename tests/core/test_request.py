@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from support.scripted import HANG, ProviderError, Scripted
@@ -223,6 +224,45 @@ class TestActions:
 
         assert 0 == recorder.open_spans
         assert ["interrupted"] == [r["traced_retry.outcome"] for r in recorder.replies]
+
+    async def test_failed_reply_has_code_or_type_of_each_attempt(self, reply):
+        """An unknown code stays exact, and a failure without a code has its error type."""
+        told = []
+        script = Scripted(ProviderError("odd_code"), TimeoutError(), ProviderError("quota!"))
+        asked = reply(Request(script), on_failed=told.append, max_retries=2)
+        await asyncio.wait([asked.start()])
+        (failed,) = told
+
+        assert ("odd_code", "timeout", "_OTHER") == failed.codes
+        assert ("somebody", None, "exhausted", "max_attempts", 3) == (
+            failed.provider,
+            failed.model,
+            failed.outcome,
+            failed.stop_reason,
+            failed.attempts,
+        )
+
+    async def test_failure_of_attempt_after_end_is_not_logged_by_asyncio(self, reply):
+        """A plugin may end the future of an interrupted attempt with an error, much later."""
+        reported = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: reported.append(what))
+
+        class Deaf(Request):
+            __slots__ = ()
+
+            def cancel(self, attempt):
+                pass
+
+        script = Scripted((5.0, ProviderError("server_error")))
+        asked = reply(Deaf(script))
+        asked.start()
+        asked.interrupt()
+        await asyncio.sleep(6)
+        del asked
+        script.futures.clear()
+        gc.collect()
+
+        assert [] == reported
 
 
 class TestReadiness:

@@ -218,18 +218,23 @@ class GoogleAdapter(Adapter):
             self.renew()
 
     def _withdraw(self) -> None:
-        """Take requests for a reply out of the plugin's queue; the rest stays, in order.
+        """Take requests for a reply out of the plugin's queue; the rest stays, in order."""
+        for message in self._take_queue():
+            if not _is_request(message):
+                self.plugin._send_client_event(message)
 
-        A request may be queued in the moments between the loss of a connection and the event that
-        tells of it; it would be sent on the next one. Marking a restart then empties nothing.
-        """
-        queue, kept = self.plugin._msg_ch, []
-        while not queue.empty():
-            message = queue.recv_nowait()
-            if getattr(message, "turn_complete", None) is not True:
-                kept.append(message)
-        for message in kept:
+    def _request_is_queued(self) -> bool:
+        """Return whether a request waits to be sent on the next connection."""
+        queued = self._take_queue()
+        for message in queued:
             self.plugin._send_client_event(message)
+        return any(map(_is_request, queued))
+
+    def _take_queue(self) -> list[Any]:
+        queue, messages = self.plugin._msg_ch, []
+        while not queue.empty():
+            messages.append(queue.recv_nowait())
+        return messages
 
     # --- what the plugin says ------------------------------------------------------------------
 
@@ -351,7 +356,8 @@ class GoogleAdapter(Adapter):
             why = self.classify_event(event)
             if not event.recoverable:
                 self.replies.report_failure(why, "not_recoverable")
-            elif self.asked is not None:
+            elif self.asked is not None and not self._request_is_queued():
+                # A request that was made after the loss is sent on the next connection.
                 self.asked.lost = "send"
                 self.replies.report_failure(why, only=self.asked)
 
@@ -527,6 +533,10 @@ def _ran_tool(content: Any, parts: list[Any]) -> bool:
     return any(getattr(content, name, None) for name in marks) or any(
         getattr(part, name, None) for part in parts for name in code
     )
+
+
+def _is_request(message: Any) -> bool:
+    return getattr(message, "turn_complete", None) is True
 
 
 def _interrupts(plugin: Any) -> bool:

@@ -169,13 +169,17 @@ class SessionHook:
         with suppress_and_log("watching for the agent session's shutdown"):
             if (activity := agent_activity(self._session)) is not None:
                 watch_shutdown(activity.session, self)
+        cooldown: SessionCooldown | None = self._cooldown
+        if type(adapter) is Adapter:
+            # Only observed, so neither a deadline nor another reply's retry-after of ours applies.
+            policy, cooldown = observed(policy), None
         if self._drained:
             policy = replace(policy, max_retries=0)
         return self._start(
             request,
             policy,
             self._target,
-            cooldown=self._cooldown,
+            cooldown=cooldown,
             on_failed=self._on_failed(),
         )
 

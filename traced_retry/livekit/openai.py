@@ -383,10 +383,12 @@ class OpenAIRequest(PassthroughRequest):
         """Return "send" if the id makes that safe.
 
         There is no id if a subclass of the plugin sends later than asked. An id is of no use if the
-        server does not echo it.
+        server does not echo it, be it once.
         """
-        if self._adapter.echoes is None and self.may_be_answered:
-            self._adapter.stop_sending_again()
+        if self.may_be_answered:
+            if self._adapter.echoes is None:
+                self._adapter.stop_sending_again()
+            return None
         return "send" if self.ids and self._adapter.echoes is not False else None
 
     def ready(self) -> bool:
@@ -440,8 +442,8 @@ class OpenAIRequest(PassthroughRequest):
         """End the response where it has begun and nobody will read it."""
         if attempt.cancelled() or attempt.exception() is not None:
             return
-        response_id = attempt.result().response_id
-        if response_id is not None and response_id in self._adapter.active:
+        response_id = text(attempt.result().response_id)
+        if response_id in self._adapter.active:
             self._adapter.stop(response_id)
 
     def _on_done(self, attempt: asyncio.Future[Generation]) -> None:
