@@ -38,21 +38,29 @@ _STALL_TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class FailedReply:
-    """A reply that failed permanently, as passed to ``on_exhausted``."""
+    """A reply that failed permanently, as passed to ``on_exhausted``.
+
+    Args:
+        provider: ``gen_ai.provider.name`` of the telemetry, such as ``"openai"``.
+        model: ``gen_ai.request.model``, or None if it is unknown.
+        outcome: ``"exhausted"`` or ``"not_recoverable"``.
+        stop_reason: the reason why no further attempt was made, such as ``"max_attempts"``,
+            ``"deadline"`` or ``"budget"``.
+        codes: the provider's code of each failed attempt, or its ``error.type`` if it has no code.
+        attempts: the number of attempts made. 0 if the provider had asked for a longer wait.
+        seconds: seconds from the request until the failure: the silence that the caller heard.
+        trace_id: 32 hexadecimal digits, or None if the reply is not traced or its trace is not
+            sampled.
+    """
 
     provider: str
-    """``gen_ai.provider.name``."""
     model: str | None
     outcome: semconv.Outcome
-    """``exhausted`` or ``not_recoverable``."""
     stop_reason: semconv.StopReason
     codes: tuple[str, ...]
-    """The provider code of each failed attempt, or its ``error.type`` if it has no code."""
     attempts: int
     seconds: float
-    """Seconds from the request until the failure: the silence that the caller heard."""
     trace_id: str | None
-    """32 hexadecimal digits, or None if the reply is not traced or its trace is not sampled."""
 
 
 class Reply(Driver, Generic[T]):

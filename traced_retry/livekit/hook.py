@@ -26,7 +26,7 @@ from opentelemetry import metrics
 from opentelemetry import trace as otel_trace
 
 from traced_retry import semconv
-from traced_retry.core import supported
+from traced_retry.core import supported, switch
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import Failure, copy_error
 from traced_retry.core.guard import log_once, suppress_and_log
@@ -125,6 +125,7 @@ class SessionHook:
         # A session that brings a retry of its own around `_do_generate_reply` (the shape of
         # livekit/agents#6242) is called at that inner method: one loop, not two.
         inner = getattr(session, "_do_generate_reply", None)
+        self._plain_generate_reply = session.generate_reply
         self._generate_reply = session.generate_reply if inner is None else inner
         self._aclose = session.aclose
         self._interrupt = session.interrupt
@@ -139,7 +140,7 @@ class SessionHook:
         self._stop_listening: Callable[[], object] = lambda: None
         self._adapter = adapter_class(session)(session, self)
         setattr(session, _HOOK, self)
-        session.generate_reply = self.generate_reply  # type: ignore[method-assign]
+        session.generate_reply = self._generate_reply_unless_off  # type: ignore[method-assign]
         session.aclose = self.aclose  # type: ignore[method-assign]
         session.interrupt = self.interrupt  # type: ignore[method-assign]
         if self._says:
@@ -185,6 +186,8 @@ class SessionHook:
 
     def say(self, *args: Any, **kwargs: Any) -> asyncio.Future[Generation]:
         """Have a text spoken, as the plugin's own ``say``, with a trace; it is sent once."""
+        if switch.is_off():
+            return self._say(*args, **kwargs)
         adapter = self._adapter_in_force()
         request = SayRequest(adapter, functools.partial(self._say, *args, **kwargs))
         target = replace(self._target, say=True)
@@ -275,6 +278,12 @@ class SessionHook:
                 reply.report_failure(copy_error(why), stop)
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _generate_reply_unless_off(self, **kwargs: Any) -> asyncio.Future[Generation]:
+        """Call the plugin's own method while traced-retry is switched off."""
+        if switch.is_off():
+            return self._plain_generate_reply(**kwargs)
+        return self.generate_reply(**kwargs)
 
     def _initialize_telemetry(self) -> None:
         """Have the session's metrics at their start, before its first reply."""
@@ -436,6 +445,8 @@ def wrap(
             stacklevel=2,
         )
         return model
+    if switch.check():
+        return model
     config = _config(policy, tracer_provider, meter_provider, on_exhausted)
     if isinstance(model, llm.RealtimeModelFallbackAdapter):
         for child in _children(model):
@@ -494,6 +505,8 @@ def instrument(
             stacklevel=2,
         )
         return
+    if switch.check():
+        return
     _replace_init(_config(policy, tracer_provider, meter_provider, on_exhausted))
 
 
@@ -529,7 +542,11 @@ def is_instrumented() -> bool:
 
 
 def uninstrument() -> None:
-    """Undo :func:`instrument` for sessions created from now on; without it, do nothing."""
+    """Undo :func:`instrument`, and with it :func:`enable`, for sessions created from now on.
+
+    Sessions that exist, and models given to :func:`wrap`, keep retrying. Call
+    :func:`traced_retry.disable` to switch them off too. Without an :func:`instrument`, do nothing.
+    """
     global _original_init  # noqa: PLW0603
     if _original_init is not None:
         llm.RealtimeSession.__init__ = _original_init  # type: ignore[method-assign]
