@@ -149,8 +149,7 @@ class TestEachFault:
         assert [(row.outcome, row.stop_reason)] == ended(recorder)
         assert row.actions == actions(recorder)
         assert row.least <= took <= row.most
-        # LiveKit closes the session on 1007, and interrupts the handle before it reads our future.
-        told = row.outcome in ("exhausted", "not_recoverable") and "1007" not in script
+        told = row.outcome in ("exhausted", "not_recoverable")
         assert told == isinstance(error, llm.RealtimeError)
         assert 0 == recorder.open_spans
 
