@@ -136,6 +136,11 @@ class TestBucket:
 
 
 class TestProcessBudget:
+    @pytest.fixture(autouse=True)
+    def no_budget_yet(self, monkeypatch):
+        """Start without a budget, as a new process does."""
+        monkeypatch.setattr(budget, "_process_budgets", {})
+
     def test_equal_capacities_share_one_budget(self):
         """The default, the same number given and the same number as an int are one budget."""
         assert budget.process_budget() is budget.process_budget(10.0)

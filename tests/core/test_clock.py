@@ -10,13 +10,13 @@ from itertools import pairwise
 
 import opentelemetry.sdk.trace
 import pytest
-from support.clock import VirtualClockLoop
 from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, retry, semconv
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest, Delivery
 from traced_retry.core.telemetry import Target, Telemetry
+from traced_retry.testing.clock import VirtualClockLoop
 
 SERVER_ERROR = ProviderError("server_error")
 LIMITED = ProviderError("rate_limit_exceeded", retry_after=5.0)

@@ -18,6 +18,7 @@ from opentelemetry import trace
 
 import traced_retry
 from traced_retry import RetryingRealtimeSession, RetryPolicy
+from traced_retry.core import switch
 from traced_retry.livekit import hook
 from traced_retry.livekit.openai import OpenAIAdapter
 
@@ -656,3 +657,31 @@ class TestContract:
         assert [] == surfaced
         assert 1 == len(talk.server.cancels)
         assert None not in talk.server.cancels
+
+
+@pytest.mark.parametrize("how", ["call", "variable"])
+async def test_session_that_exists_is_switched_off(start_conversation, recorder, how, monkeypatch):
+    """The next reply is the plugin's own: one request, its error, and no span."""
+    conversation = await start_conversation("ok,error:server_error")
+    assert await conversation.reply() is None
+    if how == "call":
+        traced_retry.disable()
+    else:
+        monkeypatch.setenv("TRACED_RETRY_DISABLED", "true")
+    try:
+        assert await conversation.reply() is not None
+    finally:
+        switch.switch_on()
+
+    assert 2 == len(conversation.server.requests)
+    assert 1 == len(recorder.replies)
+
+
+async def test_wrap_leaves_a_model_alone_if_switched_off(start_conversation, recorder, monkeypatch):
+    """With the variable, the session has no hook."""
+    monkeypatch.setenv("TRACED_RETRY_DISABLED", "true")
+    conversation = await start_conversation("error:server_error")
+
+    assert await conversation.reply() is not None
+    assert 1 == len(conversation.server.requests)
+    assert not hasattr(conversation.realtime, hook._HOOK)

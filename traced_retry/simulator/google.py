@@ -92,6 +92,8 @@ class GoogleSimulator(Simulator):
         self.handles: list[str | None] = []
         self.conversations: dict[str, _Conversation] = {}
         authority = trustme.CA()
+        self.ca = authority.cert_pem.bytes()
+        """The certificate, PEM, that vouches for the server's own."""
         self.server_ssl = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert(host).configure_cert(self.server_ssl)
         self.client_ssl = ssl.create_default_context()
