@@ -264,6 +264,32 @@ class TestActions:
 
         assert [] == reported
 
+    @pytest.mark.parametrize("method", ["cancel", "abandon", "delivery"])
+    async def test_fault_of_adapter_beside_the_result_is_logged(
+        self, method, reply, recorder, caplog
+    ):
+        """The log names the method, and the reply ends as it would without the fault."""
+
+        class Faulty(Request):
+            __slots__ = ()
+
+        def fail(*_):
+            raise LookupError("SECRET")
+
+        setattr(Faulty, method, fail)
+        steps = [HANG] if method == "cancel" else [ProviderError("server_error"), "hello"]
+        asked = reply(Faulty(Scripted(*steps)), base_delay=0)
+        future = asked.start()
+        if method == "cancel":
+            asked.interrupt()
+        await asyncio.wait([future])
+
+        outcome = "interrupted" if method == "cancel" else "recovered"
+        assert [outcome] == [r["traced_retry.outcome"] for r in recorder.replies]
+        (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert record.getMessage().startswith(f"Request.{method} raised LookupError at ")
+        assert "SECRET" not in caplog.text
+
 
 class TestReadiness:
     async def test_retry_waits_until_request_is_ready(self, reply, recorder):

@@ -74,7 +74,7 @@ class Reply(Driver, Generic[T]):
         cooldown: shared by the replies of a session.
         on_failed: called if the reply failed permanently.
         on_ended: called when the reply is over, its delivery included. The second argument is the
-            error of a reply that failed after its future had been resolved, and None otherwise.
+            error of a reply that failed, and None otherwise.
     """
 
     __slots__ = (
@@ -163,6 +163,13 @@ class Reply(Driver, Generic[T]):
             if explain(error).kind == "bug":
                 raise error
         return future
+
+    def fail_unsent(self, failure: Failure, stop: semconv.StopReason) -> None:
+        """Record a reply that failed before anybody called :meth:`start`."""
+        self._began = self._loop.time()
+        self._trace.begin(self._began)
+        self._give_up(failure, stop)
+        self._future.exception()  # Mark it as retrieved, because no caller has the future.
 
     def report_failure(self, failure: Failure, stop: semconv.StopReason | None = None) -> None:
         """Report that the current attempt is lost, if its own future does not say so.
@@ -544,8 +551,7 @@ class Reply(Driver, Generic[T]):
             with contextlib.suppress(RuntimeError):  # A closed loop runs no callbacks.
                 self._future.cancel()
         if self._on_ended is not None:
-            unreported = failure.error if failure is not None and self._future.done() else None
-            self._on_ended(self, unreported)
+            self._on_ended(self, None if failure is None else failure.error)
 
     def _failed_reply(self, stop: semconv.StopReason) -> FailedReply:
         return FailedReply(

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 from livekit.agents import llm
 
-from traced_retry.core.failure import kind_of_status
+from traced_retry.core.failure import Failure, kind_of_status
 from traced_retry.core.guard import suppress_and_log
 from traced_retry.livekit.adapter import Generation, Replies, failure_from_event
 from traced_retry.livekit.single_slot import SingleSlotAdapter, SlotDelivery, before
@@ -108,9 +108,12 @@ class UltravoxAdapter(SingleSlotAdapter):
         self._cut()
         if event.recoverable:
             self.connected = False
-        elif status := _STATUS.search(str(event.error)):
-            # The hook stops at this event too, but cannot tell a wrong key from a lost call.
-            self.die(failure_from_event(kind_of_status(int(status[1])), "the call was refused"))
+
+    def classify_event(self, event: llm.RealtimeModelError) -> Failure:
+        """Classify an ``error`` event by the HTTP status in its text, if there is one."""
+        if status := _STATUS.search(str(event.error)):
+            return failure_from_event(kind_of_status(int(status[1])), "the call was refused")
+        return super().classify_event(event)
 
     def _cut(self) -> None:
         """The call is gone, and with it the rest of what it was saying."""
