@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.clock import VirtualClockLoop
 from support.recorder import Recorder
 
-from traced_retry.core import budget, guard
+from traced_retry.core import guard
+from traced_retry.testing.clock import VirtualClockLoop
 
 
 def pytest_asyncio_loop_factories(config, item):
@@ -66,12 +66,6 @@ def recorder():
     recorder = Recorder()
     yield recorder
     recorder.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def fresh_budget():
-    """The retries of one test are not paid by the next."""
-    budget._process_budgets.clear()
 
 
 @pytest.fixture(autouse=True)

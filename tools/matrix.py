@@ -37,7 +37,6 @@ from livekit.agents import (  # noqa: E402
 from livekit.agents.voice import SpeechHandle  # noqa: E402
 from livekit.plugins import google, phonic, ultravox  # noqa: E402
 from livekit.plugins.nvidia.experimental import realtime as nvidia  # noqa: E402
-from support.clock import VirtualClockLoop  # noqa: E402
 from support.providers import PROVIDERS  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
 
@@ -48,6 +47,7 @@ from traced_retry.simulator.google import GoogleSimulator  # noqa: E402
 from traced_retry.simulator.nvidia import PersonaPlexSimulator  # noqa: E402
 from traced_retry.simulator.phonic import PhonicSimulator, redirected  # noqa: E402
 from traced_retry.simulator.ultravox import UltravoxSimulator  # noqa: E402
+from traced_retry.testing.clock import VirtualClockLoop  # noqa: E402
 
 MARK = "SECRET"
 """In every key, instruction and question; found nowhere in what we tell."""

@@ -42,11 +42,11 @@ MODULES = {
     "openai": ["livekit/openai.py"],
     "streams": ["livekit/streams.py"],
 }
-CORE_TESTS = ["tests/core"]
 LIVEKIT_TESTS = [
     f"tests/livekit/test_{name}.py"
     for name in (
         "openai",
+        "openai_adapter",
         "streams",
         "failure_before_output",
         "server_events",

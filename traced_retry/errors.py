@@ -18,6 +18,14 @@ class MissingExtraError(UsageError, ModuleNotFoundError):
     """A package is not installed. The message names the command that installs it."""
 
 
+class ExportError(UsageError):
+    """An invalid setting of the export. The message names the setting and the remedy."""
+
+
+class ConfigurationFileError(UsageError):
+    """An invalid configuration file. The message names file, key and allowed values."""
+
+
 _EXTRAS: Final = {
     "livekit.plugins": "agent",
     "livekit": "livekit",
@@ -27,6 +35,7 @@ _EXTRAS: Final = {
     "platformdirs": "export",
     "requests": "export",
     "aiohttp": "simulator",
+    "pytest": "testing",
     "h2": "simulator",
     "trustme": "simulator",
     "rich": "cli",

@@ -7,7 +7,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from support.scripted import Scripted
+from support.scripted import ProviderError, Scripted
 
 from traced_retry import PolicyError, RetryingRealtimeSession, RetryPolicy, retry
 from traced_retry.core.telemetry import Telemetry
@@ -103,3 +103,17 @@ async def test_session_is_named_after_its_model(model, provider, name, recorder)
     (reply,) = recorder.replies
     assert (provider, name) == (reply["gen_ai.provider.name"], reply.get("gen_ai.request.model"))
     assert 0 == min(recorder.points("traced_retry.attempts").values())
+
+
+async def test_session_without_telemetry_uses_global_providers():
+    """A plugin's author sets nothing, and replies are retried."""
+    script = Scripted(ProviderError("server_error"), "hello")
+
+    class Session(RetryingRealtimeSession):
+        def _do_generate_reply(self):
+            return script.future()
+
+    session = Session()
+    assert "hello" == await session.generate_reply()
+    assert 2 == script.calls
+    assert RetryPolicy() == session.retry_policy

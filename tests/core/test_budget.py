@@ -58,6 +58,17 @@ class TestBucket:
 
         assert [True, True, True, False] == [bucket.spend("openai", clock) for _ in range(4)]
 
+    def test_opened_bucket_is_full_before_its_first_reply(self, clock):
+        """The gauge shows a provider that nothing was asked of, and its clock goes on."""
+        bucket = RetryBudget(3, per_second=1)
+        bucket.open("openai", clock)
+        assert {"openai": 3} == bucket.remaining()
+        bucket.spend("openai", clock)
+        bucket.spend("openai", clock)
+        clock.now += 1
+
+        assert {"openai": 2} == bucket.remaining()
+
     def test_outage_of_one_provider_leaves_budget_of_others(self, clock):
         """One provider's outage leaves the other providers their retries."""
         bucket = RetryBudget(1)
@@ -125,6 +136,11 @@ class TestBucket:
 
 
 class TestProcessBudget:
+    @pytest.fixture(autouse=True)
+    def no_budget_yet(self, monkeypatch):
+        """Start without a budget, as a new process does."""
+        monkeypatch.setattr(budget, "_process_budgets", {})
+
     def test_equal_capacities_share_one_budget(self):
         """The default, the same number given and the same number as an int are one budget."""
         assert budget.process_budget() is budget.process_budget(10.0)

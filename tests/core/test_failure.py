@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -357,6 +359,12 @@ class TestErrorType:
     def test_error_type_is_of_known_set(self, code):
         """Any code that a provider sends has an error.type of the known set."""
         assert explain(ProviderError(code)).error_type in KNOWN_ERROR_TYPES
+
+
+def test_failure_is_frozen():
+    """A policy's function returns a changed copy, because several replies may share a failure."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        failure(ProviderError(), "unknown").recoverable = False
 
 
 def test_repr_hides_text_of_exception():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from support.scripted import HANG, ProviderError, Scripted
@@ -223,6 +224,71 @@ class TestActions:
 
         assert 0 == recorder.open_spans
         assert ["interrupted"] == [r["traced_retry.outcome"] for r in recorder.replies]
+
+    async def test_failed_reply_has_code_or_type_of_each_attempt(self, reply):
+        """An unknown code stays exact, and a failure without a code has its error type."""
+        told = []
+        script = Scripted(ProviderError("odd_code"), TimeoutError(), ProviderError("quota!"))
+        asked = reply(Request(script), on_failed=told.append, max_retries=2)
+        await asyncio.wait([asked.start()])
+        (failed,) = told
+
+        assert ("odd_code", "timeout", "_OTHER") == failed.codes
+        assert ("somebody", None, "exhausted", "max_attempts", 3) == (
+            failed.provider,
+            failed.model,
+            failed.outcome,
+            failed.stop_reason,
+            failed.attempts,
+        )
+
+    async def test_failure_of_attempt_after_end_is_not_logged_by_asyncio(self, reply):
+        """A plugin may end the future of an interrupted attempt with an error, much later."""
+        reported = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: reported.append(what))
+
+        class Deaf(Request):
+            __slots__ = ()
+
+            def cancel(self, attempt):
+                pass
+
+        script = Scripted((5.0, ProviderError("server_error")))
+        asked = reply(Deaf(script))
+        asked.start()
+        asked.interrupt()
+        await asyncio.sleep(6)
+        del asked
+        script.futures.clear()
+        gc.collect()
+
+        assert [] == reported
+
+    @pytest.mark.parametrize("method", ["cancel", "abandon", "delivery"])
+    async def test_fault_of_adapter_beside_the_result_is_logged(
+        self, method, reply, recorder, caplog
+    ):
+        """The log names the method, and the reply ends as it would without the fault."""
+
+        class Faulty(Request):
+            __slots__ = ()
+
+        def fail(*_):
+            raise LookupError("SECRET")
+
+        setattr(Faulty, method, fail)
+        steps = [HANG] if method == "cancel" else [ProviderError("server_error"), "hello"]
+        asked = reply(Faulty(Scripted(*steps)), base_delay=0)
+        future = asked.start()
+        if method == "cancel":
+            asked.interrupt()
+        await asyncio.wait([future])
+
+        outcome = "interrupted" if method == "cancel" else "recovered"
+        assert [outcome] == [r["traced_retry.outcome"] for r in recorder.replies]
+        (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert record.getMessage().startswith(f"Request.{method} raised LookupError at ")
+        assert "SECRET" not in caplog.text
 
 
 class TestReadiness:

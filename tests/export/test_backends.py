@@ -29,9 +29,10 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from traced_retry import report, semconv
+from traced_retry.errors import ExportError
 from traced_retry.export.file_store import StoreExporter
 from traced_retry.export.otlp import OtlpMetricExporter, OtlpSpanExporter
-from traced_retry.export.processor import BoundedMetricReader, BoundedSpanProcessor, ExportError
+from traced_retry.export.processor import BoundedMetricReader, BoundedSpanProcessor
 
 WRITER = Path(__file__).with_name("writer.py")
 SDK = tuple(map(int, version("opentelemetry-sdk").split(".")[:2]))

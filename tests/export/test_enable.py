@@ -477,3 +477,103 @@ result = done, time.monotonic() - began
     assert (False, 0) == (done, ended.exitcode)
     assert 0.4 < flush_seconds < 1.0
     assert flush_seconds + ended.exit_seconds < 8
+
+
+class TestSwitchedOff:
+    def test_variable_leaves_the_process_as_it_is(self, state):
+        """The reply fails as with the plugin alone, no provider is set, and one line warns."""
+        ended = fresh(
+            CONVERSATION
+            + """
+from opentelemetry import trace
+at = traced_retry.enable().destination
+done = asyncio.run(run_conversation("error:server_error,ok"))
+result = at, done, type(trace.get_tracer_provider()).__name__
+""",
+            TRACED_RETRY_DISABLED="true",
+            **state,
+        )
+
+        assert [
+            "nowhere: TRACED_RETRY_DISABLED is true",
+            {"requests": 1, "completed": 0},
+            "ProxyTracerProvider",
+        ] == list(ended.result)
+        assert [] == stored(state)
+        assert 1 == len([line for line in ended.log if "neither retried nor traced" in line])
+
+    def test_enable_switches_on_again(self, state):
+        """disable() acts on the replies after it, and enable() undoes it."""
+        ended = fresh(
+            CONVERSATION
+            + """
+traced_retry.enable()
+traced_retry.disable()
+off = asyncio.run(run_conversation("error:server_error,ok"))
+traced_retry.enable().flush()
+on = asyncio.run(run_conversation("error:server_error,ok"))
+result = off, on
+""",
+            **state,
+        )
+
+        assert [1, 2] == [done["requests"] for done in ended.result]
+        assert 1 == names(stored(state)).count("generate_reply")
+
+
+class TestOrder:
+    def warnings(self, ended):
+        """Return our warnings about the order."""
+        return [line for line in ended.log if "after traced_retry.enable()" in line]
+
+    def test_global_provider_after_enable_is_reported_once(self, state):
+        """OpenTelemetry refuses the provider, and our warning names the remedy."""
+        ended = fresh(
+            """
+import traced_retry
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+traced_retry.enable()
+for _ in range(2):
+    trace.set_tracer_provider(TracerProvider())
+traced_retry.enable()
+""",
+            **state,
+        )
+
+        (line,) = self.warnings(ended)
+        assert "WARNING traced_retry" in line
+        assert "Configure it before traced_retry.enable()" in line
+
+    def test_provider_of_livekit_after_enable_is_reported_once(self, state):
+        """LiveKit's provider gets the spans, and the store does not."""
+        ended = fresh(
+            CONVERSATION
+            + """
+from livekit.agents import telemetry
+from opentelemetry.sdk.trace import TracerProvider
+traced_retry.enable()
+telemetry.set_tracer_provider(TracerProvider())
+result = [asyncio.run(run_conversation()) for _ in range(2)]
+""",
+            **state,
+        )
+
+        (line,) = self.warnings(ended)
+        assert "only that one gets the spans" in line
+
+    def test_provider_before_enable_is_not_reported(self, state):
+        """The order is right."""
+        ended = fresh(
+            CONVERSATION
+            + """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+trace.set_tracer_provider(TracerProvider())
+traced_retry.enable()
+result = asyncio.run(run_conversation())
+""",
+            **state,
+        )
+
+        assert [] == self.warnings(ended)

@@ -99,3 +99,22 @@ result = result[1], len(ours), type(metrics.get_meter_provider()).__name__
     assert "traced_retry_store is left out" in store
     assert "folder that this process can write" in store
     assert "Address already in use" in port
+
+
+def test_exporter_of_the_sdk_leaves_ours(tmp_path):
+    """An exporter that the SDK creates and that fails leaves the provider to our own."""
+    (tmp_path / "file").touch()
+    (tmp_path / "otel.yaml").write_text(f"""
+file_format: "1.0"
+tracer_provider:
+  processors:
+    - simple: {{exporter: {{otlp_file/development: {{output_stream: "file://{tmp_path}/file/x"}}}}}}
+    - batch: {{exporter: {{traced_retry_store: {{}}}}}}
+""")
+    ended = fresh(REPLY, OTEL_CONFIG_FILE=tmp_path / "otel.yaml", XDG_STATE_HOME=tmp_path)
+
+    assert "" == ended.error
+    assert "generate_reply.attempt" in next(tmp_path.rglob("*.jsonl")).read_text()
+    (warning,) = warnings(ended)
+    assert f"of {tmp_path / 'otel.yaml'} is left out" in warning
+    assert "folder that this process can write" in warning

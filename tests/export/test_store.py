@@ -22,8 +22,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from support.fresh import fresh
 
 from traced_retry import report, semconv
+from traced_retry.errors import ExportError
 from traced_retry.export.file_store import StoreExporter, latest_store, new_store, store_directory
-from traced_retry.export.processor import ExportError
 from traced_retry.export.setup import store_providers
 
 WRITER = Path(__file__).with_name("writer.py")

@@ -18,6 +18,7 @@ from opentelemetry import trace
 
 import traced_retry
 from traced_retry import RetryingRealtimeSession, RetryPolicy
+from traced_retry.core import switch
 from traced_retry.livekit import hook
 from traced_retry.livekit.openai import OpenAIAdapter
 
@@ -452,6 +453,16 @@ class FakeSession(llm.RealtimeSession):
     def truncate(self, **kwargs): ...
 
 
+class SlowSession(FakeSession):
+    """Its replies come after 25 s."""
+
+    def generate_reply(self, *, instructions=None, tool_choice=None, tools=None):
+        future = asyncio.get_running_loop().create_future()
+        event = llm.GenerationCreatedEvent(None, None, user_initiated=True)
+        asyncio.get_running_loop().call_later(25, lambda: future.done() or future.set_result(event))
+        return future
+
+
 class TestUnknownPlugin:
     async def test_unknown_plugin_is_traced_and_not_retried(self, recorder):
         """Nothing is known to be safe there, so the trace shows one attempt."""
@@ -468,6 +479,32 @@ class TestUnknownPlugin:
             reply["traced_retry.stop_reason"],
             reply["gen_ai.provider.name"],
         )
+
+    async def test_first_word_after_25_s_is_heard(self, recorder):
+        """No limit of the policy applies, because the plugin alone has none."""
+        policy = RetryPolicy(deadline=8, attempt_timeout=2)
+        model = FakeModel(SlowSession)
+        session = traced_retry.wrap(model, policy=policy, **recorder.providers).session()
+        began = asyncio.get_running_loop().time()
+
+        await session.generate_reply()
+
+        assert 25 == asyncio.get_running_loop().time() - began
+        assert ["succeeded"] == [reply["traced_retry.outcome"] for reply in recorder.replies]
+
+    async def test_rate_limit_does_not_hold_back_next_reply(self, recorder):
+        """The plugin alone sends the next request at once."""
+        limited = llm.RealtimeError("Rate limit. Try again in 10s.", code="rate_limit_exceeded")
+        limited.retry_after = 10.0
+        model = FakeModel(FakeSession, [limited])
+        session = traced_retry.wrap(model, **recorder.providers).session()
+        began = asyncio.get_running_loop().time()
+
+        with pytest.raises(llm.RealtimeError):
+            await session.generate_reply()
+        await session.generate_reply()
+
+        assert began == asyncio.get_running_loop().time()
 
     async def test_missing_private_attribute_disables_retries(
         self, start_conversation, recorder, monkeypatch, caplog
@@ -620,3 +657,31 @@ class TestContract:
         assert [] == surfaced
         assert 1 == len(talk.server.cancels)
         assert None not in talk.server.cancels
+
+
+@pytest.mark.parametrize("how", ["call", "variable"])
+async def test_session_that_exists_is_switched_off(start_conversation, recorder, how, monkeypatch):
+    """The next reply is the plugin's own: one request, its error, and no span."""
+    conversation = await start_conversation("ok,error:server_error")
+    assert await conversation.reply() is None
+    if how == "call":
+        traced_retry.disable()
+    else:
+        monkeypatch.setenv("TRACED_RETRY_DISABLED", "true")
+    try:
+        assert await conversation.reply() is not None
+    finally:
+        switch.switch_on()
+
+    assert 2 == len(conversation.server.requests)
+    assert 1 == len(recorder.replies)
+
+
+async def test_wrap_leaves_a_model_alone_if_switched_off(start_conversation, recorder, monkeypatch):
+    """With the variable, the session has no hook."""
+    monkeypatch.setenv("TRACED_RETRY_DISABLED", "true")
+    conversation = await start_conversation("error:server_error")
+
+    assert await conversation.reply() is not None
+    assert 1 == len(conversation.server.requests)
+    assert not hasattr(conversation.realtime, hook._HOOK)

@@ -66,7 +66,7 @@ class Listener:
     """Reads the streams of a generation as an agent does."""
 
     def __init__(self, generation):
-        self.sounds, self.texts, self.messages = [], [], 0
+        self.sounds, self.texts, self.messages, self.ended = [], [], 0, 0
         self._tasks = [asyncio.ensure_future(self._read(generation.message_stream, self._listen))]
 
     def _listen(self, message):
@@ -80,6 +80,7 @@ class Listener:
     async def _read(self, stream, take):
         async for item in stream:
             take(item)
+        self.ended += 1
 
     async def done(self):
         """Wait for the end of all streams."""
@@ -198,6 +199,71 @@ class TestConnection:
         assert not adapter.ready()
         adapter._on_reconnected(None)
         assert (True, losses + 1) == (adapter.ready(), adapter.connection_losses)
+
+
+class TestEcho:
+    async def answered(self, talk):
+        """Have one reply answered with the id of its request."""
+        talk.server.willing = 1
+        reply = talk.realtime.generate_reply()
+        listener = Listener(await reply)
+        await listener.done()
+
+    async def test_server_that_echoed_once_is_trusted(self, talk, adapter, recorder):
+        """A response of the server's own does not end the retries of a session with ids."""
+        await self.answered(talk)
+        assert adapter.echoes
+        reply = talk.realtime.generate_reply()
+        connection = await waiting(talk)
+        await connection.begin(None)
+        await asyncio.sleep(0.1)
+        await connection.fail("cancelled")
+        await connection.reject_one(0, "server_error")
+        await waiting(talk)
+        await connection.begin_to_answer(0, message=True)
+        await connection.complete()
+        await reply
+
+        assert ["server_error", None] == codes(recorder)[1:]
+        assert adapter.echoes
+
+    @pytest.mark.parametrize(("turns", "trusted"), [(0, False), (1, True)])
+    async def test_unlabelled_response_is_the_answer_to_one_turn(
+        self, turns, trusted, talk, adapter, recorder
+    ):
+        """Each committed turn explains one response without an id, and not a second one."""
+        reply = talk.realtime.generate_reply()
+        connection = await waiting(talk)
+        (request,) = adapter.open
+        for _ in range(turns):
+            await connection.begin_its_own()
+            await connection.complete()
+        await asyncio.sleep(0.1)
+        assert not request.may_be_answered
+        await connection.begin(None)
+        await asyncio.sleep(0.1)
+
+        assert request.may_be_answered
+        assert adapter.echoes is None
+        reply.cancel()
+        await asyncio.sleep(0.1)
+
+
+class TestEndOfStreams:
+    async def test_text_ends_with_its_message_and_not_with_the_response(self, talk):
+        """The agent does not wait for the end of the response after the last word."""
+        reply = talk.realtime.generate_reply()
+        connection = await waiting(talk)
+        await connection.begin_to_answer(0, message=True)
+        listener = Listener(await reply)
+        await connection.say()
+        await connection.end_output(connection.active)
+        await asyncio.sleep(0.1)
+
+        assert (2, 1) == (listener.ended, len(listener.texts))
+        assert connection.active
+        await connection.complete()
+        await listener.done()
 
 
 def test_policy_is_that_of_the_session(adapter):

@@ -176,6 +176,7 @@ WORKS = {
     "livekit": {"report", "simulate", "wrap"},  # livekit-agents needs typer, rich and aiohttp
     "presets": set(),
     "simulator": {"report", "simulate"},
+    "testing": {*FEATURES, "simulate"} - {"preset"},
 }
 """The features that work with each extra alone. With any other, the error names an extra."""
 
@@ -341,3 +342,16 @@ class TestReadme:
         done = agent.run("opentelemetry-instrument", "python", "agent.py")
 
         assert (0, "ran\n") == (done.returncode, done.stdout), done.stderr
+
+
+class TestTesting:
+    def test_verdicts_from_the_wheel(self, environment, tmp_path):
+        """The verdict names each planted error in an environment that has only the extra."""
+        made = environment("testing")
+        (tmp_path / "pytest.ini").touch()
+        for name in ("agents.py", "test_verdict.py"):
+            shutil.copy(ROOT / "tests" / "testing" / name, tmp_path)
+        done = made.run("python", "-m", "pytest", "-q", tmp_path / "test_verdict.py")
+
+        assert 0 == done.returncode, done.stdout[-3000:]
+        assert "11 passed" in done.stdout

@@ -152,7 +152,7 @@ def test_page_counts_replies_that_it_does_not_show(page, varied):
     text = Tags(page(replies[-2:], summary=Summary(replies))).text
 
     assert "5 replies, " in text
-    assert "Only the newest 2 are shown." in text
+    assert "Shown: the newest 2." in text
     assert replies[0].trace_id not in text
 
 

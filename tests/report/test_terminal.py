@@ -101,7 +101,7 @@ def test_summary_counts_replies_that_are_not_shown(varied):
     text = shown(replies[-1:], summary=Summary(replies))
 
     assert "5 replies, " in text
-    assert "Only the newest 1 are shown." in " ".join(text.split())
+    assert "Shown: the newest 1." in " ".join(text.split())
     assert "azure.ai.openai       1" in text
 
 

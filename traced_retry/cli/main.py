@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry demo | simulate | report | doctor | exporters | dashboards``."""
+"""``traced-retry demo | simulate | script | report | doctor | exporters | dashboards``."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
 import logging
 import os
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from traced_retry.core.sanitize import printable, redact_url
-from traced_retry.errors import UsageError, install_command, missing_extra
+from traced_retry.errors import UsageError, missing_extra
 
 try:
     import typer
@@ -24,6 +22,8 @@ except ModuleNotFoundError as error:  # the core installs neither
 from traced_retry import __version__
 from traced_retry.cli.files import dashboards, exporters
 from traced_retry.cli.report import report
+from traced_retry.cli.script import script
+from traced_retry.cli.simulate import simulate, simulate_epilog
 
 app = typer.Typer(
     help="Retries for LiveKit realtime replies, traced: each is heard exactly once, or its "
@@ -114,7 +114,11 @@ def demo(
         heard = {0: "nothing heard", 1: "heard once"}.get(result.replies_heard, "HEARD TWICE")
         progress.print(f"        {result.reply.outcome}, {heard}, {result.reply.seconds:.2f} s")
 
-    results, seconds = run_demo(path, *(() if as_json else (on_start, on_result)))
+    try:
+        results, seconds = run_demo(path, *(() if as_json else (on_start, on_result)))
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. The spans until now are in\n  {path}", err=True)
+        raise typer.Exit(130) from None
     if as_json:
         replies = [result.as_dict() for result in results]
         typer.echo(
@@ -137,66 +141,8 @@ def demo(
 app.command()(report)
 
 
-def _known_providers() -> str:
-    try:
-        from traced_retry.simulator import PROVIDERS  # noqa: PLC0415
-    except ModuleNotFoundError:
-        return "openai, and others"
-    return ", ".join(PROVIDERS)
-
-
-def _describe_script() -> str:
-    try:
-        from traced_retry.simulator.script import describe_faults  # noqa: PLC0415
-    except ModuleNotFoundError:
-        return f"The list needs aiohttp: {install_command('simulator')}"
-    return describe_faults()
-
-
-@app.command(
-    epilog="\b\nElements of a script, separated by commas; the last one repeats for ever:\n"
-    + _describe_script()
-)
-def simulate(
-    provider: Annotated[
-        str, typer.Argument(help=f"Whose protocol to speak: {_known_providers()}.")
-    ],
-    *,
-    script: Annotated[
-        str, typer.Option(help='What to do to each request, such as "rate_limit,late:3,ok".')
-    ] = "ok",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 picks a free one.")
-    ] = 0,
-) -> None:
-    """Serve a provider's protocol on 127.0.0.1 and fail on a script, for your own agent's tests."""
-    from traced_retry.simulator import PROVIDERS, Simulator, simulator  # noqa: PLC0415
-
-    if provider not in PROVIDERS:
-        raise typer.BadParameter(
-            f"{provider!r} is not simulated; known: {', '.join(PROVIDERS)}", param_hint="PROVIDER"
-        )
-
-    async def serve(server: Simulator) -> None:
-        async with server:
-            typer.echo(f"{provider} on {server.url}, script {server.script}; Ctrl-C ends it")
-            for number in itertools.count(1):
-                await server.wait_for(lambda number=number: len(server.requests) >= number)  # type: ignore[misc]
-                request = server.requests[number - 1]
-                typer.echo(
-                    f"request {request.number}: {request.fault or 'rejected, one is active'}"
-                )
-
-    server = simulator(provider)(script, port=port)
-    try:
-        asyncio.run(serve(server))
-    except KeyboardInterrupt:
-        done, asked = len(server.completed), len(server.requests)
-        typer.echo(f"{asked} requests, {done} answered in full, {len(server.cancels)} cancelled")
-    except OSError as error:
-        raise typer.BadParameter(
-            f"127.0.0.1:{port} cannot be listened on ({error.strerror}); --port 0 picks a free one"
-        ) from None
+app.command(epilog=simulate_epilog())(simulate)
+app.command()(script)
 
 
 @app.command()

@@ -150,6 +150,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def refill() -> None:
+    """Fill every bucket of this process, so that a test does not pay for the tests before it."""
+    for budget in list(_live):
+        with budget._lock:
+            budget._buckets.clear()
+
+
 def remaining() -> Iterator[tuple[str, float]]:
     """Each provider with what is left of its smallest bucket in this process."""
     least: dict[str, float] = {}

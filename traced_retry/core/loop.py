@@ -38,21 +38,29 @@ _STALL_TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class FailedReply:
-    """A reply that failed permanently, as passed to ``on_exhausted``."""
+    """A reply that failed permanently, as passed to ``on_exhausted``.
+
+    Args:
+        provider: ``gen_ai.provider.name`` of the telemetry, such as ``"openai"``.
+        model: ``gen_ai.request.model``, or None if it is unknown.
+        outcome: ``"exhausted"`` or ``"not_recoverable"``.
+        stop_reason: the reason why no further attempt was made, such as ``"max_attempts"``,
+            ``"deadline"`` or ``"budget"``.
+        codes: the provider's code of each failed attempt, or its ``error.type`` if it has no code.
+        attempts: the number of attempts made. 0 if the provider had asked for a longer wait.
+        seconds: seconds from the request until the failure: the silence that the caller heard.
+        trace_id: 32 hexadecimal digits, or None if the reply is not traced or its trace is not
+            sampled.
+    """
 
     provider: str
-    """``gen_ai.provider.name``."""
     model: str | None
     outcome: semconv.Outcome
-    """``exhausted`` or ``not_recoverable``."""
     stop_reason: semconv.StopReason
     codes: tuple[str, ...]
-    """The provider code of each failed attempt, or its ``error.type`` if it has no code."""
     attempts: int
     seconds: float
-    """Seconds from the request until the failure: the silence that the caller heard."""
     trace_id: str | None
-    """32 hexadecimal digits, or None if the reply is not traced or its trace is not sampled."""
 
 
 class Reply(Driver, Generic[T]):
@@ -66,7 +74,7 @@ class Reply(Driver, Generic[T]):
         cooldown: shared by the replies of a session.
         on_failed: called if the reply failed permanently.
         on_ended: called when the reply is over, its delivery included. The second argument is the
-            error of a reply that failed after its future had been resolved, and None otherwise.
+            error of a reply that failed, and None otherwise.
     """
 
     __slots__ = (
@@ -155,6 +163,13 @@ class Reply(Driver, Generic[T]):
             if explain(error).kind == "bug":
                 raise error
         return future
+
+    def fail_unsent(self, failure: Failure, stop: semconv.StopReason) -> None:
+        """Record a reply that failed before anybody called :meth:`start`."""
+        self._began = self._loop.time()
+        self._trace.begin(self._began)
+        self._give_up(failure, stop)
+        self._future.exception()  # Mark it as retrieved, because no caller has the future.
 
     def report_failure(self, failure: Failure, stop: semconv.StopReason | None = None) -> None:
         """Report that the current attempt is lost, if its own future does not say so.
@@ -539,8 +554,7 @@ class Reply(Driver, Generic[T]):
             with contextlib.suppress(RuntimeError):  # A closed loop runs no callbacks.
                 self._future.cancel()
         if self._on_ended is not None:
-            unreported = failure.error if failure is not None and self._future.done() else None
-            self._on_ended(self, unreported)
+            self._on_ended(self, None if failure is None else failure.error)
 
     def _failed_reply(self, stop: semconv.StopReason) -> FailedReply:
         return FailedReply(

@@ -41,7 +41,32 @@ class PolicyError(UsageError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """What may be spent on one reply. All times are seconds.
+    """The limits of one reply. All times are in seconds.
+
+    Args:
+        max_retries: attempts after the first, a whole number. 0 means one attempt, still traced.
+            Default: 3.
+        base_delay: upper bound of the first wait, in seconds. It doubles with each retry. The wait
+            itself is drawn evenly from zero to the bound (full jitter), so that agents do not come
+            back in step. Default: 1.0 s.
+        max_delay: the largest bound, in seconds. A provider's own ``retry_after`` may exceed it.
+            Default: 10.0 s.
+        deadline: time for the whole reply, in seconds from the call. A wait that would pass it is
+            not started. Default: 20.0 s.
+        attempt_timeout: time for one attempt until its first word, in seconds. Default: None, which
+            leaves it to the plugin (5 to 10 s, only until the response is created) and to the
+            deadline. It must not be above the deadline.
+        retry_rate_limits: whether a rate limit is retried. Default: True.
+        on_silence: the action if a request seems lost on a live connection and the provider's
+            replies carry no id of the request: ``"listen"``, ``"restart"`` or ``"resend"``. With
+            ``"resend"`` the caller may hear two replies. OpenAI-compatible providers ignore it,
+            because their replies carry the id. Default: None, the provider's safe action.
+        budget: the retries that this process may send, per provider. None means no limit. Default:
+            one budget for all policies, with 10 retries at once, and then one per 10 replies and
+            one per 30 s.
+        classify: a function that overrules the default table for one failure, and returns None to
+            keep it. For example ``lambda f: dataclasses.replace(f, recoverable=True) if f.code ==
+            "busy" else None``. Default: None.
 
     Raises:
         PolicyError: if a value is not a number, or negative, NaN or infinite, if ``base_delay`` is
@@ -49,29 +74,14 @@ class RetryPolicy:
     """
 
     max_retries: int = 3
-    """Attempts after the first; 0 means one attempt, still traced."""
     base_delay: float = 1.0
-    """Upper bound of the first wait; it doubles with each retry. The wait itself is drawn
-    evenly from zero to the bound (full jitter), so that agents do not come back in step."""
     max_delay: float = 10.0
-    """No bound grows past this. A provider's own ``retry_after`` may."""
     deadline: float = 20.0
-    """For the whole reply, from the call on. A wait that would pass it is not begun."""
     attempt_timeout: float | None = None
-    """For one attempt, to its first word; None leaves it to the plugin (5 to 10 s, and only until
-    the response is begun) and the deadline. It must not be above the deadline."""
     retry_rate_limits: bool = True
-    """Whether a rate limit is worth another attempt."""
     on_silence: OnSilence | None = None
-    """What follows when a request seems lost on a live connection and the provider's replies
-    carry no id of the request; None is the provider's safe default. With ``"resend"`` the caller
-    may hear two replies. OpenAI-compatible providers ignore it, because replies carry the id."""
     budget: RetryBudget | None = field(default_factory=process_budget)
-    """How many retries this process may send, per provider; by default one budget for all
-    policies, 10 at once and then one per 10 replies and one per 30 s. None: no limit."""
     classify: Callable[[Failure], Failure | None] | None = None
-    """Overrules the default table for one failure; None leaves it as it is. For instance
-    ``lambda f: dataclasses.replace(f, recoverable=True) if f.code == "busy" else None``."""
 
     def __post_init__(self) -> None:
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):

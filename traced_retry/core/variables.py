@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from traced_retry.core import supported
+from traced_retry.core import supported, switch
 from traced_retry.core.guard import log_once
 from traced_retry.core.policy import ENV
 from traced_retry.core.sanitize import printable
 
-NAMES: Final = (*ENV, supported.VARIABLE)
+NAMES: Final = (*ENV, supported.VARIABLE, switch.VARIABLE)
 
 _PREFIX: Final = re.compile(r"(TRACED_RETRY|LIVEKIT_REALTIME)_(RETRY_)?")
 _OURS: Final = ("TRACED_RETRY_", "LIVEKIT_REALTIME_RETRY_")

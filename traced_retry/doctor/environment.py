@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
+from traced_retry.core import switch
 from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
 from traced_retry.core.sanitize import is_url, redact_url
 from traced_retry.core.variables import NAMES, misspelt
@@ -33,6 +34,22 @@ def _problem(environ: Mapping[str, str]) -> str | None:
     except PolicyError as error:
         return str(error)
     return None
+
+
+def off_switch() -> Iterator[Check]:
+    """Check the off switch, if it is set."""
+    try:
+        off = switch.check()
+    except switch.SwitchError as error:
+        yield Check("switch", "fail", str(error), "correct the variable, or unset it")
+        return
+    if off:
+        yield Check(
+            "switch",
+            "warn",
+            f"{switch.VARIABLE} is true: replies are neither retried nor traced",
+            f"unset {switch.VARIABLE}",
+        )
 
 
 _READ = re.compile(

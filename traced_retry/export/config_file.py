@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
 
 from traced_retry.core.sanitize import is_url, printable
-from traced_retry.errors import UsageError
+from traced_retry.errors import ConfigurationFileError, UsageError
 from traced_retry.export.processor import DELAY, BoundedSpanProcessor
 from traced_retry.livekit.instrumentor import RetryOptions
 
@@ -38,10 +38,6 @@ INSTRUMENTOR: Final = "traced_retry"
 
 _COMPRESSIONS: Final = ("gzip", "deflate", "none")
 _QUOTED: Final = re.compile(r"""(?s)(['"])(?!(?:<[a-z ]+>|.|\\.)\1).*?\1(?=[\s,.;:)]|$)""")
-
-
-class ConfigurationFileError(UsageError):
-    """An invalid configuration file. The message names file, key and allowed values."""
 
 
 @dataclass(frozen=True)

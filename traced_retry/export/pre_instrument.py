@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+from traced_retry.core import switch
 from traced_retry.core.guard import logger
 from traced_retry.errors import UsageError
 from traced_retry.livekit.first_use import at_first_use
@@ -18,12 +19,12 @@ from traced_retry.livekit.first_use import at_first_use
 def pre_instrument() -> None:
     """Set the SDK up at the first use of LiveKit, if no other SDK is set up by then.
 
-    Do nothing if ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` names ``traced_retry`` or ``*``. Invalid
-    settings are logged and not raised, because OpenTelemetry forbids to end a program for its
-    telemetry. Replies are retried in any case.
+    Do nothing if ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` names ``traced_retry`` or ``*``, or if
+    ``TRACED_RETRY_DISABLED`` is true. Invalid settings are logged and not raised, because
+    OpenTelemetry forbids to end a program for its telemetry. Replies are then retried all the same.
     """
     off = os.environ.get("OTEL_PYTHON_DISABLED_INSTRUMENTATIONS", "").replace(" ", "").split(",")
-    if "traced_retry" not in off and "*" not in off:
+    if not (switch.is_off() or "traced_retry" in off or "*" in off):
         at_first_use(_configure)
 
 

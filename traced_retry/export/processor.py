@@ -37,7 +37,7 @@ from traced_retry import semconv
 from traced_retry._version import __version__
 from traced_retry.core.guard import log_suppressed, logger
 from traced_retry.core.sanitize import shown
-from traced_retry.errors import UsageError
+from traced_retry.errors import ExportError
 
 SPANS_WITHIN: Final = 2.0
 """Seconds that spans may take at exit. With 1 s each for a local store and for metrics, an exit
@@ -50,10 +50,6 @@ BATCH_SIZE: Final = 512
 DELAY: Final = 5.0
 """Seconds. All three values are the SDK's defaults."""
 _DIGITS: Final = 9
-
-
-class ExportError(UsageError):
-    """An invalid setting of the export. The message names the setting and the remedy."""
 
 
 class BoundedSpanProcessor(SpanProcessor):

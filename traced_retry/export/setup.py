@@ -28,13 +28,12 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from traced_retry import shipped_files
 from traced_retry.core.guard import logger
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.errors import UsageError, missing_extra
+from traced_retry.errors import ConfigurationFileError, ExportError, UsageError, missing_extra
 from traced_retry.export.file_store import StoreExporter, new_store, store_processor
 from traced_retry.export.processor import (
     METRICS_WITHIN,
     BoundedMetricReader,
     BoundedSpanProcessor,
-    ExportError,
 )
 
 if TYPE_CHECKING:
@@ -117,7 +116,6 @@ def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
     from opentelemetry.configuration import ConfigurationError  # noqa: PLC0415 - an extra
 
     from traced_retry.export.config_file import (  # noqa: PLC0415
-        ConfigurationFileError,
         extract_batch_processors,
         without_quotes,
     )

@@ -205,7 +205,7 @@ class OpenAIAdapter(Adapter):
         response_id = text(event.get("response_id"))
         if response_id in self.active:
             self._last_event = asyncio.get_running_loop().time()
-        asker = self._speaking.get(response_id)
+        asker = self._asker_of(response_id, kind)
         if asker is not None and asker.delivered is not None:
             asker.delivered.mark_activity()
         if kind == "response.created":
@@ -219,6 +219,13 @@ class OpenAIAdapter(Adapter):
             self._on_server_error(event.get("error"))
         elif kind == "input_audio_buffer.committed":
             self._unanswered_turns += 1
+
+    def _asker_of(self, response_id: str, kind: str) -> OpenAIRequest | None:
+        """Return the request that an event belongs to."""
+        if response_id not in self._speaking and kind in _OUTPUT and len(self._speaking) == 1:
+            # The plugin adds output with any id to its one generation, so it is heard there.
+            (response_id,) = self._speaking
+        return self._speaking.get(response_id)
 
     def _on_response_created(self, response: Mapping[str, Any]) -> None:
         # One at a time: the plugin knows only the latest. xAI's server leaves one in flight where
@@ -265,6 +272,8 @@ class OpenAIAdapter(Adapter):
 
     def _on_response_done(self, response: Mapping[str, Any]) -> None:
         response_id = text(response.get("id"))
+        if len(self._speaking) == 1 and ("" in self._speaking or not response_id):
+            (response_id,) = self._speaking  # An id is missing, so only one response can be meant.
         self.active.discard(response_id)
         asker = self._speaking.pop(response_id, None)
         if asker is not None and asker.delivered is not None:
@@ -383,10 +392,12 @@ class OpenAIRequest(PassthroughRequest):
         """Return "send" if the id makes that safe.
 
         There is no id if a subclass of the plugin sends later than asked. An id is of no use if the
-        server does not echo it.
+        server does not echo it, be it once.
         """
-        if self._adapter.echoes is None and self.may_be_answered:
-            self._adapter.stop_sending_again()
+        if self.may_be_answered:
+            if self._adapter.echoes is None:
+                self._adapter.stop_sending_again()
+            return None
         return "send" if self.ids and self._adapter.echoes is not False else None
 
     def ready(self) -> bool:
@@ -440,8 +451,8 @@ class OpenAIRequest(PassthroughRequest):
         """End the response where it has begun and nobody will read it."""
         if attempt.cancelled() or attempt.exception() is not None:
             return
-        response_id = attempt.result().response_id
-        if response_id is not None and response_id in self._adapter.active:
+        response_id = text(attempt.result().response_id)
+        if response_id in self._adapter.active:
             self._adapter.stop(response_id)
 
     def _on_done(self, attempt: asyncio.Future[Generation]) -> None:

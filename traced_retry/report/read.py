@@ -132,6 +132,17 @@ def order(reply: Reply) -> tuple[float, str]:
     return reply.start, reply.trace_id
 
 
+def replies_of(raw_spans: Iterable[dict[str, Any]]) -> Iterator[Reply]:
+    """Return the replies of spans that are as in OTLP-JSON, in no order."""
+    parts: dict[tuple[str, str], _Parts] = {}
+    for raw in raw_spans:
+        for span in _ours(raw, None):
+            own = span.name in _REPLIES
+            ids = (span.trace_id, span.span_id if own else span.parent_id)
+            parts.setdefault(ids, _Parts()).add(span, own=own)
+    return (part.reply(ids) for ids, part in parts.items())
+
+
 class ReplyStream:
     """The replies of files, each given out when its last span was read. Iterate over it once.
 

@@ -58,7 +58,7 @@ def overview(summary: Summary, *, shown: int | None = None, unreadable_lines: in
     if summary.said:
         text += f" {_said(summary.said)}"
     if shown is not None and shown < summary.replies:
-        text += f" Only the newest {shown} are shown." if shown else " None of them is shown."
+        text += f" Shown: the newest {shown}." if shown else " Shown: the summary."
     if unreadable_lines:
         lines = _count(unreadable_lines, "torn line", "torn lines")
         text += f" {lines} left out: a process was killed."
