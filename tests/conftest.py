@@ -8,7 +8,7 @@ import asyncio
 import pytest
 from support.recorder import Recorder
 
-from traced_retry.core import guard
+from traced_retry.core import guard, switch
 from traced_retry.testing.clock import VirtualClockLoop
 
 
@@ -72,5 +72,7 @@ def recorder():
 def fresh_guard():
     """What is logged once per process is logged once per test."""
     guard._logged.clear()
+    switch.switch_on()
     yield
     guard._logged.clear()
+    switch.switch_on()

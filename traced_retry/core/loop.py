@@ -547,7 +547,8 @@ class Reply(Driver, Generic[T]):
         first_output_at: float | None = None,
     ) -> None:
         self._ended = True
-        self._cancel_timer()
+        if self._timer is not None:
+            self._cancel_timer()
         at = self._loop.time() if first_output_at is None else first_output_at
         self._trace.end(stop, at - self._began, failure)
         if stop in ("superseded", "interrupted"):
