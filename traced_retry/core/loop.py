@@ -274,9 +274,10 @@ class Reply(Driver, Generic[T]):
         """Make the next attempt."""
         self._number += 1
         began, limit = self._loop.time(), self._deadline
-        for seconds in (self._policy.attempt_timeout, self._request.limit(action)):
-            if seconds is not None:
-                limit = min(limit, began + seconds)
+        if (seconds := self._policy.attempt_timeout) is not None:
+            limit = min(limit, began + seconds)
+        if (seconds := self._request.limit(action)) is not None:
+            limit = min(limit, began + seconds)
         attempt: Attempt[T] = Attempt(self._number, action, delay, began, limit)
         if self._forced_stop is None:
             self._reported = None
