@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 from support.recorder import Recorder
@@ -18,6 +19,10 @@ def pytest_asyncio_loop_factories(config, item):
         return {"real": asyncio.new_event_loop}
     return {"virtual": VirtualClockLoop}
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts background jobs so. The programs that tests interrupt would ignore it, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = [
     "test_fleet.py",
