@@ -35,8 +35,12 @@ MODEL: Final = "gen_ai.request.model"
 SERVER_ADDRESS: Final = "server.address"
 SERVER_PORT: Final = "server.port"
 ERROR_TYPE: Final = "error.type"
+RESPONSE_ID: Final = "gen_ai.response.id"
+"""The provider's id of the response, once one has begun. LiveKit's plugin invents it for Gemini."""
 LK_RETRY_COUNT: Final = "lk.retry_count"
 """0-based, as on LiveKit's own ``llm_request_run`` and ``tts_request_run`` spans."""
+LK_SPEECH_ID: Final = "lk.speech_id"
+"""The id of LiveKit's ``SpeechHandle``, as on its ``agent_turn`` span."""
 
 OTHER: Final = "_OTHER"
 """Semantic conventions' word for an ``error.type`` outside the known, bounded set."""
@@ -71,6 +75,8 @@ records; spans have a name."""
 EXPORTER: Final = "traced_retry.exporter"
 """Which exporter dropped spans: ``otlp``, ``local_store``, or a name given. On metrics only."""
 DROP_REASON: Final = "traced_retry.drop_reason"
+INITIATOR: Final = "traced_retry.initiator"
+"""Who started the reply: see :data:`Initiator`. On spans, metrics and log records."""
 TRACE_ID: Final = "trace_id"
 """On log records: 32 lower-case hex digits."""
 
@@ -80,6 +86,11 @@ Action = Literal["send", "listen", "restart"]
 """``send``: a request goes out. ``listen``: none does, the wait for the one already sent goes
 on. ``restart``: a fresh session, then a request."""
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
+
+Initiator = Literal["agent", "provider"]
+"""``agent``: the code requested the reply. ``provider``: the provider started it by itself, because
+the caller spoke or a tool returned."""
+INITIATORS: Final[tuple[Initiator, ...]] = get_args(Initiator)
 
 Decision = Literal["retry", "stop"]
 """Whether another attempt was to follow, when this one had failed."""

@@ -25,6 +25,7 @@ from traced_retry.core.telemetry import Target, Telemetry
 TARGET = Target("openai", "gpt-realtime", "api.openai.com", 443)
 KNOWN = {
     "gen_ai.provider.name": "openai",
+    "traced_retry.initiator": "agent",
     "gen_ai.request.model": "gpt-realtime",
     "server.address": "api.openai.com",
     "server.port": 443,
@@ -350,10 +351,12 @@ EXPECTED_COUNTS = {
 }
 
 
-def exactly(**attributes):
-    """Metric attributes as the recorder shows them; None is not there."""
+def exactly(initiator="agent", **attributes):
+    """Return metric attributes as the recorder shows them, without those that are None."""
+    attributes["initiator"] = initiator
     names = {
         "provider": semconv.PROVIDER,
+        "initiator": semconv.INITIATOR,
         "action": semconv.ACTION,
         "result": semconv.RESULT,
         "error_type": semconv.ERROR_TYPE,
@@ -488,11 +491,13 @@ class TestMetrics:
         telemetry.initialize_counters("google", ("send", "restart"))
         telemetry.initialize_counters("x_ai", say=True)
         kinds = ("timeout", "connection_lost", "server_error", "rate_limit_exceeded")
+        google = {"gen_ai.provider.name": "google", "traced_retry.initiator": "agent"}
         targets = [
-            {"gen_ai.provider.name": "google", "traced_retry.action": "send"},
-            {"gen_ai.provider.name": "google", "traced_retry.action": "restart"},
+            {**google, "traced_retry.action": "send"},
+            {**google, "traced_retry.action": "restart"},
             {
                 "gen_ai.provider.name": "x_ai",
+                "traced_retry.initiator": "agent",
                 "traced_retry.action": "send",
                 "traced_retry.operation": "say",
             },
@@ -600,12 +605,14 @@ class TestLog:
 
         assert {
             "gen_ai.provider.name": "openai",
+            "traced_retry.initiator": "agent",
             "error.type": "rate_limit_exceeded",
             "traced_retry.action": "send",
             "traced_retry.next_delay": 1.0,
         } == retried
         assert {
             "gen_ai.provider.name": "openai",
+            "traced_retry.initiator": "agent",
             "error.type": "rate_limit_exceeded",
             "traced_retry.outcome": "exhausted",
             "traced_retry.stop_reason": "max_attempts",
@@ -753,7 +760,9 @@ class TestVocabulary:
             "server.address",
             "server.port",
             "error.type",
+            "gen_ai.response.id",
             "lk.retry_count",
+            "lk.speech_id",
             "generate_reply.attempt",
             "say.attempt",
         } == foreign

@@ -51,6 +51,11 @@ class FailedReply:
         seconds: seconds from the request until the failure: the silence that the caller heard.
         trace_id: 32 hexadecimal digits, or None if the reply is not traced or its trace is not
             sampled.
+        initiator: ``"agent"`` if the code requested the reply. ``"provider"`` if the provider
+            started it, or should have started it, because the caller spoke or a tool returned.
+        speech: LiveKit's ``SpeechHandle`` of the reply, or None if there is none. There is none if
+            the provider never answered the caller.
+        session: LiveKit's ``AgentSession`` that waits for the reply, or None if there is none.
     """
 
     provider: str
@@ -61,6 +66,9 @@ class FailedReply:
     attempts: int
     seconds: float
     trace_id: str | None
+    initiator: semconv.Initiator = "agent"
+    speech: Any = None
+    session: Any = None
 
 
 class Reply(Driver, Generic[T]):
@@ -135,8 +143,11 @@ class Reply(Driver, Generic[T]):
 
     # --- the caller's side ---------------------------------------------------------------------
 
-    def start(self) -> asyncio.Future[T]:
+    def start(self, *, began: float | None = None) -> asyncio.Future[T]:
         """Send the first attempt, or wait for the end of the session's cooldown.
+
+        With ``began``, the provider started the reply at that time of the event loop's clock, and
+        the first attempt listens to it.
 
         If the returned future is cancelled, the reply ends at once and its attempt is cancelled. If
         the provider dropped the request for a newer one, the future is cancelled. If the reply
@@ -147,13 +158,16 @@ class Reply(Driver, Generic[T]):
             Exception: if the request raises a programming error, such as ``NotImplementedError``,
                 before it returns a future.
         """
-        self._began = self._loop.time()
+        now = self._loop.time()
+        self._began = now if began is None else began
         self._deadline = self._began + self._policy.deadline
-        self._trace.begin(self._began)
+        self._trace.begin(self._began, now - self._began)
         if self._policy.budget is not None:
             self._policy.budget.earn(self._trace.target.provider, self._loop.time)
+        if began is not None:
+            self._send("listen", 0.0)
         # A cooldown beyond the deadline does not hold a reply back, so each reply is sent once.
-        if not self._began < self._cooldown.until < self._deadline:
+        elif not now < self._cooldown.until < self._deadline:
             self._send("send", 0.0)
         self._step()
         future = self._future
@@ -224,6 +238,11 @@ class Reply(Driver, Generic[T]):
             self._policy = replace(self._policy, max_retries=0)
         else:
             self.report_failure(failure, "deadline")
+
+    @property
+    def future(self) -> asyncio.Future[T]:
+        """The future that :meth:`start` returns."""
+        return self._future
 
     @property
     def resolved(self) -> bool:
@@ -513,8 +532,12 @@ class Reply(Driver, Generic[T]):
         return waited
 
     def _succeed(self, attempt: Attempt[T]) -> None:
-        self._close(attempt, "succeeded")
         delivery = attempt.delivery
+        if delivery is not None and delivery.only_called_tools and self._trace.discard():
+            self._attempt = None
+            self._finish_up(None)
+            return
+        self._close(attempt, "succeeded")
         self._end(None, first_output_at=None if delivery is None else delivery.first_output_at)
 
     def _give_up(self, failure: Failure, stop: semconv.StopReason, *, note: bool = True) -> None:
@@ -548,13 +571,18 @@ class Reply(Driver, Generic[T]):
         first_output_at: float | None = None,
     ) -> None:
         self._ended = True
-        if self._timer is not None:
-            self._cancel_timer()
         at = self._loop.time() if first_output_at is None else first_output_at
         self._trace.end(stop, at - self._began, failure)
         if stop in ("superseded", "interrupted"):
             with contextlib.suppress(RuntimeError):  # A closed loop runs no callbacks.
                 self._future.cancel()
+        self._finish_up(failure)
+
+    def _finish_up(self, failure: Failure | None) -> None:
+        """Stop the timer, and report the end of the reply to the hook."""
+        self._ended = True
+        if self._timer is not None:
+            self._cancel_timer()
         if self._on_ended is not None:
             self._on_ended(self, None if failure is None else failure.error)
 
@@ -568,4 +596,5 @@ class Reply(Driver, Generic[T]):
             attempts=self._number,
             seconds=self._loop.time() - self._began,
             trace_id=self._trace.trace_id,
+            initiator=self._trace.target.initiator,
         )

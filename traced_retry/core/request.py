@@ -71,6 +71,10 @@ class Delivery:
         """Time of the first output on the event loop's clock, in seconds."""
         self.last_activity: float | None = None
         """When the provider last sent anything of it, in the loop's seconds; None: not told."""
+        self.response_id: str | None = None
+        """The provider's id of the response, if there is one."""
+        self.spoke = False
+        """Whether there was other output than a tool call."""
         self.ended = False
         self.failure: Failure | None = None
         self.cancelled = False
@@ -87,8 +91,14 @@ class Delivery:
         """Whether it failed before its first word."""
         return self.failure is not None and self.first_output_at is None
 
-    def mark_output(self) -> None:
-        """Something was said, or a tool called."""
+    @property
+    def only_called_tools(self) -> bool:
+        """Whether the output was a tool call and no speech."""
+        return self.first_output and not self.spoke
+
+    def mark_output(self, *, tool: bool = False) -> None:
+        """Note a word or a sound, or with ``tool`` a tool call."""
+        self.spoke = self.spoke or not tool
         if self.first_output_at is None:
             self.first_output_at = asyncio.get_running_loop().time()
 

@@ -48,11 +48,16 @@ class Target:
     server_port: int | None = None
     say: bool = False
     """Whether a given text is to be spoken, and not a reply to be made."""
+    initiator: semconv.Initiator = "agent"
+    """Who starts the reply."""
 
     @functools.cached_property
     def labels(self) -> Attributes:
-        """What every metric says of the target."""
-        labels: Attributes = {semconv.PROVIDER: self.provider}
+        """Return the labels that every metric has."""
+        labels: Attributes = {
+            semconv.PROVIDER: self.provider,
+            semconv.INITIATOR: self.initiator,
+        }
         return {**labels, semconv.OPERATION: "say"} if self.say else labels
 
     @functools.cached_property
@@ -74,6 +79,7 @@ class Target:
         """What is known of the target, as span attributes."""
         known = {
             semconv.PROVIDER: self.provider,
+            semconv.INITIATOR: self.initiator,
             semconv.MODEL: self.model,
             semconv.SERVER_ADDRESS: self.server_address,
             semconv.SERVER_PORT: self.server_port,
@@ -137,11 +143,13 @@ class Telemetry:
             "{attempt}",
             "Retries that this process may still send.",
         )
-        self._zeroed: set[tuple[str, bool]] = set()
+        self._zeroed: set[tuple[str, bool, str]] = set()
 
     def reply(self, target: Target) -> ReplyTrace:
-        """The telemetry of one reply."""
-        return ReplyTrace(self, target)
+        """Return the telemetry of one reply."""
+        return (
+            TurnTrace(self, target) if target.initiator == "provider" else ReplyTrace(self, target)
+        )
 
     def initialize_counters(
         self,
@@ -149,15 +157,16 @@ class Telemetry:
         actions: tuple[semconv.Action, ...] = ("send",),
         *,
         say: bool = False,
+        initiator: semconv.Initiator = "agent",
     ) -> None:
         """Start the counters of ``provider`` at 0, once; with ``say`` those of its ``say``.
 
         A counter born at 1 has no increase: Prometheus would miss the first failure.
         """
-        if (provider, say) in self._zeroed:
+        if (provider, say, initiator) in self._zeroed:
             return
-        self._zeroed.add((provider, say))
-        target = Target(provider, say=say)
+        self._zeroed.add((provider, say, initiator))
+        target = Target(provider, say=say, initiator=initiator)
         # Outside of any span: an exemplar would lead from "exhausted" to a call that was not. (An
         # empty context would not do: the SDK takes that for none.)
         nowhere = trace.set_span_in_context(trace.INVALID_SPAN, otel_context.Context())
@@ -219,6 +228,8 @@ def _attempt_end(attempt: Attempt[Any]) -> Attributes:
             attributes[semconv.ERROR_CODE] = failure.code
         if attempt.next_action is not None:
             attributes[semconv.NEXT_DELAY] = attempt.next_delay
+    if attempt.delivery is not None and attempt.delivery.response_id:
+        attributes[semconv.RESPONSE_ID] = attempt.delivery.response_id
     return attributes
 
 
@@ -245,11 +256,13 @@ class ReplyTrace:
         "_began",
         "_context",
         "_live",
+        "_response_id",
         "_silent",
         "_span",
         "_started",
         "_telemetry",
         "_waited",
+        "speech_id",
         "target",
     )
 
@@ -265,6 +278,9 @@ class ReplyTrace:
         self._waited = 0.0
         self._began = 0.0
         self._started = 0
+        self._response_id: str | None = None
+        self.speech_id: str | None = None
+        """The id of LiveKit's ``SpeechHandle``, if there is one."""
 
     @property
     def trace_id(self) -> str | None:
@@ -273,13 +289,22 @@ class ReplyTrace:
         return trace.format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
     @_suppress_and_log
-    def begin(self, now: float = 0.0) -> None:
-        """Start the span of the reply. ``now`` is the event loop's time."""
+    def begin(self, began: float = 0.0, ago: float = 0.0) -> None:
+        """Start the span of the reply, which began ``ago`` seconds ago.
+
+        ``began`` is the event loop's time at that moment.
+        """
         if self._silent:
             return
         # The system's clock is read once per reply. It may be set back during the reply, so all
         # other times of its spans are this one plus seconds of the event loop's clock.
-        self._began, self._started = now, time.time_ns()
+        self._began, self._started = began, time.time_ns()
+        if ago:
+            self._started -= round(ago * 1e9)
+        self._start_span()
+        self._telemetry.in_flight.add(1, self.target.labels, self._context)
+
+    def _start_span(self) -> None:
         self._span = self._telemetry.tracer.start_span(
             semconv.SPAN_SAY if self.target.say else semconv.SPAN_REPLY,
             kind=SpanKind.INTERNAL,
@@ -290,7 +315,6 @@ class ReplyTrace:
         self._live = self._span.get_span_context().is_valid
         if self._live:
             self._context = trace.set_span_in_context(self._span)
-        self._telemetry.in_flight.add(1, self.target.labels, self._context)
 
     @_suppress_and_log
     def attempt_began(self, attempt: Attempt[Any]) -> None:
@@ -337,6 +361,8 @@ class ReplyTrace:
             self._log_retry(attempt.context, failure, attempt.next_action, attempt.next_delay)
         if self._silent:
             return
+        if attempt.delivery is not None:
+            self._response_id = attempt.delivery.response_id
         telemetry, context = self._telemetry, attempt.context
         labels = self.target.attempt_labels[attempt.action, attempt.result]
         if failure is not None:
@@ -414,7 +440,15 @@ class ReplyTrace:
             attributes[semconv.STOP_REASON] = stop
         if failure is not None:
             attributes[semconv.ERROR_TYPE] = failure.error_type
+        if self._response_id:
+            attributes[semconv.RESPONSE_ID] = self._response_id
+        if self.speech_id is not None:
+            attributes[semconv.LK_SPEECH_ID] = self.speech_id
         return attributes
+
+    def discard(self) -> bool:
+        """Forget the reply, if it is none of its own, and return whether it was forgotten."""
+        return False
 
     @_suppress_and_log
     def late(self) -> None:
@@ -448,7 +482,7 @@ class ReplyTrace:
                 then,
                 next_delay,
                 extra={
-                    semconv.PROVIDER: self.target.provider,
+                    **self.target.labels,
                     semconv.ERROR_TYPE: failure.error_type,
                     semconv.ACTION: then,
                     semconv.NEXT_DELAY: next_delay,
@@ -485,3 +519,40 @@ class ReplyTrace:
                     semconv.TRACE_ID: self.trace_id or "",
                 },
             )
+
+
+class TurnTrace(ReplyTrace):
+    """The telemetry of a reply that the provider started.
+
+    A response that only calls a tool is no reply of its own, because the reply to the tool's result
+    is counted. So the spans start once the first attempt has ended, with their true times.
+    """
+
+    __slots__ = ()
+
+    def _start_span(self) -> None:
+        """Wait for the end of the first attempt."""
+
+    @_suppress_and_log
+    def attempt_began(self, attempt: Attempt[Any]) -> None:
+        """Start the span of ``attempt``, unless it is the first one."""
+        self._attempts = attempt.number
+        if attempt.number > 1:
+            super().attempt_began(attempt)
+
+    @_suppress_and_log
+    def attempt_ended(self, attempt: Attempt[Any], seconds: float) -> None:
+        """End the span of ``attempt`` after ``seconds``, and count the attempt."""
+        if attempt.number == 1 and not self._silent:
+            super()._start_span()
+            super().attempt_began(attempt)
+        super().attempt_ended(attempt, seconds)
+
+    @_suppress_and_log
+    def discard(self) -> bool:
+        """Forget the reply if it was not retried, and return whether it was forgotten."""
+        if self._attempts > 1:
+            return False
+        if not self._silent:
+            self._telemetry.in_flight.add(-1, self.target.labels)
+        return True

@@ -17,6 +17,7 @@ from livekit.agents import APIConnectionError, llm
 
 from traced_retry import semconv
 from traced_retry.core.failure import Failure, Kind, explain, failure
+from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.core.request import CallRequest, Delivery, Request
 from traced_retry.core.telemetry import Target
@@ -33,6 +34,9 @@ class Replies(Protocol):
     def policy(self) -> RetryPolicy:
         """The policy in force."""
 
+    def request_once(self) -> asyncio.Future[Generation]:
+        """Call the plugin's own ``generate_reply``."""
+
     def wake(self) -> None:
         """Have each look again at :meth:`PassthroughRequest.ready`."""
 
@@ -47,6 +51,18 @@ class Replies(Protocol):
 
         An attempt under way fails with ``why`` at once; with ``stop`` nothing follows.
         """
+
+    def start(self, adapter: Adapter, turn: PassthroughRequest, began: float) -> None:
+        """Trace a reply that the provider starts, from the event loop's time ``began`` on.
+
+        Do nothing if ``adapter`` is not in force.
+        """
+
+    def interrupt_reply(self, only: PassthroughRequest) -> None:
+        """End the reply of request ``only``, because the caller spoke before it did."""
+
+    def emit(self, turn: PassthroughRequest, emit: Callable[[], None]) -> None:
+        """Call ``emit``, which makes LiveKit speak the reply, and note its ``SpeechHandle``."""
 
 
 class Adapter:
@@ -63,12 +79,25 @@ class Adapter:
     one of them, the plain :class:`Adapter` takes its place."""
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
     """What its requests may do; their counters start at zero."""
+    turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen",)
+    """The actions for replies that the provider starts."""
     connection_losses = 0
     """Connections lost so far, where the plugin comes back and the adapter can tell."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         self.session = session
         self.replies = replies
+        self.observe_turns()
+
+    def observe_turns(self) -> None:
+        """Have the replies traced that the provider starts."""
+        self.session.on("generation_created", self._on_generation)
+
+    def _on_generation(self, event: Generation) -> None:
+        if not event.user_initiated:
+            with suppress_and_log("observing a reply of the provider"):
+                now = asyncio.get_running_loop().time()
+                self.replies.start(self, PassthroughRequest(lambda: _resolved(event)), now)
 
     def missing_attributes(self) -> list[str]:
         """Those of :attr:`required_attributes` that this plugin's session does not have."""
@@ -101,6 +130,8 @@ class PassthroughRequest:
         """To be called when the reply is heard after the agent was told that it had failed."""
         self.speech: Any = None
         """The ``SpeechHandle`` on whose behalf it is asked, if there is one."""
+        self.set_speech_id: Callable[[str | None], None] = lambda _: None
+        """To be called with the id of the ``SpeechHandle``, if it is known later."""
         self.stop_watching: Callable[[], None] = lambda: None
         """To be called when that one's interruption means nothing to the reply any more."""
 
@@ -153,6 +184,12 @@ class PassthroughRequest:
 
     def ended(self) -> None:
         """The reply is over, whatever its outcome."""
+
+
+def _resolved(event: Generation) -> asyncio.Future[Generation]:
+    future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+    future.set_result(event)
+    return future
 
 
 class OwnRetryAdapter(Adapter):

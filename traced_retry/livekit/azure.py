@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Final
 
 from azure.ai.voicelive.models import ClientEventResponseCancel
 
+from traced_retry import semconv
 from traced_retry.core.failure import Failure, failure
 from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
@@ -45,6 +46,8 @@ class VoiceLiveAdapter(OpenAIAdapter):
 
     required_attributes: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_send")
     relied_methods: ClassVar[tuple[str, ...]] = ("_send",)
+    turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen",)
+    recovers_turns: ClassVar[bool] = False
     raw_event: ClassVar[str] = "azure_server_event_received"
 
     def target(self) -> Target:

@@ -144,6 +144,9 @@ class GoogleAdapter(Adapter):
         if all(hasattr(session, name) for name in _METHODS):
             self._replace_methods()
 
+    def observe_turns(self) -> None:
+        """Do nothing yet."""
+
     def _replace_methods(self) -> None:
         self._start_new_generation = self.plugin._start_new_generation
         self.plugin._start_new_generation = self._on_starting

@@ -166,22 +166,15 @@ class SessionHook:
         adapter = self._adapter_in_force()
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
         request.speech = current_speech()
-        policy = self._config.policy
         with suppress_and_log("watching for the agent session's shutdown"):
             if (activity := agent_activity(self._session)) is not None:
                 watch_shutdown(activity.session, self)
-        cooldown: SessionCooldown | None = self._cooldown
-        if type(adapter) is Adapter:
-            # Only observed, so neither a deadline nor another reply's retry-after of ours applies.
-            policy, cooldown = observed(policy), None
-        if self._drained:
-            policy = replace(policy, max_retries=0)
         return self._start(
             request,
-            policy,
+            self._policy_for(adapter),
             self._target,
-            cooldown=cooldown,
-            on_failed=self._on_failed(),
+            cooldown=None if type(adapter) is Adapter else self._cooldown,
+            on_failed=self._on_failed(request),
         )
 
     def say(self, *args: Any, **kwargs: Any) -> asyncio.Future[Generation]:
@@ -202,9 +195,11 @@ class SessionHook:
         *,
         cooldown: SessionCooldown | None = None,
         on_failed: Callable[[FailedReply], None] | None = None,
+        began: float | None = None,
     ) -> asyncio.Future[Generation]:
         trace = self._config.telemetry.reply(target)
         request.on_late = trace.late
+        request.set_speech_id = functools.partial(setattr, trace, "speech_id")
         reply = Reply(
             request,
             policy,
@@ -217,13 +212,19 @@ class SessionHook:
             why, stop = self._closed_by
             reply.report_failure(copy_error(why), stop)
         self._open[reply] = request
-        future = reply.start()
+        if request.speech is not None:
+            trace.speech_id = getattr(request.speech, "id", None)
+        future = reply.start(began=began)
         if request.speech is not None and reply in self._open:
-            # An agent that has no reply yet cancels its future; one that has, cannot.
-            request.stop_watching = when_interrupted(
-                request.speech, lambda: future.add_done_callback(lambda _: reply.interrupt())
-            )
+            self._follow_speech(reply, request)
         return future
+
+    def _follow_speech(self, reply: Reply[Generation], request: PassthroughRequest) -> None:
+        """End the reply if its speech is interrupted."""
+        # An agent that has no reply yet cancels its future. One that has a reply cannot.
+        request.stop_watching = when_interrupted(
+            request.speech, lambda: reply.future.add_done_callback(lambda _: reply.interrupt())
+        )
 
     def interrupt(self) -> None:
         """Cut the present generation; a reply that waits for its first word ends with it."""
@@ -277,7 +278,66 @@ class SessionHook:
             if only is None or request is only:
                 reply.report_failure(copy_error(why), stop)
 
+    def request_once(self) -> asyncio.Future[Generation]:
+        """Call the plugin's own ``generate_reply``."""
+        return self._generate_reply()
+
+    def start(self, adapter: Adapter, turn: PassthroughRequest, began: float) -> None:
+        """Trace a reply that the provider starts, and retry it if ``turn`` says how."""
+        if switch.is_off() or adapter is not self._adapter_in_force():
+            return
+        policy = self._policy_for(adapter)
+        future = self._start(
+            turn,
+            policy,
+            self._turn_target,
+            cooldown=self._cooldown,
+            on_failed=self._on_failed(turn),
+            began=began,
+        )
+        # LiveKit learns of a failure from the streams and the speech, so this future is ours.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def interrupt_reply(self, only: PassthroughRequest) -> None:
+        """End the reply of request ``only``, because the caller spoke before it did."""
+        for reply, request in list(self._open.items()):
+            if request is only:
+                reply.interrupt()
+
+    def emit(self, turn: PassthroughRequest, emit: Callable[[], None]) -> None:
+        """Call ``emit``, which makes LiveKit speak the reply, and note its ``SpeechHandle``."""
+        activity = None
+        with suppress_and_log("looking for the agent session"):
+            activity = agent_activity(self._session)
+        if activity is None:
+            emit()
+            return
+
+        def note(event: SpeechCreatedEvent) -> None:
+            turn.speech = event.speech_handle
+
+        activity.session.on("speech_created", note)
+        try:
+            emit()
+        finally:
+            activity.session.off("speech_created", note)
+        with suppress_and_log("following the speech of a reply of the provider"):
+            turn.set_speech_id(getattr(turn.speech, "id", None))
+            for reply, request in list(self._open.items()):
+                if request is turn and turn.speech is not None:
+                    self._follow_speech(reply, request)
+                elif request is turn:  # LiveKit speaks nothing while it changes the agent.
+                    reply.interrupt()
+
     # --- inside --------------------------------------------------------------------------------
+
+    def _policy_for(self, adapter: Adapter) -> RetryPolicy:
+        """Return the policy in force for the next reply."""
+        policy = self._config.policy
+        if type(adapter) is Adapter:
+            # Only observed, so neither a deadline nor another reply's retry-after of ours applies.
+            return observed(policy)
+        return replace(policy, max_retries=0) if self._drained else policy
 
     def _generate_reply_unless_off(self, **kwargs: Any) -> asyncio.Future[Generation]:
         """Call the plugin's own method while traced-retry is switched off."""
@@ -296,7 +356,11 @@ class SessionHook:
         self._target = Target("unknown")
         with suppress_and_log("naming the provider"):
             self._target = self._adapter.target()
+        self._turn_target = replace(self._target, initiator="provider")
         self._config.telemetry.initialize_counters(self._target.provider, self._adapter.actions)
+        self._config.telemetry.initialize_counters(
+            self._target.provider, self._adapter.turn_actions, initiator="provider"
+        )
         if self._says:
             self._config.telemetry.initialize_counters(self._target.provider, say=True)
 
@@ -354,7 +418,8 @@ class SessionHook:
         failure = copy_error(failure)
         request = PassthroughRequest(self._generate_reply)
         trace = self._config.telemetry.reply(self._target)
-        reply = Reply(request, self._config.policy, trace, on_failed=self._on_failed())
+        request.speech = speech
+        reply = Reply(request, self._config.policy, trace, on_failed=self._on_failed(request))
         reply.fail_unsent(failure, stop)
         fail_speech(speech, failure.error)
 
@@ -374,11 +439,18 @@ class SessionHook:
         with suppress_and_log("ending a request"):
             request.ended()
 
-    def _on_failed(self) -> Callable[[FailedReply], None] | None:
-        return None if self._config.on_exhausted is None else self._schedule_callback
+    def _on_failed(self, request: PassthroughRequest) -> Callable[[FailedReply], None] | None:
+        if self._config.on_exhausted is None:
+            return None
+        return functools.partial(self._schedule_callback, request)
 
-    def _schedule_callback(self, failed: FailedReply) -> None:
-        # Soon, not now: what asked for the reply is then told already, and may be asked anew.
+    def _schedule_callback(self, request: PassthroughRequest, failed: FailedReply) -> None:
+        activity = None
+        with suppress_and_log("looking for the agent session"):
+            activity = agent_activity(self._session)
+        session = None if activity is None else activity.session
+        failed = replace(failed, speech=request.speech, session=session)
+        # In the event loop's next turn the waiting code knows the failure, and may request anew.
         asyncio.get_running_loop().call_soon(self._run_callback, failed)
 
     def _run_callback(self, failed: FailedReply) -> None:

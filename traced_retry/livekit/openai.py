@@ -20,7 +20,8 @@ Facts (livekit-plugins-openai 1.8.9, ``livekit/agents/llm/_realtime/openai.py``)
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -47,12 +48,14 @@ from traced_retry.livekit.adapter import (
 from traced_retry.livekit.events import field, mapping, read_error, text
 from traced_retry.livekit.streams import Streams
 
+_TOOL_CALL = "response.output_item.done"
+"""The end of an item. If this is a function call, its arguments are complete."""
 _OUTPUT = frozenset(
     {
         "response.output_text.delta",
         "response.output_audio.delta",
         "response.output_audio_transcript.delta",
-        "response.output_item.done",  # of a function call: its arguments are complete
+        _TOOL_CALL,
     }
 )
 """Events that let the agent hear something, or call a tool."""
@@ -65,6 +68,9 @@ A reasoning model may need several seconds for its first word.
 """
 _UNANSWERED = 2.0
 """Seconds after which a ``response.cancel`` without an answer counts as lost."""
+_TURN_WINDOW = 10.0
+"""Seconds in which the server has to begin its answer to the caller, which are those that the
+plugin gives to a request."""
 _REMEMBERED = 256
 """Abandoned ids kept per session, at most; the server answers a request or forgets it."""
 
@@ -83,6 +89,9 @@ class OpenAIAdapter(Adapter):
         "_handle_response_done",
         "_handle_error",
     )
+    turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen", "send")
+    recovers_turns: ClassVar[bool] = True
+    """Whether a reply that the server started may be requested again."""
     raw_event: ClassVar[str] = "openai_server_event_received"
     """The session's event that carries each event of the server, before it is dealt with."""
 
@@ -93,6 +102,17 @@ class OpenAIAdapter(Adapter):
         """Whether responses carry the id of their request. None before the first one."""
         self._unanswered_turns = 0
         """Turns of the caller that were committed and to which no response has begun."""
+        self._answers_turns = False
+        """Whether the server starts replies by itself, according to its last description of the
+        session."""
+        self._stopped_speaking: float | None = None
+        """Time on the event loop's clock at which the caller stopped speaking."""
+        self._turn: OpenAITurn | None = None
+        """The reply that the server has started or should start, until it ends."""
+        self.unanswered: OpenAIRequest | None = None
+        """The last request or turn that was reported as lost and may still be answered."""
+        self._transcribed = ""
+        """The id of the last item with the caller's words as text."""
         self.errors: dict[str, object] = {}
         """The ``error`` events that answered a request, by its id, until it asks."""
         self.open: list[OpenAIRequest] = []
@@ -108,6 +128,17 @@ class OpenAIAdapter(Adapter):
         """Whose responses have begun, by response id."""
         self._unheard: set[asyncio.Future[Generation]] = set()
         """Requests whose generation the agent takes for that of an earlier one."""
+        self._handlers: dict[str, Callable[[Mapping[str, Any]], None]] = {
+            "session.created": self._on_session,
+            "session.updated": self._on_session,
+            "input_audio_buffer.speech_started": self._on_speech_started,
+            "input_audio_buffer.speech_stopped": self._on_speech_stopped,
+            "input_audio_buffer.committed": self._on_committed,
+            "conversation.item.input_audio_transcription.completed": self._on_transcribed,
+            "response.created": self._on_response_created,
+            "response.done": self._on_response_done,
+            "error": self._on_server_error,
+        }
         self._emit = session.emit
         session.emit = self._emit_once  # type: ignore[method-assign]
         session.on(self.raw_event, self._on_raw_event)
@@ -142,8 +173,13 @@ class OpenAIAdapter(Adapter):
             self._watch = loop.call_later(remaining, self._watch_active)
             return
         with suppress_and_log("cancelling a silent response"):
-            for response_id in self.active.difference(self._speaking):  # Ours have a deadline.
-                self.stop(response_id)
+            for response_id in list(self.active):
+                asker = self._speaking.get(response_id)
+                if asker is None:
+                    self.stop(response_id)
+                elif isinstance(asker, OpenAITurn) and asker.delivered is not None:
+                    asker.delivered.end(timeout_failure(_SILENT))
+                # A response to a request of ours has its own deadline.
 
     def pending(self) -> set[str]:
         """Ids of the requests that the plugin waits for."""
@@ -186,13 +222,104 @@ class OpenAIAdapter(Adapter):
         self._unheard.add(attempt)
         attempt.add_done_callback(self._unheard.discard)
 
+    def observe_turns(self) -> None:
+        """Do nothing, because :meth:`_emit_once` sees the replies that the server starts."""
+
     def _emit_once(self, event: Any, *args: Any) -> None:
-        if event == "generation_created" and any(
-            of.done() and not of.cancelled() and of.exception() is None and of.result() is args[0]
-            for of in self._unheard
-        ):
-            return
-        self._emit(event, *args)
+        turn = None
+        if event == "generation_created":
+            if any(_resolved_with(args[0], attempt) for attempt in self._unheard):
+                return
+            with suppress_and_log("observing a reply of the server"):
+                turn = self._turn_of(args[0])
+        if turn is None:
+            self._emit(event, *args)
+        else:
+            self.replies.emit(turn, functools.partial(self._emit, event, *args))
+
+    # --- replies that the server starts --------------------------------------------------------
+
+    def _turn_of(self, generation: Generation) -> OpenAITurn | None:
+        """Return the caller's turn that ``generation`` answers, or None if it answers a request.
+
+        Called when the plugin announces the response, directly after ``response.created``.
+        """
+        turn = self._turn
+        if generation.user_initiated:
+            if turn is None or not turn.was_resolved_with(generation):
+                return None
+            # The turn had no generation before, so LiveKit must take this one for the server's.
+            generation.user_initiated = False
+            self.replies.wake()
+            return turn
+        if any(request.may_be_answered for request in self.open):
+            return None  # It may answer that request, on a server that does not echo ids.
+        if self.unanswered is not None:
+            self.unanswered.on_late()
+            self.unanswered = None
+            return None
+        if turn is None or turn.begun:
+            self._end_turn()
+            turn = self._turn = OpenAITurn(self, "")
+        response_id = text(generation.response_id)
+        turn.delivered = self._begin_delivery(response_id, turn)
+        turn.answer(generation)
+        return turn
+
+    def _begin_delivery(self, response_id: str, request: OpenAIRequest) -> Delivery:
+        self._speaking[response_id] = request
+        delivery = Delivery()
+        delivery.response_id = response_id
+        return delivery
+
+    def _on_session(self, event: Mapping[str, Any]) -> None:
+        """Learn from the server's description of the session whether it starts replies."""
+        session = mapping(event.get("session"))
+        audio = mapping(mapping(session.get("audio")).get("input"))
+        for description in (audio, session):
+            if "turn_detection" in description:
+                detection = description["turn_detection"]
+                starts = detection is not None and field(detection, "create_response") is not False
+                self._answers_turns = starts
+                return
+
+    def _on_speech_started(self, _: Mapping[str, Any]) -> None:
+        """End a reply that has not begun, because the server answers what the caller says now."""
+        if self._turn is not None and self._turn not in self._speaking.values():
+            self.replies.interrupt_reply(self._turn)
+
+    def _on_speech_stopped(self, _: Mapping[str, Any]) -> None:
+        self._stopped_speaking = asyncio.get_running_loop().time()
+
+    def _on_transcribed(self, event: Mapping[str, Any]) -> None:
+        if event.get("transcript"):
+            self._transcribed = text(event.get("item_id"))
+
+    def _on_committed(self, event: Mapping[str, Any]) -> None:
+        """Expect the server's answer to the caller."""
+        self._unanswered_turns += 1
+        self.unanswered = None
+        stopped, self._stopped_speaking = self._stopped_speaking, None
+        if self._answers_turns and not self.active:
+            self._end_turn()
+            self._turn = OpenAITurn(self, text(event.get("item_id")))
+            now = asyncio.get_running_loop().time()
+            self.replies.start(self, self._turn, now if stopped is None else stopped)
+
+    def _end_turn(self) -> None:
+        """End the turn before, if there is one, because another reply takes its place."""
+        if self._turn is not None:
+            self._turn.supersede()
+            self.replies.wake()
+
+    def is_transcribed(self, item_id: str) -> bool:
+        """Return whether a new connection gets the caller's words in that item."""
+        return bool(item_id) and item_id == self._transcribed
+
+    def forget_turn(self, turn: OpenAITurn) -> None:
+        """Note that the reply to ``turn`` has ended."""
+        if self._turn is turn:
+            self._turn = None
 
     # --- what the server says ------------------------------------------------------------------
 
@@ -209,17 +336,11 @@ class OpenAIAdapter(Adapter):
         asker = self._asker_of(response_id, kind)
         if asker is not None and asker.delivered is not None:
             asker.delivered.mark_activity()
-        if kind == "response.created":
-            self._on_response_created(mapping(event.get("response")))
-        elif kind in _OUTPUT and asker is not None:
+        if kind in _OUTPUT and asker is not None:
             if event.get("delta") or _is_call(mapping(event.get("item"))):
-                asker.heard()
-        elif kind == "response.done":
-            self._on_response_done(mapping(event.get("response")))
-        elif kind == "error":
-            self._on_server_error(event.get("error"))
-        elif kind == "input_audio_buffer.committed":
-            self._unanswered_turns += 1
+                asker.heard(tool=kind == _TOOL_CALL)
+        elif (handle := self._handlers.get(kind)) is not None:
+            handle(event)
 
     def _asker_of(self, response_id: str, kind: str) -> OpenAIRequest | None:
         """Return the request that an event belongs to."""
@@ -228,7 +349,8 @@ class OpenAIAdapter(Adapter):
             (response_id,) = self._speaking
         return self._speaking.get(response_id)
 
-    def _on_response_created(self, response: Mapping[str, Any]) -> None:
+    def _on_response_created(self, event: Mapping[str, Any]) -> None:
+        response = mapping(event.get("response"))
         # One at a time: the plugin knows only the latest. xAI's server leaves one in flight where
         # it begins another, and tells no end of it.
         response_id = text(response.get("id"))
@@ -242,8 +364,9 @@ class OpenAIAdapter(Adapter):
         asker = next((request for request in self.open if asked_by in request.ids), None)
         if asker is not None:
             self.echoes = True
-            self._speaking[response_id] = asker
-            asker.delivered = Delivery()
+            asker.delivered = self._begin_delivery(response_id, asker)
+            if self._turn is not None and not self._turn.begun and self._turn is not asker:
+                self._end_turn()  # The agent's request answers the caller.
             return
         if self._unanswered_turns:
             self._unanswered_turns -= 1  # The server answers the caller by itself.
@@ -258,6 +381,7 @@ class OpenAIAdapter(Adapter):
     def sent(self) -> None:
         """Forget the caller's earlier turns, because the server answers a turn at once."""
         self._unanswered_turns = 0
+        self.unanswered = None
 
     def stop_sending_again(self) -> None:
         """Treat the server as one without ids, because a response lacked the id of its request.
@@ -271,7 +395,8 @@ class OpenAIAdapter(Adapter):
             "such a session are traced and never sent again"
         )
 
-    def _on_response_done(self, response: Mapping[str, Any]) -> None:
+    def _on_response_done(self, event: Mapping[str, Any]) -> None:
+        response = mapping(event.get("response"))
         response_id = text(response.get("id"))
         if len(self._speaking) == 1 and ("" in self._speaking or not response_id):
             (response_id,) = self._speaking  # An id is missing, so only one response can be meant.
@@ -289,7 +414,8 @@ class OpenAIAdapter(Adapter):
             asker.delivered.end(failed, cancelled=status == "cancelled")
         self.replies.wake()
 
-    def _on_server_error(self, error: object) -> None:
+    def _on_server_error(self, event: Mapping[str, Any]) -> None:
+        error = event.get("error")
         asked_by = text(field(error, "event_id"))
         if asked_by:
             if any(asked_by in request.ids for request in self.open):
@@ -298,11 +424,15 @@ class OpenAIAdapter(Adapter):
         why = failure_from_error(error, "the provider reported an error")
         if why.code == "session_expired":
             self.replies.report_failure(why)
-        elif why.kind != "invalid_request" and len(self.open) == 1:
+            return
+        waiting = list(self.open)
+        if self._turn is not None and not self._turn.begun and self._turn not in waiting:
+            waiting.append(self._turn)
+        if why.kind != "invalid_request" and len(waiting) == 1:
             # The error names no request, and only one is open. It is safe to send that one again,
             # because a late response is cancelled by its id. An error about an invalid request
             # names its event, or is about another event than a request for a reply.
-            self.replies.report_failure(why, only=self.open[0])
+            self.replies.report_failure(why, only=waiting[0])
 
     def _on_connected(self) -> None:
         # A first connection that failed emits no session_reconnected when it comes up after all;
@@ -332,6 +462,10 @@ class OpenAIAdapter(Adapter):
             if asker.delivered is not None:
                 what = "the connection was lost during the reply"
                 asker.delivered.end(failure_from_event("connection_lost", what))
+        if self._turn is not None and not self._turn.begun:
+            what = "the connection was lost before the reply"
+            why = failure_from_event("connection_lost", what)
+            self.replies.report_failure(why, only=self._turn)
 
 
 class OpenAIRequest(PassthroughRequest):
@@ -410,6 +544,8 @@ class OpenAIRequest(PassthroughRequest):
         self._adapter.discard(self.ids)
         self._close()
         if not attempt.done():
+            if then is None and (self._adapter.echoes is False or not self.ids):
+                self._adapter.unanswered = self
             attempt.set_exception(llm.RealtimeError("abandoned by traced_retry"))
         else:
             self._stop(attempt)
@@ -433,13 +569,13 @@ class OpenAIRequest(PassthroughRequest):
             self._streams.switch_to(result)
         self._flowing = True
         if self.delivered.first_output:
-            self.heard()
+            self._streams.commit()
         return self.delivered
 
-    def heard(self) -> None:
-        """There is output: nothing may follow this generation any more."""
+    def heard(self, *, tool: bool = False) -> None:
+        """Note output, or with ``tool`` a tool call. No other generation may follow this one."""
         if self.delivered is not None:
-            self.delivered.mark_output()
+            self.delivered.mark_output(tool=tool)
         if self._streams is not None and self._flowing:
             self._streams.commit()
 
@@ -464,6 +600,83 @@ class OpenAIRequest(PassthroughRequest):
     def _close(self) -> None:
         if self in self._adapter.open:
             self._adapter.open.remove(self)
+
+
+class OpenAITurn(OpenAIRequest):
+    """A reply that the server starts by itself, because the caller spoke.
+
+    The first attempt listens to the server's own response. If this fails before its first word, the
+    next attempt requests a response, which continues the same streams.
+    """
+
+    def __init__(self, adapter: OpenAIAdapter, item_id: str) -> None:
+        super().__init__(adapter, adapter.replies.request_once)
+        self._item_id = item_id
+        """The id of the item with the caller's speech, or "" if it is not known."""
+        self._first: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the server has begun a response, or the turn is over."""
+        return self._first.done() or bool(self.ids)
+
+    def answer(self, generation: Generation) -> None:
+        """Take ``generation`` for the server's response to the turn."""
+        self._first.set_result(generation)
+        if self._current is None:  # Its beginning is the first sign of the turn.
+            now = asyncio.get_running_loop().time()
+            self._adapter.replies.start(self._adapter, self, now)
+        else:
+            self._adapter.replies.wake()
+
+    def supersede(self) -> None:
+        """Expect no response to this turn any more."""
+        self._first.cancel()
+
+    def was_resolved_with(self, generation: Generation) -> bool:
+        """Return whether ``generation`` is the first one of this turn, and was requested by us."""
+        if self._streams is not None or self._current is None:
+            return False
+        return _resolved_with(generation, self._current)
+
+    def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
+        """Listen to the server's own response, or request one."""
+        if action == "listen":
+            self._current = self._first
+            return self._first
+        return super().attempt(action)
+
+    def limit(self, action: semconv.Action) -> float | None:
+        """Give the server :data:`_TURN_WINDOW` seconds to begin its own response."""
+        return _TURN_WINDOW if action == "listen" else None
+
+    def next_action(self, why: Failure) -> semconv.Action | None:
+        """Return "send" if the caller cannot hear a second reply, and the server knows the turn.
+
+        A model may choose to stay silent, so an empty response is final. A server that has not
+        begun its response may still do so. On a new connection the server knows the caller's words
+        only if they were transcribed.
+        """
+        adapter = self._adapter
+        if not adapter.recovers_turns or adapter.echoes is False or why.kind == "empty_response":
+            return None
+        if why.kind == "connection_lost":
+            return "send" if adapter.is_transcribed(self._item_id) else None
+        if self.ids:
+            return super().next_action(why)
+        return "send" if self._first.done() else None
+
+    def ended(self) -> None:
+        """Close the streams, and expect the next turn."""
+        super().ended()
+        self._adapter.forget_turn(self)
+
+
+def _resolved_with(generation: Generation, attempt: asyncio.Future[Generation]) -> bool:
+    """Return whether ``generation`` is the result of ``attempt``."""
+    if not attempt.done() or attempt.cancelled() or attempt.exception() is not None:
+        return False
+    return attempt.result() is generation
 
 
 def _is_call(item: Mapping[str, Any]) -> bool:

@@ -149,6 +149,9 @@ class SingleSlotAdapter(Adapter):
         session.on("input_speech_started", lambda _: self.watch_for(None))
         before(session, "emit", self._on_emit)
 
+    def observe_turns(self) -> None:
+        """Do nothing yet."""
+
     def _on_emit(self, event: str, *args: Any) -> None:
         # Up to livekit 1.1.14 at least, an event's handlers are called in any order.
         if event == "error":
