@@ -26,10 +26,13 @@ test: lint types tests  ## lint, types, and the tests that need no further insta
 
 test-all: lint types tests-all  ## `make test`, other versions of Python and of packages, and the package itself
 
-# The last three run one process each, so as many of them run at once as there are cores.
+# `packages` waits for pip most of its time, so it runs beside the tests. `fork` and `pythons` run one
+# process each, so as many of them run at once as there are cores.
 .PHONY: tests-all
-tests-all: tests oldest
-	$(MAKE) --jobs $(shell nproc) --output-sync=target packages fork pythons
+tests-all:
+	$(MAKE) --jobs 2 --output-sync=line tests packages
+	$(MAKE) oldest
+	$(MAKE) --jobs $(shell nproc) --output-sync=target fork pythons
 
 lint: .venv/.test  ## ruff: rules and format
 	$(BIN)/ruff check .

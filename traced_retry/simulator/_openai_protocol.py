@@ -13,6 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
+from traced_retry.simulator.script import Fault
 from traced_retry.simulator.server import Connection, Request, Simulator
 
 Event = dict[str, Any]
@@ -116,6 +117,32 @@ class OpenAIConnection(Connection):
         if self.active is not None:
             await self.finish(self.active, "cancelled", reason="turn_detected")
 
+    async def hear_caller(self, transcript: str | None) -> None:
+        """Hear a turn of the caller, as with server-side turn detection, and answer it."""
+        await self.speech_started()
+        item_id = new_id("item")
+        before = self.items[-1] if self.items else None
+        await self.send("input_audio_buffer.speech_stopped", audio_end_ms=1000, item_id=item_id)
+        await self.send("input_audio_buffer.committed", previous_item_id=before, item_id=item_id)
+        part = {"type": "input_audio", "transcript": None}
+        item = {"id": item_id, "type": "message", "role": "user", "content": [part]}
+        await self.add_item(item, len(self.items))
+        if transcript is not None:
+            await self.send(
+                "conversation.item.input_audio_transcription.completed",
+                item_id=item_id,
+                content_index=0,
+                transcript=transcript,
+                usage={"type": "duration", "seconds": 1.0},
+            )
+        turn = self.server.take_turn()
+        assert turn.fault is not None
+        await self.answer(turn, turn.fault)
+
+    @abstractmethod
+    async def answer(self, request: Request, fault: Fault) -> None:
+        """Play an element of the script for a request, or for a turn of the caller."""
+
     # The conversation
 
     async def create_item(self, event: Event) -> None:
@@ -193,7 +220,11 @@ class OpenAIConnection(Connection):
     async def begin_reply(self, request: Request) -> Response:
         response = await self.begin(request.metadata)
         await self.begin_message(response)
-        await self.send("response.output_text.delta", **output_position(response), delta="reply")
+        await self.send(
+            "response.output_text.delta",
+            **output_position(response),
+            delta=request.answer.split()[0],
+        )
         return response
 
     async def begin_message(self, response: Response) -> None:
@@ -202,7 +233,7 @@ class OpenAIConnection(Connection):
         await self.send("response.content_part.added", **output_position(response), part=part)
 
     async def end_reply(self, request: Request, response: Response) -> None:
-        text, where = f"reply {request.number}", output_position(response)
+        text, where = request.answer, output_position(response)
         await self.send("response.output_text.delta", **where, delta=f" {request.number}")
         await self.send("response.output_text.done", **where, text=text)
         await self.send("response.content_part.done", **where, part={"type": "text", "text": text})

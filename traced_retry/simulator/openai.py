@@ -105,6 +105,8 @@ class _ScriptedConnection(OpenAIConnection):
                 )
             case "uncorrelated":
                 await self.reject(None, None, SERVER_ERROR, "server_error")
+            case "rate_limit" if request.turn:
+                await self.fail(await self.begin(None), "rate_limit_exceeded")
             case "rate_limit":
                 wait = f" Please try again in {duration(fault.seconds)}." if fault.argument else ""
                 await self.reject(event_id, "rate_limit_exceeded", RATE_LIMIT + wait)

@@ -13,6 +13,10 @@ from traced_retry.errors import UsageError
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}(/[A-Za-z0-9_.-]{1,64})?")
 
 
+_TURN = "turn:"
+"""The prefix of an element for a turn of the caller."""
+
+
 class ScriptError(UsageError):
     """A script that cannot be read; the message names the bad element and lists the known ones."""
 
@@ -96,22 +100,42 @@ class Fault:
 
 @dataclass(frozen=True)
 class Script:
-    """A list of faults, never empty. The last one repeats for ever."""
+    """Two lists of faults, neither of them empty. The last fault of each repeats for ever.
+
+    Attributes:
+        faults: those of requests, in order.
+        turns: those of the caller's turns, which the server answers by itself, in order.
+    """
 
     faults: tuple[Fault, ...]
+    turns: tuple[Fault, ...] = (Fault("ok"),)
 
     @classmethod
     def parse(cls, text: str) -> Script:
         """Parse ``name[:argument]`` elements separated by commas: ``rate_limit,late:3,ok``.
 
+        An element of the form ``turn:name[:argument]`` is the fault of a turn of the caller. If a
+        script has only elements of one kind, those of the other kind are answered as ``ok``.
+
         Raises:
             ScriptError: an element is empty or unknown, or its argument is missing or bad.
         """
-        return cls(tuple(_parse_element(element.strip()) for element in text.split(",")))
+        faults: list[Fault] = []
+        turns: list[Fault] = []
+        for element in map(str.strip, text.split(",")):
+            of_turn = element.startswith(_TURN)
+            fault = _parse_element(element.removeprefix(_TURN))
+            (turns if of_turn else faults).append(fault)
+        ok = Fault("ok")
+        return cls(tuple(faults) or (ok,), tuple(turns) or (ok,))
 
     def at(self, position: int) -> Fault:
         """The fault at a position counted from 0; past the end it is the last one."""
         return self.faults[min(position, len(self.faults) - 1)]
+
+    def turn_at(self, position: int) -> Fault:
+        """Return the fault of the caller's turn at that position, counted from 0."""
+        return self.turns[min(position, len(self.turns) - 1)]
 
     def check(self, known: frozenset[str], where: str) -> None:
         """See that each fault means something to the simulator called ``where``.
@@ -119,12 +143,13 @@ class Script:
         Raises:
             ScriptError: one of them does not.
         """
-        for fault in self.faults:
+        for fault in (*self.faults, *self.turns):
             if fault.name not in known:
                 raise _error(f"{fault.name!r} means nothing to {where}", known)
 
     def __str__(self) -> str:
-        return ",".join(map(str, self.faults))
+        turns = [] if self.turns == (Fault("ok"),) else [f"{_TURN}{fault}" for fault in self.turns]
+        return ",".join([*map(str, self.faults), *turns])
 
 
 def _parse_element(element: str) -> Fault:

@@ -36,6 +36,7 @@ class Request:
         fault: the script's element it met; None if a response was active already.
         instructions: those of this request alone, if it gave any.
         metadata: echoed in the response.
+        turn: whether it is a turn of the caller, which the server answers by itself.
     """
 
     event_id: str | None
@@ -44,6 +45,12 @@ class Request:
     fault: Fault | None
     instructions: str | None = field(default=None, repr=False)
     metadata: dict[str, Any] | None = field(default=None, repr=False)
+    turn: bool = False
+
+    @property
+    def answer(self) -> str:
+        """The words of the response: ``reply 3``, or ``answer 3`` to a turn."""
+        return f"{'answer' if self.turn else 'reply'} {self.number}"
 
 
 class Simulator(ABC):
@@ -63,6 +70,7 @@ class Simulator(ABC):
 
     Attributes:
         requests: every request for a reply heard, in order.
+        turns: every turn of the caller, in order.
         cancels: the response id, or None, of every cancellation heard.
         completed: the texts of the responses completed.
         connections: how many connections were accepted.
@@ -87,6 +95,7 @@ class Simulator(ABC):
         self.script = Script.parse(script) if isinstance(script, str) else script
         self.script.check(self.faults, type(self).__name__)
         self.requests: list[Request] = []
+        self.turns: list[Request] = []
         self.cancels: list[str | None] = []
         self.completed: list[str] = []
         self.connections = 0
@@ -97,7 +106,7 @@ class Simulator(ABC):
         self._on_event = on_event
         self._position = 0
         self._down_until = 0.0
-        self._open: set[Connection] = set()
+        self._open: list[Connection] = []
         # What became of the newest connection attempt or loss; an accepted one clears both.
         self._lost_one = False
         self._refused_one = False
@@ -212,6 +221,33 @@ class Simulator(ABC):
         """Take the next element off the script."""
         self._position += 1
 
+    async def caller_speaks(self, transcript: str | None = "hello") -> None:
+        """Have the caller speak on the newest connection, and answer as the script says.
+
+        Args:
+            transcript: the caller's words as the server understood them. None if it sends none.
+
+        Raises:
+            RuntimeError: if no client is connected.
+            NotImplementedError: if this simulator has no turns.
+        """
+        if not self._open:
+            raise RuntimeError("no client is connected, so the caller cannot speak")
+        await self._open[-1].hear_caller(transcript)
+
+    def take_turn(self) -> Request:
+        """Return the caller's next turn, with its element of the script."""
+        turn = Request(
+            event_id=None,
+            number=len(self.turns) + 1,
+            at=asyncio.get_running_loop().time(),
+            fault=self.script.turn_at(len(self.turns)),
+            turn=True,
+        )
+        self.turns.append(turn)
+        self.wake()
+        return turn
+
     def go_down(self, seconds: float) -> None:
         """Refuse new connections with HTTP 503 for that long."""
         self._down_until = asyncio.get_running_loop().time() + seconds
@@ -243,14 +279,14 @@ class Simulator(ABC):
         ws = web.WebSocketResponse(compress=False, timeout=CLOSE_TIMEOUT)
         await ws.prepare(http)
         connection = self.connect(ws, http)
-        self._open.add(connection)
+        self._open.append(connection)
         self.connections += 1
         self._lost_one = self._refused_one = False
         self.wake()
         try:
             await connection.run()
         finally:
-            self._open.discard(connection)
+            self._open.remove(connection)
             if connection.lost:
                 self.lost += 1
                 self._lost_one = True
@@ -284,6 +320,10 @@ class Connection(ABC):
     @abstractmethod
     async def receive(self, data: str) -> None:
         """Handle one text message."""
+
+    async def hear_caller(self, transcript: str | None) -> None:
+        """Hear a turn of the caller, and answer it."""
+        raise NotImplementedError(f"{type(self).__name__} has no turns of the caller")
 
     async def run(self) -> None:
         """Serve the client until one of the two hangs up."""
