@@ -6,39 +6,284 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.conversation import actions, codes, ended
+from livekit.agents import Agent, function_tool
+from support.conversation import actions, codes, ended, late, now
+from support.providers import OPENAI, SHARED_ENGINE
 
+import traced_retry
 from traced_retry import semconv
 
+RECOVERING = {"openai": OPENAI, **SHARED_ENGINE}
 
-async def speak(talk, seconds=30.0, **caller):
-    """Have the caller speak once, and let time pass."""
+
+class Clerk(Agent):
+    """An agent with a tool."""
+
+    def __init__(self):
+        super().__init__(instructions="SECRET instructions")
+        self.calls = 0
+
+    @function_tool
+    async def look_up(self) -> str:
+        """Look an order up."""
+        self.calls += 1
+        return "SECRET result"
+
+
+class Failures(list):
+    """The failed replies that on_exhausted got, and when it got them."""
+
+    def __init__(self):
+        self.at = []
+
+    def __call__(self, failed):
+        self.append(failed)
+        self.at.append(now())
+
+
+async def configured(talk):
+    """Wait until the server knows the session's configuration."""
     await talk.server.wait_for("connected")
-    await asyncio.sleep(1.0)  # The plugin configures its session.
-    await talk.server.caller_speaks(**caller)
-    await talk.settle(seconds)
+    await asyncio.sleep(1.0)
 
 
-class TestOpenAI:
-    async def test_answer_to_caller_is_counted(self, start_conversation, recorder):
+async def speak(talk, transcript="hello", seconds=40.0):
+    """Have the caller speak once, and let time pass."""
+    await talk.server.caller_speaks(transcript)
+    await asyncio.sleep(seconds)
+
+
+def initiators(recorder):
+    """The initiator of each reply."""
+    return [reply[semconv.INITIATOR] for reply in recorder.replies]
+
+
+@pytest.fixture
+def failures():
+    return Failures()
+
+
+@pytest.fixture(params=RECOVERING, ids=str)
+def recovering(request):
+    """Return a provider whose replies carry ids."""
+    return RECOVERING[request.param]
+
+
+class TestAnswer:
+    async def test_answer_to_caller_is_counted(self, recovering, start_conversation, recorder):
         """The server's own reply has one span with one attempt, which listened."""
-        talk = await start_conversation("turn:ok")
+        talk = await start_conversation("turn:ok", provider=recovering)
+        await configured(talk)
         await speak(talk)
 
         assert ["answer 1"] == talk.heard
         assert [("succeeded", None)] == ended(recorder)
         assert ["listen"] == actions(recorder)
-        assert ["provider"] == [r[semconv.INITIATOR] for r in recorder.replies]
+        assert ["provider"] == initiators(recorder)
+        assert [] == talk.server.requests
 
+    async def test_call_with_eleven_heard_replies_counts_eleven(self, start_conversation, recorder):
+        """A response that calls a tool is not counted, because the reply to the result is."""
+        agent = Clerk()
+        turns = ",".join(["turn:ok", "turn:ok", "turn:tool:look_up"] * 3 + ["turn:ok"])
+        talk = await start_conversation(turns, agent=agent)
+        await configured(talk)
+        await talk.reply()
+        for _ in range(10):
+            await speak(talk, seconds=5.0)
+
+        assert (11, 3) == (len(talk.heard), agent.calls)
+        assert [("succeeded", None)] * 11 == ended(recorder)
+        assert {"agent": 4, "provider": 7} == recorder.counted(
+            "traced_retry.replies", semconv.INITIATOR
+        )
+        assert {0} == set(recorder.points("traced_retry.in_flight").values())
+
+    async def test_duration_begins_when_caller_stops_speaking(self, start_conversation, recorder):
+        """The time until the server begins to answer is part of the caller's silence."""
+        talk = await start_conversation("turn:late:3")
+        await configured(talk)
+        await speak(talk)
+
+        ((_, seconds),) = recorder.points("traced_retry.reply.duration").values()
+        assert 3.0 == pytest.approx(seconds, abs=0.01)
+        (span,) = (s for s in recorder.spans() if s.name == "generate_reply")
+        assert 3.0 == pytest.approx((span.end_time - span.start_time) / 1e9, abs=0.01)
+
+    async def test_spans_name_response_and_speech(self, start_conversation, recorder):
+        """An engineer can go from the reply to LiveKit's turn, and back."""
+        talk = await start_conversation("turn:ok")
+        speeches = []
+        talk.session.on("speech_created", lambda event: speeches.append(event.speech_handle.id))
+        await configured(talk)
+        await speak(talk)
+        await talk.reply()
+
+        assert speeches == [reply[semconv.LK_SPEECH_ID] for reply in recorder.replies]
+        ids = [attempt[semconv.RESPONSE_ID] for attempt in recorder.attempts]
+        assert ids == [reply[semconv.RESPONSE_ID] for reply in recorder.replies]
+        assert 2 == len(set(ids))
+
+    async def test_no_answer_is_expected_without_turn_detection(
+        self, start_conversation, recorder, failures
+    ):
+        """A server that was told not to start replies owes none."""
+        talk = await start_conversation(
+            "turn:silence", options={"turn_detection": None}, on_exhausted=failures
+        )
+        await configured(talk)
+        await speak(talk)
+
+        assert ([], []) == (recorder.replies, failures)
+
+    async def test_caller_speaks_again(self, start_conversation, recorder, failures):
+        """A turn that the caller goes on with is interrupted, and its reply is not lost."""
+        talk = await start_conversation("turn:silence,turn:ok", on_exhausted=failures)
+        await configured(talk)
+        await speak(talk, seconds=2.0)
+        await speak(talk)
+
+        assert ["answer 2"] == talk.heard
+        assert [("interrupted", "interrupted"), ("succeeded", None)] == ended(recorder)
+        assert [] == failures
+
+    async def test_barge_in(self, start_conversation, recorder, failures):
+        """The caller speaks while the answer begins, and the server ends it."""
+        talk = await start_conversation("turn:stalled,turn:ok", on_exhausted=failures)
+        await configured(talk)
+        await speak(talk, seconds=2.0)
+        await speak(talk)
+
+        assert ["answer 2"] == talk.heard
+        assert [("interrupted", "interrupted"), ("succeeded", None)] == ended(recorder)
+        assert [] == failures
+
+    async def test_request_of_agent_answers_caller(self, start_conversation, recorder, failures):
+        """The turn is superseded if the agent's own request is answered first."""
+        talk = await start_conversation("ok,turn:silence", on_exhausted=failures)
+        await configured(talk)
+        await speak(talk, seconds=1.0)
+        await talk.reply()
+        await asyncio.sleep(40.0)
+
+        assert ["reply 1"] == talk.heard
+        assert {("superseded", "superseded"), ("succeeded", None)} == set(ended(recorder))
+        assert [] == failures
+
+
+class TestRecovery:
     @pytest.mark.parametrize(
-        "fault",
-        ["failed", "failed_later", "failed_message", "rate_limit", "drop_before", "stalled"],
+        "fault", ["failed", "failed_later", "failed_message", "rate_limit", "drop_before"]
     )
-    async def test_failed_answer_is_requested_again(self, fault, start_conversation, recorder):
+    async def test_failed_answer_is_requested_again(
+        self, fault, recovering, start_conversation, recorder
+    ):
         """The caller hears the reply once, in the streams that the agent already has."""
-        talk = await start_conversation(f"ok,turn:{fault}")
+        talk = await start_conversation(f"turn:{fault}", provider=recovering)
+        speeches = []
+        talk.session.on("speech_created", lambda event: speeches.append(event.speech_handle))
+        await configured(talk)
         await speak(talk)
 
         assert ["reply 1"] == talk.heard
         assert [("recovered", None)] == ended(recorder)
         assert ["listen", "send"] == actions(recorder)
+        assert ["provider"] == initiators(recorder)
+        (speech,) = speeches
+        assert speech.done() and speech.exception() is None
+
+    async def test_answer_fails_twice(self, start_conversation, recorder):
+        """Our own request follows the rules of an agent's request."""
+        talk = await start_conversation("failed,error:server_error,ok,turn:failed")
+        await configured(talk)
+        await speak(talk)
+
+        assert ["reply 3"] == talk.heard
+        assert ["listen", "send", "send", "send"] == actions(recorder)
+
+    async def test_tool_in_recovered_answer_runs_once(self, start_conversation, recorder):
+        """The recovered response calls a tool, and the agent requests the reply to its result."""
+        agent = Clerk()
+        talk = await start_conversation("tool:look_up,ok,turn:failed", agent=agent)
+        await configured(talk)
+        await speak(talk)
+
+        assert (["reply 2"], 1) == (talk.heard, agent.calls)
+        assert [("recovered", None), ("succeeded", None)] == ended(recorder)
+
+
+REPORTED = {
+    # fault: the code, the stop reason, and the longest time until the agent's code knows
+    "incomplete": ("content_filter", "not_recoverable", 0.1),
+    "failed:insufficient_quota": ("insufficient_quota", "not_recoverable", 0.1),
+    "failed_during": ("server_error", "output_started", 0.2),
+    "drop_during": ("connection_lost", "output_started", 0.2),
+    "empty": ("empty_response", "unsafe_to_resend", 0.1),
+    "silence": ("timeout", "unsafe_to_resend", 10.0),
+    "uncorrelated": ("server_error", "unsafe_to_resend", 0.1),
+    "quota": ("insufficient_quota", "not_recoverable", 0.1),
+}
+
+
+class TestReport:
+    @pytest.mark.parametrize("fault", REPORTED)
+    async def test_lost_answer_is_reported(self, fault, start_conversation, recorder, failures):
+        """The agent's code, the trace and the metrics show it once, and at once."""
+        code, stop, seconds = REPORTED[fault]
+        talk = await start_conversation(f"turn:{fault}", on_exhausted=failures)
+        speeches = []
+        talk.session.on("speech_created", lambda event: speeches.append(event.speech_handle))
+        await configured(talk)
+        began = now()
+        await speak(talk)
+
+        assert [code] == codes(recorder)
+        assert [(semconv.OUTCOME_OF[stop], stop)] == ended(recorder)
+        (failed,) = failures
+        assert (stop, (code,), "provider") == (failed.stop_reason, failed.codes, failed.initiator)
+        assert failures.at[0] - began <= seconds + 0.01
+        assert speeches == ([] if failed.speech is None else [failed.speech])
+        assert talk.session is failed.session
+        assert all(s.done() and s.exception() is not None for s in speeches)
+        assert [] == talk.server.requests
+
+    async def test_words_without_transcript_are_lost_with_connection(
+        self, start_conversation, recorder, failures
+    ):
+        """A new connection does not know the caller's words, so a request would be nonsense."""
+        talk = await start_conversation("turn:drop_before", on_exhausted=failures)
+        await configured(talk)
+        await speak(talk, transcript=None)
+
+        assert ([], []) == (talk.heard, talk.server.requests)
+        assert ["connection_lost"] == codes(recorder)
+        assert ["provider"] == [failed.initiator for failed in failures]
+
+    async def test_late_answer_is_counted_as_late(self, start_conversation, recorder, failures):
+        """An answer after the report is heard, as with the plugin alone, and is no new reply."""
+        talk = await start_conversation("turn:late:12", on_exhausted=failures)
+        await configured(talk)
+        await speak(talk)
+
+        assert (["answer 1"], 1, 1) == (talk.heard, len(failures), late(recorder))
+        assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
+
+    async def test_session_closes_before_answer(self, start_conversation, recorder, failures):
+        """A turn without an answer ends with its session."""
+        talk = await start_conversation("turn:silence", on_exhausted=failures)
+        await configured(talk)
+        await speak(talk, seconds=1.0)
+        await talk.session.aclose()
+
+        assert [("not_recoverable", "session_closed")] == ended(recorder)
+        assert {0} == set(recorder.points("traced_retry.in_flight").values())
+
+
+async def test_switched_off(start_conversation, recorder):
+    """The server's own replies are heard and not traced."""
+    talk = await start_conversation("turn:ok")
+    await configured(talk)
+    traced_retry.disable()
+    await speak(talk)
+
+    assert (["answer 1"], []) == (talk.heard, recorder.replies)
