@@ -25,7 +25,7 @@ import traced_retry
 from traced_retry import semconv
 from traced_retry.core.loop import Reply
 from traced_retry.core.telemetry import Target, Telemetry
-from traced_retry.livekit.adapter import PassthroughRequest
+from traced_retry.livekit.request import PassthroughRequest
 from traced_retry.livekit.speech import when_interrupted
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.ultravox import UltravoxSimulator

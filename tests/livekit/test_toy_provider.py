@@ -19,7 +19,8 @@ import traced_retry
 from traced_retry import RetryPolicy
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit import registry
-from traced_retry.livekit.adapter import Adapter, PassthroughRequest
+from traced_retry.livekit.adapter import Adapter
+from traced_retry.livekit.request import PassthroughRequest
 from traced_retry.simulator import Request, ScriptError, Simulator
 from traced_retry.simulator.server import Connection
 

@@ -60,6 +60,7 @@ def initiators(recorder):
 
 @pytest.fixture
 def failures():
+    """Return an empty list of failed replies."""
     return Failures()
 
 
@@ -190,7 +191,7 @@ class TestRecovery:
         assert ["listen", "send"] == actions(recorder)
         assert ["provider"] == initiators(recorder)
         (speech,) = speeches
-        assert speech.done() and speech.exception() is None
+        assert (True, None) == (speech.done(), speech.exception())
 
     async def test_answer_fails_twice(self, start_conversation, recorder):
         """Our own request follows the rules of an agent's request."""

@@ -533,7 +533,7 @@ class Reply(Driver, Generic[T]):
 
     def _succeed(self, attempt: Attempt[T]) -> None:
         delivery = attempt.delivery
-        if delivery is not None and delivery.only_called_tools and self._trace.discard():
+        if delivery is not None and delivery.is_no_reply and self._trace.discard():
             self._attempt = None
             self._finish_up(None)
             return

@@ -75,6 +75,8 @@ class Delivery:
         """The provider's id of the response, if there is one."""
         self.spoke = False
         """Whether there was other output than a tool call."""
+        self.chose_silence = False
+        """Whether the provider reported that the model chose not to answer the caller."""
         self.ended = False
         self.failure: Failure | None = None
         self.cancelled = False
@@ -92,9 +94,9 @@ class Delivery:
         return self.failure is not None and self.first_output_at is None
 
     @property
-    def only_called_tools(self) -> bool:
-        """Whether the output was a tool call and no speech."""
-        return self.first_output and not self.spoke
+    def is_no_reply(self) -> bool:
+        """Whether the model called a tool without speech, or chose not to answer the caller."""
+        return self.chose_silence or (self.first_output and not self.spoke)
 
     def mark_output(self, *, tool: bool = False) -> None:
         """Note a word or a sound, or with ``tool`` a tool call."""

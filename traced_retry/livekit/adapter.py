@@ -17,14 +17,12 @@ from livekit.agents import APIConnectionError, llm
 
 from traced_retry import semconv
 from traced_retry.core.failure import Failure, Kind, explain, failure
-from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.core.request import CallRequest, Delivery, Request
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.events import ProviderError, read_error
-
-Generation = llm.GenerationCreatedEvent
-Call = Callable[[], "asyncio.Future[Generation]"]
+from traced_retry.livekit.request import Call, Generation, PassthroughRequest
+from traced_retry.livekit.turns import Turns
 
 
 class Replies(Protocol):
@@ -91,13 +89,29 @@ class Adapter:
 
     def observe_turns(self) -> None:
         """Have the replies traced that the provider starts."""
-        self.session.on("generation_created", self._on_generation)
+        self.turns = Turns(self)
 
-    def _on_generation(self, event: Generation) -> None:
-        if not event.user_initiated:
-            with suppress_and_log("observing a reply of the provider"):
-                now = asyncio.get_running_loop().time()
-                self.replies.start(self, PassthroughRequest(lambda: _resolved(event)), now)
+    def starts_reply(self, generation: Generation) -> bool:
+        """Return whether the provider started ``generation`` by itself, before LiveKit sees it."""
+        return not generation.user_initiated
+
+    def turn_delivery(self, generation: Generation) -> Delivery | None:
+        """Return the further course of a reply that the provider started, if it can be seen."""
+        return None
+
+    def turn_window(self) -> float | None:
+        """Return the seconds in which the provider has to answer the caller.
+
+        None means that an unanswered turn cannot be noticed.
+        """
+        return None
+
+    def expects_answer(self) -> bool:
+        """Return whether a request is open, so that the provider's next reply answers it."""
+        return False
+
+    def caller_spoke(self) -> None:
+        """Note that the provider has heard a turn of the caller."""
 
     def missing_attributes(self) -> list[str]:
         """Those of :attr:`required_attributes` that this plugin's session does not have."""
@@ -115,81 +129,6 @@ class Adapter:
     def classify_event(self, event: llm.RealtimeModelError) -> Failure:
         """What an ``error`` event of the session means."""
         return classify_event(event)
-
-
-class PassthroughRequest:
-    """A request to a provider of which nothing is known: traced, never sent again.
-
-    It is also what the adapters' requests derive from. See
-    :class:`~traced_retry.core.request.Request` for when the loop calls which method.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.on_late: Callable[[], None] = lambda: None
-        """To be called when the reply is heard after the agent was told that it had failed."""
-        self.speech: Any = None
-        """The ``SpeechHandle`` on whose behalf it is asked, if there is one."""
-        self.set_speech_id: Callable[[str | None], None] = lambda _: None
-        """To be called with the id of the ``SpeechHandle``, if it is known later."""
-        self.stop_watching: Callable[[], None] = lambda: None
-        """To be called when that one's interruption means nothing to the reply any more."""
-
-    def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send it, as the plugin does."""
-        return self.call()
-
-    def limit(self, action: semconv.Action) -> float | None:
-        """The plugin's own time-out, and the deadline."""
-        return None
-
-    def explain(self, error: BaseException) -> Failure:
-        """Classify by the default table; the plugins' own time-outs carry no code."""
-        why = explain(error)
-        if why.kind == "unknown" and why.code is None and "timed out" in str(error):
-            return failure(error, "timeout")
-        return why
-
-    def timed_out(self, seconds: float) -> Failure:
-        """A ``RealtimeError``, for LiveKit catches nothing else."""
-        return timeout_failure(seconds)
-
-    def internal_failure(self, error: BaseException) -> Failure:
-        """Return a ``RealtimeError`` caused by ``error``. LiveKit catches no other class."""
-        if isinstance(error, llm.RealtimeError) or not isinstance(error, Exception):
-            return explain(error)
-        raised = llm.RealtimeError(f"traced_retry failed internally ({type(error).__name__})")
-        raised.__cause__ = error
-        return failure(raised, "bug")
-
-    def next_action(self, why: Failure) -> semconv.Action | None:
-        """Nothing is known to be safe."""
-        return None
-
-    def ready(self) -> bool:
-        """Always."""
-        return True
-
-    def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """Cancel it, as the agent itself would on giving up."""
-        attempt.cancel()
-
-    def cancel(self, attempt: asyncio.Future[Generation]) -> None:
-        """Carry the caller's cancel inward."""
-        attempt.cancel()
-
-    def delivery(self, result: Generation) -> Delivery | None:
-        """Nothing is known of what follows."""
-        return None
-
-    def ended(self) -> None:
-        """The reply is over, whatever its outcome."""
-
-
-def _resolved(event: Generation) -> asyncio.Future[Generation]:
-    future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
-    future.set_result(event)
-    return future
 
 
 class OwnRetryAdapter(Adapter):
@@ -216,12 +155,6 @@ class OwnRetryRequest(PassthroughRequest):
     def next_action(self, why: Failure) -> semconv.Action | None:
         """As the author says."""
         return self._inner.next_action(why)
-
-
-def timeout_failure(seconds: float, kind: Kind = "timeout") -> Failure:
-    """The failure of an attempt that we ended ourselves."""
-    error = llm.RealtimeError(f"generate_reply got no answer within {seconds:.1f} s")
-    return failure(error, kind, ended_locally=True)
 
 
 def failure_from_event(

@@ -42,14 +42,8 @@ from traced_retry.core.failure import CODES, Failure, Kind, explain, failure, pl
 from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.core.telemetry import Target
-from traced_retry.livekit.adapter import (
-    Adapter,
-    Call,
-    Generation,
-    PassthroughRequest,
-    Replies,
-    failure_from_event,
-)
+from traced_retry.livekit.adapter import Adapter, Replies, failure_from_event
+from traced_retry.livekit.request import Call, Generation, PassthroughRequest
 from traced_retry.livekit.single_slot import SlotDelivery, before
 
 _REMEMBERED = 64
@@ -91,6 +85,26 @@ class AWSAdapter(Adapter):
         """The plugin calls itself Amazon; semantic conventions have a name for the service."""
         return Target("aws.bedrock", self.session.realtime_model.model)
 
+    def starts_reply(self, generation: Generation) -> bool:
+        """Return whether an answer to the caller is announced again, as its words begin."""
+        spoken = generation.response_id == self._newest and self._unasked and not self.given_up
+        if spoken:
+            self._unasked = False
+        return spoken
+
+    def turn_delivery(self, generation: Generation) -> Delivery | None:
+        """Watch the reply to its end, as the answer to a request."""
+        self._watch_stream()
+        return self.speaking.begin(generation, started=False)
+
+    def expects_answer(self) -> bool:
+        """Return whether a request is open."""
+        return bool(self.open)
+
+    def turn_window(self) -> float | None:
+        """The plugin's own time for a request."""
+        return self.window()
+
     def request(self, call: Call) -> AWSRequest:
         """One reply's request."""
         return AWSRequest(self, call)
@@ -109,12 +123,17 @@ class AWSAdapter(Adapter):
     def watch(self, request: AWSRequest) -> None:
         """Take up a request just sent; it fails where nobody reads the stream, now or later."""
         self.open.append(request)
+        self.turns.supersede()
+        self._watch_stream()
+        if self._lost is not None:
+            self.replies.report_failure(self._lost, "not_recoverable", only=request)
+
+    def _watch_stream(self) -> None:
+        """Notice the end of replies, and that of the stream."""
         if self._reader is None:
             before(self.session, "_close_current_generation", self.speaking.end)
             before(self.session, "_restart_session", self._on_restarting)
         self._watch_reader()
-        if self._lost is not None:
-            self.replies.report_failure(self._lost, "not_recoverable", only=request)
 
     def _watch_reader(self) -> bool:
         """Have the end of what reads the stream, or will, told to us; False if we had already."""

@@ -49,15 +49,8 @@ from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
-from traced_retry.livekit.adapter import (
-    Adapter,
-    Call,
-    Generation,
-    PassthroughRequest,
-    Replies,
-    empty_failure,
-    failure_from_event,
-)
+from traced_retry.livekit.adapter import Adapter, Replies, empty_failure, failure_from_event
+from traced_retry.livekit.request import Call, Generation, PassthroughRequest
 from traced_retry.livekit.single_slot import before
 from traced_retry.livekit.streams import Streams
 
@@ -85,7 +78,8 @@ class _Answer:
     """The generation that answers a request, as far as the server has sent it."""
 
     response_id: str
-    request: GoogleRequest
+    request: GoogleRequest | None
+    """The request that it answers. None if the server started it by itself."""
     delivery: Delivery
     caller_spoke: bool = False
     """Whether its turn holds words of the caller, so that it may be the answer to them."""
@@ -103,6 +97,12 @@ class _Answer:
     def may_be_repeated(self) -> bool:
         """Whether another attempt can do no harm, if this one ends without output."""
         return not (self.tool_ran or self.in_transcript)
+
+    def heard(self, *, tool: bool = False) -> None:
+        """Note output, or with ``tool`` a tool call. No other generation may follow this one."""
+        self.delivery.mark_output(tool=tool)
+        if self.request is not None:
+            self.request.commit(self)
 
 
 class GoogleAdapter(Adapter):
@@ -144,8 +144,16 @@ class GoogleAdapter(Adapter):
         if all(hasattr(session, name) for name in _METHODS):
             self._replace_methods()
 
-    def observe_turns(self) -> None:
-        """Do nothing yet."""
+    def starts_reply(self, generation: Generation) -> bool:
+        """Return whether nobody waits for it, on a session that is not being begun anew."""
+        return not (generation.user_initiated or self._restarting)
+
+    def turn_delivery(self, generation: Generation) -> Delivery | None:
+        """Watch the reply to its end, as the answer to a request."""
+        assert generation.response_id is not None
+        self._answer = _Answer(generation.response_id, None, Delivery())
+        self._answer.delivery.response_id = generation.response_id
+        return self._answer.delivery
 
     def _replace_methods(self) -> None:
         self._start_new_generation = self.plugin._start_new_generation
@@ -282,6 +290,7 @@ class GoogleAdapter(Adapter):
             self._discarded_response = event.response_id
         elif event.user_initiated and event.response_id is not None and self.asked is not None:
             self._answer = _Answer(event.response_id, self.asked, Delivery())
+            self._answer.delivery.response_id = event.response_id
             return self.asked.has_streams
         return False
 
@@ -302,7 +311,7 @@ class GoogleAdapter(Adapter):
         answer.interrupted |= bool(content.interrupted)
         answer.tool_ran |= _ran_tool(content, parts)
         if sound or (spoken and not self.session.realtime_model.capabilities.audio_output):
-            answer.request.heard(answer)
+            answer.heard()
         if content.generation_complete and answer.delivery.first_output:
             answer.delivery.end()
 
@@ -312,7 +321,7 @@ class GoogleAdapter(Adapter):
             return
         self._on_output(generation)
         if (answer := self.answer(generation.response_id)) is not None:
-            answer.request.heard(answer)
+            answer.heard(tool=True)
 
     def _on_output(self, generation: Any) -> None:
         if self.asked is not None and self.asked.sent_during is generation:
@@ -342,12 +351,19 @@ class GoogleAdapter(Adapter):
         delivery, failed = answer.delivery, None
         lost = self.plugin._session_error is not None or not delivery.first_output
         if not answer.complete and lost:
-            answer.request.lost = "send"
+            if answer.request is not None:
+                answer.request.lost = "send"
             what = "the connection was lost during the reply"
             failed = failure_from_event("connection_lost", what)
         elif not (delivery.first_output or answer.interrupted):
-            failed = empty_failure("turn")
+            delivery.chose_silence = answer.request is None and self._may_stay_silent
+            failed = None if delivery.chose_silence else empty_failure("turn")
         delivery.end(failed, cancelled=answer.interrupted)
+
+    @property
+    def _may_stay_silent(self) -> bool:
+        """Whether the model was allowed not to answer the caller (Gemini's proactive audio)."""
+        return getattr(self.plugin._opts, "proactivity", None) is True
 
     def answer(self, response_id: str | None) -> _Answer | None:
         """The answer with that response id, if it is the latest we asked for."""
@@ -493,9 +509,8 @@ class GoogleRequest(PassthroughRequest):
             self._streams.commit()
         return answer.delivery
 
-    def heard(self, answer: _Answer) -> None:
-        """There is output: no other generation may follow this one."""
-        answer.delivery.mark_output()
+    def commit(self, answer: _Answer) -> None:
+        """Expect no other generation, because this one has output."""
         if self._answer is answer and self._streams is not None:
             self._streams.commit()
 

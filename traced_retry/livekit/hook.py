@@ -37,14 +37,9 @@ from traced_retry.core.sanitize import shown
 from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.core.variables import warn_about_misspelt
 from traced_retry.errors import ArgumentError
-from traced_retry.livekit.adapter import (
-    Adapter,
-    Generation,
-    PassthroughRequest,
-    failure_from_event,
-    timeout_failure,
-)
+from traced_retry.livekit.adapter import Adapter, failure_from_event
 from traced_retry.livekit.registry import adapter_class
+from traced_retry.livekit.request import Generation, PassthroughRequest, timeout_failure
 from traced_retry.livekit.say import SayRequest, observed
 from traced_retry.livekit.speech import (
     agent_activity,

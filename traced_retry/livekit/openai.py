@@ -36,16 +36,13 @@ from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
-    Call,
-    Generation,
-    PassthroughRequest,
     Replies,
     empty_failure,
     failure_from_error,
     failure_from_event,
-    timeout_failure,
 )
 from traced_retry.livekit.events import field, mapping, read_error, text
+from traced_retry.livekit.request import Call, Generation, PassthroughRequest, timeout_failure
 from traced_retry.livekit.streams import Streams
 
 _TOOL_CALL = "response.output_item.done"

@@ -25,7 +25,9 @@ from livekit.agents import llm
 from traced_retry import semconv
 from traced_retry.core.failure import Failure
 from traced_retry.core.guard import suppress_and_log
-from traced_retry.livekit.adapter import Call, Generation, Replies, failure_from_event
+from traced_retry.core.request import Delivery
+from traced_retry.livekit.adapter import Replies, failure_from_event
+from traced_retry.livekit.request import Call, Generation
 from traced_retry.livekit.single_slot import (
     SingleSlotAdapter,
     SingleSlotRequest,
@@ -52,6 +54,15 @@ class PhonicAdapter(SingleSlotAdapter):
         super().__init__(session, replies)
         self._watched = False
         session.on("generation_created", self._on_generation)
+
+    def starts_reply(self, generation: Generation) -> bool:
+        """Return whether the plugin does not take it for the answer to a request."""
+        return not generation.user_initiated and super().starts_reply(generation)
+
+    def turn_delivery(self, generation: Generation) -> Delivery | None:
+        """Watch the reply to its end, as the answer to a request."""
+        self.watch_for_the_end()
+        return super().turn_delivery(generation)
 
     def request(self, call: Call) -> PhonicRequest:
         """One reply's request."""

@@ -21,7 +21,8 @@ from typing import Final
 from traced_retry import semconv
 from traced_retry.core.failure import Failure, failure
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.livekit.adapter import Adapter, Call, Generation, PassthroughRequest
+from traced_retry.livekit.adapter import Adapter
+from traced_retry.livekit.request import Call, Generation, PassthroughRequest
 from traced_retry.livekit.single_slot import SingleSlotAdapter
 
 _NEVER: Final = 86_400.0

@@ -21,15 +21,8 @@ from traced_retry import semconv
 from traced_retry.core.failure import Failure
 from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
-from traced_retry.livekit.adapter import (
-    Adapter,
-    Call,
-    Generation,
-    PassthroughRequest,
-    Replies,
-    empty_failure,
-    timeout_failure,
-)
+from traced_retry.livekit.adapter import Adapter, Replies, empty_failure
+from traced_retry.livekit.request import Call, Generation, PassthroughRequest, timeout_failure
 
 _AHEAD = 0.1
 """Seconds by which an attempt ends before the plugin's own time-out would empty the slot."""
@@ -60,40 +53,57 @@ class SlotDelivery:
         self._latest: Any = None
         self._has_output = True
         """Whether the latest generation has output, or need not have any."""
-        session.on("generation_created", self._on_generation)
+        self._called_tool = self._spoke = False
+        """Whether the latest generation holds a tool call, or speech."""
+        self._interrupted = False
+        before(session, "emit", self._on_emit)
         session.on("input_speech_started", self._on_interrupted)
 
-    def _on_generation(self, _: Generation) -> None:
-        with suppress_and_log("watching a generation"):
-            audio = self._session.realtime_model.capabilities.audio_output
-            names = ("audio_ch" if audio else "text_ch", "function_ch")
-            self._latest = generation = self._session._current_generation
-            channels = [getattr(generation, name, None) for name in names]
-            self._has_output = None in channels
-            for channel in channels:
-                if channel is not None:
-                    channel.send_nowait = functools.partial(self._note, channel.send_nowait)
+    def _on_emit(self, event: str, *_: Any) -> None:
+        if event != "generation_created":
+            return
+        audio = self._session.realtime_model.capabilities.audio_output
+        generation = self._session._current_generation
+        if generation is not self._latest:
+            self._latest = generation
+            self._called_tool = self._spoke = self._interrupted = False
+        message = getattr(generation, "message_gen", None)  # AWS's plugin renews its channels.
+        speech = getattr(message or generation, "audio_ch" if audio else "text_ch", None)
+        tools = getattr(generation, "function_ch", None)
+        self._has_output = message is not None or None in (speech, tools)
+        for channel, tool in ((speech, False), (tools, True)):
+            if channel is not None and not isinstance(channel.send_nowait, functools.partial):
+                channel.send_nowait = functools.partial(self._note, channel.send_nowait, tool)
 
-    def _note(self, send: Callable[[Any], None], value: Any) -> None:
+    def _note(self, send: Callable[[Any], None], tool: bool, value: Any) -> None:
         if value != "":  # Phonic's plugin ends a text with it.
             self._has_output = True
+            self._called_tool |= tool
+            self._spoke |= not tool
+            for delivery, _ in self._open:
+                delivery.mark_output(tool=tool)
         send(value)
 
     def _on_interrupted(self, _: object) -> None:
-        self._has_output = True  # The caller spoke first, so the reply owes nothing.
+        self._has_output = self._interrupted = True  # The caller spoke first.
 
-    def begin(self, result: Generation) -> Delivery | None:
-        """Watch the reply ``result``. Return None if it is over, and had output."""
+    def begin(self, result: Generation, *, started: bool = True) -> Delivery | None:
+        """Watch the reply ``result``. Return None if it is over, and had output.
+
+        If it was ``started`` by its first words, as the answer to a request is, it is never sent
+        again. A reply that the provider starts may begin before its first words.
+        """
         generation = self._session._current_generation
+        delivery = Delivery()
+        delivery.response_id = result.response_id
         if generation is None or generation.message_ch is not result.message_stream:
             if self._has_output or self._latest.message_ch is not result.message_stream:
                 return None
-            delivery = Delivery()
             delivery.end(empty_failure("reply"))
             return delivery
         self._generation = generation
-        delivery = Delivery()
-        delivery.mark_output()  # It begins with its first words, so it is never sent again.
+        if started or self._spoke or self._called_tool:
+            delivery.mark_output(tool=self._called_tool and not self._spoke)
         timer = asyncio.get_running_loop().call_later(_LONGEST, delivery.end)
         self._open.append((delivery, timer))
         return delivery
@@ -106,6 +116,7 @@ class SlotDelivery:
     def end(self, why: Failure | None = None, *, interrupted: bool = False) -> None:
         """End the delivery. The reply is whole, was ``interrupted``, or was cut by ``why``."""
         ended, self._open, self._generation = self._open, [], None
+        interrupted = interrupted or self._interrupted
         self._has_output = self._has_output or interrupted
         for delivery, timer in ended:
             timer.cancel()
@@ -113,7 +124,7 @@ class SlotDelivery:
                 delivery.first_output_at = None  # Its beginning was taken for its first word.
                 delivery.end(empty_failure("reply"))
             else:
-                delivery.end(why)
+                delivery.end(why, cancelled=interrupted)
 
 
 def before(session: llm.RealtimeSession[Any], method: str, callback: Callable[..., None]) -> None:
@@ -149,8 +160,25 @@ class SingleSlotAdapter(Adapter):
         session.on("input_speech_started", lambda _: self.watch_for(None))
         before(session, "emit", self._on_emit)
 
-    def observe_turns(self) -> None:
-        """Do nothing yet."""
+    def starts_reply(self, generation: Generation) -> bool:
+        """Return whether no request is open, and none was given up that may be answered now."""
+        return self.waiting is None and self._given_up is None
+
+    def turn_delivery(self, generation: Generation) -> Delivery | None:
+        """Watch the reply to its end, as the answer to a request."""
+        return self.speaking.begin(generation, started=False)
+
+    def expects_answer(self) -> bool:
+        """Return whether a request is open."""
+        return self.waiting is not None
+
+    def caller_spoke(self) -> None:
+        """Take the next reply for the answer to the caller."""
+        self.watch_for(None)
+
+    def turn_window(self) -> float | None:
+        """The plugin's own time for a request."""
+        return self.window
 
     def _on_emit(self, event: str, *args: Any) -> None:
         # Up to livekit 1.1.14 at least, an event's handlers are called in any order.
@@ -218,6 +246,7 @@ class SingleSlotRequest(PassthroughRequest):
         self._attempts += 1
         self._action = action
         self._adapter.watch_for(None)
+        self._adapter.turns.supersede()
         if self._adapter.dead is not None:
             self._adapter.replies.report_failure(self._adapter.dead, "not_recoverable", only=self)
         if action != "listen":

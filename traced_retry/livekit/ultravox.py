@@ -32,7 +32,8 @@ from livekit.agents import llm
 
 from traced_retry.core.failure import Failure, kind_of_status
 from traced_retry.core.guard import suppress_and_log
-from traced_retry.livekit.adapter import Generation, Replies, failure_from_event
+from traced_retry.livekit.adapter import Replies, failure_from_event
+from traced_retry.livekit.request import Generation
 from traced_retry.livekit.single_slot import SingleSlotAdapter, SlotDelivery, before
 
 _STATUS = re.compile(r"HTTP (\d{3})\b")

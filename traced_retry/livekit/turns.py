@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The replies that a provider starts by itself, because the caller spoke or a tool returned.
+
+:class:`Turns` observes them on a provider whose replies carry no id of a request. It never requests
+one of them again, because the caller could then hear two replies.
+
+Facts (livekit-agents and its plugins, 1.7.0 to 1.8.9):
+
+* ``generation_created`` with ``user_initiated=False`` announces such a reply. LiveKit creates its
+  ``SpeechHandle`` in this event's handler.
+* ``input_audio_transcription_completed`` with ``is_final`` comes before the reply on Ultravox,
+  Phonic and AWS, so it shows that the provider has heard a turn of the caller. Gemini's comes after
+  the reply.
+* ``input_speech_stopped`` reports the end of the caller's speech on Phonic and AWS. Ultravox has no
+  such event, and Google's plugin emits it at the end of the reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import TYPE_CHECKING, Any
+
+from traced_retry import semconv
+from traced_retry.core.guard import suppress_and_log
+from traced_retry.core.request import Delivery
+from traced_retry.livekit.request import Generation, PassthroughRequest
+
+if TYPE_CHECKING:
+    from livekit.agents import llm
+
+    from traced_retry.livekit.adapter import Adapter
+
+
+class Turns:
+    """The caller's turns of one session, and the provider's replies to them."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._pending: Turn | None = None
+        """The turn that the provider has heard and not answered."""
+        self._unanswered: Turn | None = None
+        """The last turn that was reported as unanswered and may still be answered."""
+        self._stopped_speaking: float | None = None
+        session = adapter.session
+        self._emit = session.emit
+        session.emit = self._emit_and_follow  # type: ignore[method-assign]
+        session.on("input_speech_started", self._on_speech_started)
+        session.on("input_speech_stopped", self._on_speech_stopped)
+        session.on("input_audio_transcription_completed", self._on_transcribed)
+
+    def supersede(self) -> None:
+        """End the pending turn, because the provider's next reply answers a request."""
+        self._unanswered = None
+        if self._pending is not None:
+            self._pending.supersede()
+            self._adapter.replies.wake()
+
+    def ended(self, turn: Turn, *, unanswered: bool) -> None:
+        """Note that the reply to ``turn`` has ended."""
+        if self._pending is turn:
+            self._pending = None
+            self._unanswered = turn if unanswered else None
+
+    def _emit_and_follow(self, event: Any, *args: Any) -> None:
+        turn = None
+        if event == "generation_created":
+            with suppress_and_log("observing a reply of the provider"):
+                turn = self._turn_of(args[0])
+        if turn is None:
+            self._emit(event, *args)
+        else:
+            self._adapter.replies.emit(turn, functools.partial(self._emit, event, *args))
+
+    def _turn_of(self, generation: Generation) -> Turn | None:
+        """Return the turn that ``generation`` answers, or None if it answers a request."""
+        if not self._adapter.starts_reply(generation):
+            return None
+        if self._unanswered is not None:
+            self._unanswered.on_late()
+            self._unanswered = None
+            return None
+        turn = self._pending
+        if turn is None:
+            turn = Turn(self._adapter, self)
+            turn.answer(generation)
+            now = asyncio.get_running_loop().time()
+            self._adapter.replies.start(self._adapter, turn, now)
+        else:
+            self._pending = None
+            turn.answer(generation)
+            self._adapter.replies.wake()
+        return turn
+
+    def _on_speech_started(self, _: object) -> None:
+        with suppress_and_log("reading the start of the caller's speech"):
+            if self._pending is not None:
+                self._adapter.replies.interrupt_reply(self._pending)
+
+    def _on_speech_stopped(self, _: object) -> None:
+        self._stopped_speaking = asyncio.get_running_loop().time()
+
+    def _on_transcribed(self, event: llm.InputTranscriptionCompleted) -> None:
+        if not (event.is_final and event.transcript):
+            return
+        with suppress_and_log("reading the caller's words"):
+            self._unanswered = None
+            self._adapter.caller_spoke()
+            stopped, self._stopped_speaking = self._stopped_speaking, None
+            if self._adapter.turn_window() is None or self._adapter.expects_answer():
+                return
+            if self._pending is not None:
+                return  # The caller goes on with the same turn.
+            now = asyncio.get_running_loop().time()
+            self._pending = Turn(self._adapter, self)
+            self._adapter.replies.start(
+                self._adapter, self._pending, now if stopped is None else stopped
+            )
+
+
+class Turn(PassthroughRequest):
+    """A reply that the provider starts. Its one attempt listens, and it is never requested."""
+
+    def __init__(self, adapter: Adapter, turns: Turns) -> None:
+        super().__init__(lambda: self._generation)
+        self._adapter = adapter
+        self._turns = turns
+        self._generation: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+
+    def answer(self, generation: Generation) -> None:
+        """Take ``generation`` for the provider's reply."""
+        if not self._generation.done():
+            self._generation.set_result(generation)
+
+    def supersede(self) -> None:
+        """Expect no reply any more."""
+        self._generation.cancel()
+
+    def limit(self, action: semconv.Action) -> float | None:
+        """Give the provider as long as the plugin gives it for a request."""
+        return self._adapter.turn_window()
+
+    def delivery(self, result: Generation) -> Delivery | None:
+        """Return the adapter's view of the reply, or None if it sees no more than its start."""
+        return self._adapter.turn_delivery(result)
+
+    def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
+        """Count the provider's reply as late if it begins after all."""
+        self._turns.ended(self, unanswered=not attempt.done())
+        attempt.cancel()
+
+    def ended(self) -> None:
+        """Expect the next turn."""
+        self._turns.ended(self, unanswered=False)
