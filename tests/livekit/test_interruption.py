@@ -270,7 +270,7 @@ class TestEndsAtOnce:
         assert handle.done()
         await talk.settle()
         await interruption
-        assert {"interrupted": 1} == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
+        assert [("interrupted", "interrupted")] == ended(recorder)
         assert len(talk.server.cancels) == len(talk.server.requests) - 1
 
     @pytest.mark.parametrize("way", BY_CODE)

@@ -7,6 +7,7 @@ import asyncio
 
 import pytest
 from livekit.plugins.nvidia.experimental import realtime as nvidia
+from support.conversation import ended
 
 import traced_retry
 from traced_retry import RetryPolicy
@@ -92,8 +93,8 @@ class TestNotImplemented:
 
 
 class TestItsOwnSpeech:
-    async def test_speech_of_model_is_heard_and_not_counted(self, talk, recorder):
-        """Speech that the model starts by itself is heard and is no reply of ours."""
+    async def test_speech_of_model_is_heard_and_counted_as_its_own(self, talk, recorder):
+        """Speech that the model starts by itself is counted as a reply of the provider."""
         await talk.server.wait_for("connected")
         await asyncio.sleep(1)
         await talk.server.say("good morning")
@@ -102,4 +103,5 @@ class TestItsOwnSpeech:
         await talk.settle()
 
         assert ["good morning"] == talk.heard
-        assert [] == recorder.replies
+        assert [("succeeded", None)] == ended(recorder, "provider")
+        assert [] == ended(recorder)

@@ -101,7 +101,7 @@ class TestTools:
 
     @providers(["google", "ultravox", "phonic"])
     async def test_tool_result_is_answered_without_request(self, start_conversation, recorder):
-        """The server answers the result by itself, so one reply is counted."""
+        """The server answers the result by itself, so this reply is counted as the server's."""
         agent, called = with_tool()
         talk = await start_conversation("tool:look_up,ok", agent=agent)
         await talk.reply(instructions="SECRET")
@@ -110,6 +110,7 @@ class TestTools:
         assert [True] == called
         assert ["reply 2"] == talk.heard
         assert [("succeeded", None)] == ended(recorder)
+        assert [("succeeded", None)] == ended(recorder, "provider")
         assert 0 == recorder.open_spans
 
 

@@ -8,12 +8,27 @@ import asyncio
 import pytest
 from livekit.agents import Agent, function_tool
 from support.conversation import actions, codes, ended, late, now
-from support.providers import OPENAI, SHARED_ENGINE
+from support.providers import (
+    GOOGLE,
+    NOVA_SONIC,
+    OPENAI,
+    PHONIC,
+    SHARED_ENGINE,
+    ULTRAVOX,
+    VOICELIVE,
+)
 
 import traced_retry
 from traced_retry import semconv
 
 RECOVERING = {"openai": OPENAI, **SHARED_ENGINE}
+OBSERVED = {
+    "google": GOOGLE,
+    "ultravox": ULTRAVOX,
+    "phonic": PHONIC,
+    "aws": NOVA_SONIC,
+    "voicelive": VOICELIVE,
+}
 
 
 class Clerk(Agent):
@@ -78,8 +93,8 @@ class TestAnswer:
         await speak(talk)
 
         assert ["answer 1"] == talk.heard
-        assert [("succeeded", None)] == ended(recorder)
-        assert ["listen"] == actions(recorder)
+        assert [("succeeded", None)] == ended(recorder, None)
+        assert ["listen"] == actions(recorder, None)
         assert ["provider"] == initiators(recorder)
         assert [] == talk.server.requests
 
@@ -94,7 +109,7 @@ class TestAnswer:
             await speak(talk, seconds=5.0)
 
         assert (11, 3) == (len(talk.heard), agent.calls)
-        assert [("succeeded", None)] * 11 == ended(recorder)
+        assert [("succeeded", None)] * 11 == ended(recorder, None)
         assert {"agent": 4, "provider": 7} == recorder.counted(
             "traced_retry.replies", semconv.INITIATOR
         )
@@ -145,7 +160,7 @@ class TestAnswer:
         await speak(talk)
 
         assert ["answer 2"] == talk.heard
-        assert [("interrupted", "interrupted"), ("succeeded", None)] == ended(recorder)
+        assert [("interrupted", "interrupted"), ("succeeded", None)] == ended(recorder, None)
         assert [] == failures
 
     async def test_barge_in(self, start_conversation, recorder, failures):
@@ -156,7 +171,7 @@ class TestAnswer:
         await speak(talk)
 
         assert ["answer 2"] == talk.heard
-        assert [("interrupted", "interrupted"), ("succeeded", None)] == ended(recorder)
+        assert [("interrupted", "interrupted"), ("succeeded", None)] == ended(recorder, None)
         assert [] == failures
 
     async def test_request_of_agent_answers_caller(self, start_conversation, recorder, failures):
@@ -168,7 +183,7 @@ class TestAnswer:
         await asyncio.sleep(40.0)
 
         assert ["reply 1"] == talk.heard
-        assert {("superseded", "superseded"), ("succeeded", None)} == set(ended(recorder))
+        assert {("superseded", "superseded"), ("succeeded", None)} == set(ended(recorder, None))
         assert [] == failures
 
 
@@ -187,8 +202,8 @@ class TestRecovery:
         await speak(talk)
 
         assert ["reply 1"] == talk.heard
-        assert [("recovered", None)] == ended(recorder)
-        assert ["listen", "send"] == actions(recorder)
+        assert [("recovered", None)] == ended(recorder, None)
+        assert ["listen", "send"] == actions(recorder, None)
         assert ["provider"] == initiators(recorder)
         (speech,) = speeches
         assert (True, None) == (speech.done(), speech.exception())
@@ -200,7 +215,7 @@ class TestRecovery:
         await speak(talk)
 
         assert ["reply 3"] == talk.heard
-        assert ["listen", "send", "send", "send"] == actions(recorder)
+        assert ["listen", "send", "send", "send"] == actions(recorder, None)
 
     async def test_tool_in_recovered_answer_runs_once(self, start_conversation, recorder):
         """The recovered response calls a tool, and the agent requests the reply to its result."""
@@ -210,7 +225,7 @@ class TestRecovery:
         await speak(talk)
 
         assert (["reply 2"], 1) == (talk.heard, agent.calls)
-        assert [("recovered", None), ("succeeded", None)] == ended(recorder)
+        assert [("recovered", None), ("succeeded", None)] == ended(recorder, None)
 
 
 REPORTED = {
@@ -238,8 +253,8 @@ class TestReport:
         began = now()
         await speak(talk)
 
-        assert [code] == codes(recorder)
-        assert [(semconv.OUTCOME_OF[stop], stop)] == ended(recorder)
+        assert [code] == codes(recorder, None)
+        assert [(semconv.OUTCOME_OF[stop], stop)] == ended(recorder, None)
         (failed,) = failures
         assert (stop, (code,), "provider") == (failed.stop_reason, failed.codes, failed.initiator)
         assert failures.at[0] - began <= seconds + 0.01
@@ -257,7 +272,7 @@ class TestReport:
         await speak(talk, transcript=None)
 
         assert ([], []) == (talk.heard, talk.server.requests)
-        assert ["connection_lost"] == codes(recorder)
+        assert ["connection_lost"] == codes(recorder, None)
         assert ["provider"] == [failed.initiator for failed in failures]
 
     async def test_late_answer_is_counted_as_late(self, start_conversation, recorder, failures):
@@ -267,7 +282,7 @@ class TestReport:
         await speak(talk)
 
         assert (["answer 1"], 1, 1) == (talk.heard, len(failures), late(recorder))
-        assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
+        assert [("exhausted", "unsafe_to_resend")] == ended(recorder, None)
 
     async def test_session_closes_before_answer(self, start_conversation, recorder, failures):
         """A turn without an answer ends with its session."""
@@ -276,8 +291,68 @@ class TestReport:
         await speak(talk, seconds=1.0)
         await talk.session.aclose()
 
-        assert [("not_recoverable", "session_closed")] == ended(recorder)
+        assert [("not_recoverable", "session_closed")] == ended(recorder, None)
         assert {0} == set(recorder.points("traced_retry.in_flight").values())
+
+
+class TestObserved:
+    """On providers without ids, and on VoiceLive, a reply is counted and never requested."""
+
+    @pytest.fixture(params=OBSERVED)
+    def observed(self, request):
+        """Return a provider that is only observed."""
+        return OBSERVED[request.param]
+
+    async def test_answer_to_caller_is_counted(self, observed, start_conversation, recorder):
+        """The provider's own reply has one span with one attempt, which listened."""
+        talk = await start_conversation("turn:ok", provider=observed)
+        await configured(talk)
+        await speak(talk)
+        await speak(talk)
+
+        assert ["answer 1", "answer 2"] == talk.heard
+        assert [("succeeded", None)] * 2 == ended(recorder, None)
+        assert ["listen"] * 2 == actions(recorder, None)
+        assert ["provider"] * 2 == initiators(recorder)
+        assert [] == talk.server.requests
+        assert {0} == set(recorder.points("traced_retry.in_flight").values())
+
+    @pytest.mark.parametrize("fault", ["silence", "drop_during", "drop_before", "rate_limit"])
+    async def test_lost_answer_is_reported_once(
+        self, fault, observed, start_conversation, recorder, failures
+    ):
+        """The failure is reported once. Nothing is sent, except by the plugin itself."""
+        talk = await start_conversation(f"turn:{fault}", provider=observed, on_exhausted=failures)
+        await configured(talk)
+        began = now()
+        await speak(talk)
+
+        if observed is NOVA_SONIC and fault == "rate_limit":
+            # The plugin opens another stream and sends the caller's words again.
+            assert [("succeeded", None)] == ended(recorder, None)
+            return
+        (reply,) = recorder.replies
+        assert reply[semconv.OUTCOME] in ("exhausted", "not_recoverable")
+        (failed,) = failures
+        assert "provider" == failed.initiator
+        assert failures.at[0] - began <= (20.0 if observed is GOOGLE else 10.01)
+        assert [] == talk.server.requests
+        assert 0 == recorder.open_spans
+        # Gemini answers after all, on the next connection.
+        assert (observed is GOOGLE and fault == "drop_before") == late(recorder)
+
+    async def test_replies_of_both_initiators(self, observed, start_conversation, recorder):
+        """Each reply is counted once, under its initiator."""
+        talk = await start_conversation("ok,turn:ok", provider=observed)
+        await configured(talk)
+        for _ in range(3):
+            await talk.reply(instructions="SECRET")
+            await speak(talk)
+
+        if observed is not NOVA_SONIC:  # Its plugin loses texts, also without us.
+            assert 6 == len(talk.heard)
+        assert [("succeeded", None)] * 3 == ended(recorder, "provider")
+        assert [("succeeded", None)] * 3 == ended(recorder)
 
 
 async def test_switched_off(start_conversation, recorder):

@@ -91,21 +91,29 @@ def now():
     return asyncio.get_running_loop().time()
 
 
-def ended(recorder):
-    """Outcome and stop reason of each reply."""
+def ended(recorder, initiator="agent"):
+    """Outcome and stop reason of each reply with this initiator, or with any if it is None."""
     return [
-        tuple(r.get(n) for n in (semconv.OUTCOME, semconv.STOP_REASON)) for r in recorder.replies
+        tuple(r.get(n) for n in (semconv.OUTCOME, semconv.STOP_REASON))
+        for r in recorder.replies
+        if initiator in (None, r[semconv.INITIATOR])
     ]
 
 
-def actions(recorder):
-    """The action of each attempt."""
-    return [attempt[semconv.ACTION] for attempt in recorder.attempts]
+def actions(recorder, initiator="agent"):
+    """The action of each attempt of such replies."""
+    return [a[semconv.ACTION] for a in _attempts(recorder, initiator)]
 
 
-def codes(recorder):
-    """Error code, else error type, of each attempt; None for one that succeeded."""
-    return [a.get(semconv.ERROR_CODE, a.get(semconv.ERROR_TYPE)) for a in recorder.attempts]
+def codes(recorder, initiator="agent"):
+    """Error code, else error type, of each attempt of such replies; None for a success."""
+    return [
+        a.get(semconv.ERROR_CODE, a.get(semconv.ERROR_TYPE)) for a in _attempts(recorder, initiator)
+    ]
+
+
+def _attempts(recorder, initiator):
+    return [a for a in recorder.attempts if initiator in (None, a[semconv.INITIATOR])]
 
 
 def late(recorder):

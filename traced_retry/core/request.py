@@ -75,8 +75,9 @@ class Delivery:
         """The provider's id of the response, if there is one."""
         self.spoke = False
         """Whether there was other output than a tool call."""
-        self.chose_silence = False
-        """Whether the provider reported that the model chose not to answer the caller."""
+        self.nothing_due = False
+        """Whether the caller is due no reply, because the model chose not to answer, or because the
+        plugin replaced the generation before its first output."""
         self.ended = False
         self.failure: Failure | None = None
         self.cancelled = False
@@ -95,8 +96,8 @@ class Delivery:
 
     @property
     def is_no_reply(self) -> bool:
-        """Whether the model called a tool without speech, or chose not to answer the caller."""
-        return self.chose_silence or (self.first_output and not self.spoke)
+        """Whether it holds tool calls and no speech, or the caller is due none."""
+        return self.nothing_due or (self.first_output and not self.spoke)
 
     def mark_output(self, *, tool: bool = False) -> None:
         """Note a word or a sound, or with ``tool`` a tool call."""

@@ -79,6 +79,10 @@ class Adapter:
     """What its requests may do; their counters start at zero."""
     turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen",)
     """The actions for replies that the provider starts."""
+    reports_end_of_speech: ClassVar[bool] = False
+    """Whether the plugin emits ``input_speech_stopped`` when the caller stops speaking."""
+    last_words_are_unknown: ClassVar[bool] = False
+    """Whether the plugin does not know the caller's last words before the reply begins."""
     connection_losses = 0
     """Connections lost so far, where the plugin comes back and the adapter can tell."""
 

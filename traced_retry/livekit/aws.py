@@ -65,6 +65,7 @@ class AWSAdapter(Adapter):
         "_restart_session",
         *SlotDelivery.required_attributes,
     )
+    last_words_are_unknown = True
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "listen")
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
@@ -80,6 +81,7 @@ class AWSAdapter(Adapter):
         self._lost: Failure | None = None
         session.on("generation_created", self._on_generation)
         session.on("input_speech_started", self._on_user_spoke)
+        session.on("input_audio_transcription_completed", self._on_words)
 
     def target(self) -> Target:
         """The plugin calls itself Amazon; semantic conventions have a name for the service."""
@@ -160,6 +162,7 @@ class AWSAdapter(Adapter):
                 error = None if reader.cancelled() else reader.exception()
                 self._lost = _why_lost(error)
                 self._cut_short(self._lost)
+                self.turns.lose(self._lost)
                 self.replies.report_failure(self._lost, "not_recoverable")
 
     def _on_restarting(self, error: BaseException) -> None:
@@ -196,6 +199,10 @@ class AWSAdapter(Adapter):
         for request in list(self.open):
             if not request.sent or request.inner is sent:
                 request.answered(event)
+
+    def _on_words(self, _: object) -> None:
+        with suppress_and_log("watching the stream"):
+            self._watch_stream()
 
     def _on_user_spoke(self, _: object) -> None:
         # What comes now answers the user, or cannot be told from what does.

@@ -356,8 +356,8 @@ class GoogleAdapter(Adapter):
             what = "the connection was lost during the reply"
             failed = failure_from_event("connection_lost", what)
         elif not (delivery.first_output or answer.interrupted):
-            delivery.chose_silence = answer.request is None and self._may_stay_silent
-            failed = None if delivery.chose_silence else empty_failure("turn")
+            delivery.nothing_due = answer.request is None and self._may_stay_silent
+            failed = None if delivery.nothing_due else empty_failure("turn")
         delivery.end(failed, cancelled=answer.interrupted)
 
     @property

@@ -282,6 +282,7 @@ class OpenAIAdapter(Adapter):
 
     def _on_speech_started(self, _: Mapping[str, Any]) -> None:
         """End a reply that has not begun, because the server answers what the caller says now."""
+        self._stopped_speaking = None
         if self._turn is not None and self._turn not in self._speaking.values():
             self.replies.interrupt_reply(self._turn)
 

@@ -47,6 +47,7 @@ class PhonicAdapter(SingleSlotAdapter):
         "_close_current_generation",
         *SlotDelivery.required_attributes,
     )
+    reports_end_of_speech = True
     slot = "_pending_generate_reply_fut"
     window = 10.0
 

@@ -116,6 +116,7 @@ class SlotDelivery:
     def end(self, why: Failure | None = None, *, interrupted: bool = False) -> None:
         """End the delivery. The reply is whole, was ``interrupted``, or was cut by ``why``."""
         ended, self._open, self._generation = self._open, [], None
+        replaced = interrupted and not self._interrupted  # The caller did not speak.
         interrupted = interrupted or self._interrupted
         self._has_output = self._has_output or interrupted
         for delivery, timer in ended:
@@ -124,7 +125,8 @@ class SlotDelivery:
                 delivery.first_output_at = None  # Its beginning was taken for its first word.
                 delivery.end(empty_failure("reply"))
             else:
-                delivery.end(why, cancelled=interrupted)
+                delivery.nothing_due = replaced and not delivery.first_output
+                delivery.end(why, cancelled=interrupted and not delivery.nothing_due)
 
 
 def before(session: llm.RealtimeSession[Any], method: str, callback: Callable[..., None]) -> None:

@@ -11,8 +11,11 @@ Facts (livekit-agents and its plugins, 1.7.0 to 1.8.9):
 * ``input_audio_transcription_completed`` with ``is_final`` comes before the reply on Ultravox,
   Phonic and AWS, so it shows that the provider has heard a turn of the caller. Gemini's comes after
   the reply.
-* ``input_speech_stopped`` reports the end of the caller's speech on Phonic and AWS. Ultravox has no
-  such event, and Google's plugin emits it at the end of the reply.
+* ``input_speech_stopped`` reports the end of the caller's speech on Phonic. Ultravox's and AWS's
+  plugins emit it as the reply begins, and Google's as it ends.
+* Nova Sonic does not report that the caller has stopped speaking. Its plugin reports the words
+  heard so far, with ``is_final=False``, and the last ones as the reply begins.
+* Gemini answers a turn on the next connection if its connection was lost.
 """
 
 from __future__ import annotations
@@ -24,12 +27,16 @@ from typing import TYPE_CHECKING, Any
 from traced_retry import semconv
 from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
-from traced_retry.livekit.request import Generation, PassthroughRequest
+from traced_retry.livekit.request import Generation, PassthroughRequest, timeout_failure
 
 if TYPE_CHECKING:
     from livekit.agents import llm
 
+    from traced_retry.core.failure import Failure
     from traced_retry.livekit.adapter import Adapter
+
+_LATE = 30.0
+"""Seconds after the report of a lost reply in which it may still begin."""
 
 
 class Turns:
@@ -40,8 +47,12 @@ class Turns:
         self._pending: Turn | None = None
         """The turn that the provider has heard and not answered."""
         self._unanswered: Turn | None = None
-        """The last turn that was reported as unanswered and may still be answered."""
+        """The last turn whose reply was reported as lost and may still begin."""
+        self._late_until = 0.0
         self._stopped_speaking: float | None = None
+        self._expected: asyncio.TimerHandle | None = None
+        """Runs until the provider has to answer words that may not be the caller's last."""
+        self._last_words = 0.0
         session = adapter.session
         self._emit = session.emit
         session.emit = self._emit_and_follow  # type: ignore[method-assign]
@@ -52,15 +63,26 @@ class Turns:
     def supersede(self) -> None:
         """End the pending turn, because the provider's next reply answers a request."""
         self._unanswered = None
+        self._expect_nothing()
         if self._pending is not None:
             self._pending.supersede()
             self._adapter.replies.wake()
 
-    def ended(self, turn: Turn, *, unanswered: bool) -> None:
+    def lose(self, why: Failure) -> None:
+        """Report the reply to the caller's last words as lost, if it has not begun."""
+        if self._expect_nothing():
+            turn = Turn(self._adapter, self)
+            self._adapter.replies.start(self._adapter, turn, self._last_words)
+            self._adapter.replies.report_failure(why, only=turn)
+
+    def ended(self, turn: Turn) -> None:
         """Note that the reply to ``turn`` has ended."""
         if self._pending is turn:
             self._pending = None
-            self._unanswered = turn if unanswered else None
+
+    def may_be_late(self, turn: Turn) -> None:
+        """Count the provider's next reply as the late one to ``turn``, if it comes soon."""
+        self._unanswered, self._late_until = turn, asyncio.get_running_loop().time() + _LATE
 
     def _emit_and_follow(self, event: Any, *args: Any) -> None:
         turn = None
@@ -76,15 +98,16 @@ class Turns:
         """Return the turn that ``generation`` answers, or None if it answers a request."""
         if not self._adapter.starts_reply(generation):
             return None
-        if self._unanswered is not None:
-            self._unanswered.on_late()
-            self._unanswered = None
+        self._expect_nothing()
+        now = asyncio.get_running_loop().time()
+        late, self._unanswered = self._unanswered, None
+        if late is not None and now < self._late_until:
+            late.on_late()
             return None
         turn = self._pending
         if turn is None:
             turn = Turn(self._adapter, self)
             turn.answer(generation)
-            now = asyncio.get_running_loop().time()
             self._adapter.replies.start(self._adapter, turn, now)
         else:
             self._pending = None
@@ -94,28 +117,52 @@ class Turns:
 
     def _on_speech_started(self, _: object) -> None:
         with suppress_and_log("reading the start of the caller's speech"):
+            self._stopped_speaking = None
+            self._expect_nothing()
             if self._pending is not None:
                 self._adapter.replies.interrupt_reply(self._pending)
 
     def _on_speech_stopped(self, _: object) -> None:
-        self._stopped_speaking = asyncio.get_running_loop().time()
+        if self._adapter.reports_end_of_speech:
+            self._stopped_speaking = asyncio.get_running_loop().time()
 
     def _on_transcribed(self, event: llm.InputTranscriptionCompleted) -> None:
-        if not (event.is_final and event.transcript):
+        if not event.transcript:
             return
         with suppress_and_log("reading the caller's words"):
-            self._unanswered = None
-            self._adapter.caller_spoke()
-            stopped, self._stopped_speaking = self._stopped_speaking, None
-            if self._adapter.turn_window() is None or self._adapter.expects_answer():
-                return
-            if self._pending is not None:
-                return  # The caller goes on with the same turn.
-            now = asyncio.get_running_loop().time()
-            self._pending = Turn(self._adapter, self)
-            self._adapter.replies.start(
-                self._adapter, self._pending, now if stopped is None else stopped
-            )
+            if event.is_final:
+                self._on_turn()
+            elif self._adapter.last_words_are_unknown and not self._adapter.expects_answer():
+                self._expect_nothing()
+                loop, window = asyncio.get_running_loop(), self._adapter.turn_window()
+                assert window is not None
+                self._last_words = loop.time()
+                self._expected = loop.call_later(window, self._on_unanswered, window)
+
+    def _on_unanswered(self, window: float) -> None:
+        with suppress_and_log("reporting an unanswered turn"):
+            self.lose(timeout_failure(window))
+
+    def _expect_nothing(self) -> bool:
+        """Stop the timer, and return whether it ran."""
+        timer, self._expected = self._expected, None
+        if timer is not None:
+            timer.cancel()
+        return timer is not None
+
+    def _on_turn(self) -> None:
+        if self._adapter.turn_window() is None:
+            return
+        self._expect_nothing()
+        self._unanswered = None
+        self._adapter.caller_spoke()
+        stopped, self._stopped_speaking = self._stopped_speaking, None
+        if self._adapter.expects_answer() or self._pending is not None:
+            return  # A request is open, or the caller goes on with the same turn.
+        now = asyncio.get_running_loop().time()
+        self._pending = Turn(self._adapter, self)
+        began = now if stopped is None else stopped
+        self._adapter.replies.start(self._adapter, self._pending, began)
 
 
 class Turn(PassthroughRequest):
@@ -125,6 +172,7 @@ class Turn(PassthroughRequest):
         super().__init__(lambda: self._generation)
         self._adapter = adapter
         self._turns = turns
+        self._delivered: Delivery | None = None
         self._generation: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
 
     def answer(self, generation: Generation) -> None:
@@ -142,13 +190,15 @@ class Turn(PassthroughRequest):
 
     def delivery(self, result: Generation) -> Delivery | None:
         """Return the adapter's view of the reply, or None if it sees no more than its start."""
-        return self._adapter.turn_delivery(result)
+        self._delivered = self._adapter.turn_delivery(result)
+        return self._delivered
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
         """Count the provider's reply as late if it begins after all."""
-        self._turns.ended(self, unanswered=not attempt.done())
+        if self._delivered is None or not self._delivered.first_output:
+            self._turns.may_be_late(self)
         attempt.cancel()
 
     def ended(self) -> None:
         """Expect the next turn."""
-        self._turns.ended(self, unanswered=False)
+        self._turns.ended(self)

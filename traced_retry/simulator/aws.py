@@ -190,6 +190,17 @@ class AWSSimulator(Simulator):
         """While open, connect the real plugin to this server: see :func:`redirected`."""
         return redirected(self.url, self.ca)
 
+    async def caller_speaks(self, transcript: str | None = "hello") -> None:
+        """Have the caller speak on the newest stream, and answer as the script says.
+
+        Raises:
+            RuntimeError: if no stream is open.
+        """
+        streams = [stream for client in self._clients for stream in client.streams.values()]
+        if not streams:
+            raise RuntimeError("no stream is open, so the caller cannot speak")
+        streams[-1].hear_caller(transcript)
+
     # For the clients:
 
     def refusal(self) -> tuple[int, str] | None:
@@ -385,6 +396,16 @@ class _Session:
         self.server.requests.append(Request(None, number, now, fault, text))
         self.server.wake()
         self.answer(f"reply {number}", fault)
+
+    def hear_caller(self, transcript: str | None) -> None:
+        """Hear a turn of the caller, and answer it."""
+        stage = {"additionalModelFields": json.dumps({"generationStage": "FINAL"})}
+        content = self.start_content("TEXT", "USER", **stage)
+        self.send("textOutput", **content, role="USER", content=transcript or "")
+        self.send("contentEnd", **content, type="TEXT", stopReason="PARTIAL_TURN")
+        turn = self.server.take_turn()
+        assert turn.fault is not None
+        self.answer(turn.answer, turn.fault)
 
     def answer(self, text: str, fault: Fault) -> None:  # noqa: C901 - a table
         """Play the element. Only "silence" has no effect."""

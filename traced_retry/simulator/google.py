@@ -170,6 +170,17 @@ class _GoogleConnection(Connection):
             await self.end_interrupted()
         await self.answer(request, fault)
 
+    async def hear_caller(self, transcript: str | None) -> None:
+        """Hear a turn of the caller, and answer it. The words come with the answer."""
+        if self.speaking is not None:
+            await self.end_interrupted()
+        self.conversation.context.append(("user", transcript or ""))
+        if transcript is not None:
+            await self.content(inputTranscription={"text": transcript})
+        turn = self.server.take_turn()
+        assert turn.fault is not None
+        await self.answer(turn, turn.fault)
+
     async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901, PLR0912 - a table
         """Play the element. Only "silence" has no effect."""
         code = int(fault.argument) if fault.argument.isdigit() else 500
@@ -240,14 +251,14 @@ class _GoogleConnection(Connection):
 
     async def begin(self, request: Request) -> None:
         self.speaking = request
-        await self.say("reply")
+        await self.say(request.answer.split()[0])
 
     async def end(self, request: Request) -> None:
         if self.speaking is not request:  # Interrupted meanwhile.
             return
         self.speaking = None
         await self.say(f" {request.number}")
-        text = f"reply {request.number}"
+        text = request.answer
         self.conversation.context.append(("model", text))
         self.server.completed.append(text)
         await self.content(generationComplete=True)

@@ -155,6 +155,15 @@ class _Conversation(Connection):
         self.server.wake()
         await self.answer(request, fault)
 
+    async def hear_caller(self, transcript: str | None) -> None:
+        """Hear a turn of the caller, and answer it."""
+        await self.send("user_started_speaking")
+        await self.send("user_finished_speaking")
+        await self.send("input_text", text=transcript or "")
+        turn = self.server.take_turn()
+        assert turn.fault is not None
+        await self.answer(turn, turn.fault)
+
     async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901 - a table
         """Play the element. "silence" has no effect."""
         match fault.name:
@@ -163,7 +172,7 @@ class _Conversation(Connection):
             case "late":
                 self.after(fault.seconds, partial(self.reply, request))
             case "slow":
-                await self.begin()
+                await self.begin(request)
                 self.after(fault.seconds, partial(self.end, request))
             case "tool":
                 await self.send("assistant_started_speaking")
@@ -184,7 +193,7 @@ class _Conversation(Connection):
                 await self.fail("insufficient_quota")
                 await self.hang_up(WSCloseCode.OK, by_script=True)
             case "drop_during":
-                await self.begin()
+                await self.begin(request)
                 await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
             case "drop_before" | "unauthorized":
                 await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
@@ -200,15 +209,15 @@ class _Conversation(Connection):
         self.server.wake()
 
     async def reply(self, request: Request) -> None:
-        await self.begin()
+        await self.begin(request)
         await self.end(request)
 
-    async def begin(self) -> None:
+    async def begin(self, request: Request) -> None:
         await self.send("assistant_started_speaking")
-        await self.send("audio_chunk", audio=_SILENCE, text="reply")
+        await self.send("audio_chunk", audio=_SILENCE, text=request.answer.split()[0])
 
     async def end(self, request: Request) -> None:
         await self.send("audio_chunk", audio=_SILENCE, text=f" {request.number}")
         await self.send("assistant_finished_speaking")
-        self.server.completed.append(f"reply {request.number}")
+        self.server.completed.append(request.answer)
         self.server.wake()

@@ -142,6 +142,15 @@ class _Call(Connection):
         self.server.wake()
         await self.answer(request, fault)
 
+    async def hear_caller(self, transcript: str | None) -> None:
+        """Hear a turn of the caller, and answer it."""
+        self.ordinal += 1
+        where = {"role": "user", "medium": "voice", "ordinal": self.ordinal}
+        await self.send("transcript", **where, text=transcript or "", final=True)
+        turn = self.server.take_turn()
+        assert turn.fault is not None
+        await self.answer(turn, turn.fault)
+
     async def answer(self, request: Request, fault: Fault) -> None:
         """Play the element. "silence" has no effect."""
         match fault.name:
@@ -152,7 +161,7 @@ class _Call(Connection):
                     await self.send("state", state="thinking")
                 self.after(fault.seconds, partial(self.reply, request))
             case "slow":
-                await self.begin()
+                await self.begin(request)
                 self.after(fault.seconds, partial(self.end, request))
             case "tool":
                 await self.send(
@@ -164,7 +173,7 @@ class _Call(Connection):
             case "malformed":
                 await self.ws.send_str("{this is not JSON")
             case "drop_during":
-                await self.begin()
+                await self.begin(request)
                 await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
             case "drop_before" | "unauthorized" | "quota" | "rate_limit":
                 await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
@@ -179,17 +188,17 @@ class _Call(Connection):
         self.server.wake()
 
     async def reply(self, request: Request) -> None:
-        await self.begin()
+        await self.begin(request)
         await self.end(request)
 
-    async def begin(self) -> None:
+    async def begin(self, request: Request) -> None:
         self.ordinal += 1
         await self.send("state", state="thinking")
         await self.send("state", state="speaking")
-        await self.say("reply")
+        await self.say(request.answer.split()[0])
 
     async def end(self, request: Request) -> None:
-        text = f"reply {request.number}"
+        text = request.answer
         await self.say(f" {request.number}")
         await self.say(text, final=True)
         await self.send("state", state="listening")
