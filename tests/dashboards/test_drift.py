@@ -41,6 +41,7 @@ NOT_CHARTED = {
     semconv.DECISION: "on the trace; the outcomes tell what came of it",
     semconv.NEXT_DELAY: "on the trace; what was really waited is charted",
     semconv.TRACE_ID: "on log records",
+    semconv.INITIATOR: "a filter for queries of the user's own",
 }
 """Attributes that no chart shows, and why."""
 

@@ -153,10 +153,10 @@ class TestPrometheus:
         replies = self.series(ran["scraped"], "traced_retry_replies_total")
         attempts = self.series(ran["scraped"], "traced_retry_attempts_total")
         silence = self.series(ran["scraped"], "traced_retry_reply_duration_seconds_count")
-        provider = 'gen_ai_provider_name="openai"'
+        of = 'gen_ai_provider_name="openai",traced_retry_initiator="agent"'
 
-        assert 1 == replies[f'{{{provider},traced_retry_outcome="recovered"}}']
-        assert 1 == replies[f'{{{provider},traced_retry_outcome="succeeded"}}']
+        assert 1 == replies[f'{{{of},traced_retry_outcome="recovered"}}']
+        assert 1 == replies[f'{{{of},traced_retry_outcome="succeeded"}}']
         assert 2 == sum(replies.values())
         assert 3 == sum(attempts.values())
         assert 2 == sum(silence.values())

@@ -93,6 +93,7 @@ class TestRealReplies:
 
         assert {
             "operation": "generate_reply",
+            "initiator": "agent",
             "service": reply.service,
             "provider": "openai",
             "model": "gpt-realtime",

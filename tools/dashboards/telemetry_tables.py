@@ -21,6 +21,7 @@ from traced_retry import semconv
 from traced_retry.core import budget
 from traced_retry.core.attempt import Attempt
 from traced_retry.core.failure import failure
+from traced_retry.core.request import Delivery
 from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.export.processor import BoundedSpanProcessor
 
@@ -32,6 +33,7 @@ def values(names: tuple[str, ...]) -> str:
 
 MEANS: Final = {
     semconv.PROVIDER: "semantic conventions' value where there is one, else a lower-case name",
+    semconv.INITIATOR: f"{values(semconv.INITIATORS)}: who started the reply",
     semconv.MODEL: "",
     semconv.SERVER_ADDRESS: "",
     semconv.SERVER_PORT: "",
@@ -49,6 +51,8 @@ MEANS: Final = {
     semconv.DECISION: values(semconv.DECISIONS),
     semconv.ERROR_CODE: "the provider's own, exact",
     semconv.NEXT_DELAY: "seconds; planned, a reconnect may make it longer",
+    semconv.RESPONSE_ID: "the provider's id of the response",
+    semconv.LK_SPEECH_ID: "the id of LiveKit's `SpeechHandle`, as on its `agent_turn` span",
 }
 UNLESS_ALWAYS: Final = {
     semconv.MODEL: "where known",
@@ -61,6 +65,8 @@ UNLESS_ALWAYS: Final = {
     semconv.DECISION: "when it failed",
     semconv.ERROR_CODE: "when it failed with one",
     semconv.NEXT_DELAY: "when a retry follows",
+    semconv.RESPONSE_ID: "once a response has begun and has one",
+    semconv.LK_SPEECH_ID: "if there is one",
 }
 """The condition of each optional attribute. A new attribute without an entry stops the build."""
 OUTCOMES: Final[dict[semconv.Outcome, str]] = {
@@ -105,11 +111,15 @@ def _record(telemetry: Telemetry, target: Target) -> None:
         (None, *semconv.STOP_REASONS), semconv.RESULTS, (silent, coded), thens
     ):
         reply = telemetry.reply(target)
+        reply.speech_id = "speech_1" if target.model else None
         reply.begin()
         attempt = Attempt(1, "send", 0.0, 0.0, 0.0)
         reply.attempt_began(attempt)
         attempt.result, attempt.next_action, attempt.next_delay = result, then, 0.1
         attempt.failure = failed if result == "failed" else None
+        if target.model:
+            attempt.delivery = Delivery()
+            attempt.delivery.response_id = "resp_1"
         reply.attempt_ended(attempt, 0.1)
         reply.waited(0.1)
         lost = stop is not None and semconv.OUTCOME_OF[stop] in ("exhausted", "not_recoverable")

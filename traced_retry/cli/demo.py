@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,7 @@ from typing import Any, Final
 import aiohttp
 from livekit.agents import Agent, AgentSession, APIConnectOptions
 from livekit.agents import telemetry as livekit_telemetry
+from livekit.agents.voice import SpeechHandle
 from livekit.plugins import openai
 
 import traced_retry
@@ -49,7 +50,7 @@ SCENARIOS: Final = (
     Scenario("ok", "All is well."),
     Scenario("rate_limit:0.5,ok", "The provider is busy and says for how long."),
     Scenario("error:server_error,ok", "The provider has a hiccup."),
-    Scenario("uncorrelated,ok", "It does not say which request it meant."),
+    Scenario("turn:failed,ok", "The caller speaks, and the provider's own reply fails."),
     Scenario("late:1.2,ok", "The answer is slow, but comes."),
     Scenario("late:2.2,ok", "The answer comes after we asked again.", linger=1.0),
     Scenario("drop_before,ok", "The connection is lost during the request."),
@@ -143,7 +144,10 @@ class Demo:
             session: AgentSession[None] = AgentSession(llm=model)
             await session.start(Agent(instructions="Be brief."))
             await server.wait_for("connected")
-            handle = session.generate_reply(instructions="Say hello.")
+            if scenario.script.startswith("turn:"):
+                handle = await _speech_after(session, server.caller_speaks())
+            else:
+                handle = session.generate_reply(instructions="Say hello.")
             if scenario.interrupt_after is not None:
                 await asyncio.sleep(scenario.interrupt_after)
                 await handle.interrupt()
@@ -157,6 +161,14 @@ class Demo:
         replies = await asyncio.to_thread(read, self.store)
         heard = sum(text is not None and text.startswith("reply ") for text in said)
         return ScenarioResult(scenario, replies[-1], requests, heard)
+
+
+async def _speech_after(session: AgentSession[None], speaking: Awaitable[None]) -> SpeechHandle:
+    """Let the caller speak, and return the handle of the reply that the provider starts."""
+    created: asyncio.Future[SpeechHandle] = asyncio.get_running_loop().create_future()
+    session.once("speech_created", lambda event: created.set_result(event.speech_handle))
+    await speaking
+    return await created
 
 
 def run_demo(

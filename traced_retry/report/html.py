@@ -171,9 +171,8 @@ def _row(cell: str, texts: Sequence[str]) -> str:
 def _reply(number: int, reply: Reply, provider: int) -> Iterator[str]:
     port = f":{reply.server_port}" if reply.server_port else ""
     facts = (reply.model, reply.server_address and reply.server_address + port, when(reply.start))
-    say = "say: " if reply.say else ""
     yield f'<article class="{reply.group} p{provider}">'
-    yield f"<h2><span>{number}. {say}{escape(reply.provider)}</span>"
+    yield f"<h2><span>{number}. {reply.label}{escape(reply.provider)}</span>"
     yield f'<b class="{reply.group}">{escape(reply.outcome or "incomplete")}</b>'
     yield f"<code>{escape(reply.trace_id)}</code></h2>"
     yield f'<div class="soft">{escape(", ".join(fact for fact in facts if fact))}</div>'

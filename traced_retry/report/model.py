@@ -26,6 +26,7 @@ GROUP_OF: Final[dict[str, Group]] = {
 """The group of each :data:`traced_retry.semconv.Outcome`."""
 
 _RETRY: Final[semconv.Decision] = "retry"
+_PROVIDER: Final[semconv.Initiator] = "provider"
 _FAILED: Final[semconv.Result] = "failed"
 _NOTHING: Final = 0.001
 """Seconds. A shorter wait is not shown."""
@@ -104,6 +105,20 @@ class Reply:
     delay_total: float | None = None
     say: bool = False
     """Whether the request was a ``say`` with a given text, which is never sent again."""
+
+    initiator: str | None = None
+    """``agent`` or ``provider``. None if the version that stored the span did not know it."""
+
+    @property
+    def label(self) -> str:
+        """The mark in front of the provider's name.
+
+        It is ``say: `` for a text to speak, ``turn: `` for a reply that the provider started, and
+        empty for a request of the agent.
+        """
+        if self.say:
+            return "say: "
+        return "turn: " if self.initiator == _PROVIDER else ""
 
     @property
     def complete(self) -> bool:

@@ -364,6 +364,7 @@ def _reply(span: _Span) -> Reply:
         error_type=span.text(semconv.ERROR_TYPE),
         delay_total=span.number(semconv.DELAY_TOTAL),
         say=span.name in _SAYS,
+        initiator=span.text(semconv.INITIATOR),
     )
 
 

@@ -139,6 +139,7 @@ def as_dict(reply: Reply) -> dict[str, Any]:
     """Return ``reply`` as a dict for ``json.dumps``. ``outcome`` is None if unknown."""
     return {
         "operation": semconv.SPAN_SAY if reply.say else semconv.SPAN_REPLY,
+        "initiator": reply.initiator,
         "service": reply.service,
         "provider": reply.provider,
         "model": reply.model,

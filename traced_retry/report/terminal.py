@@ -105,7 +105,7 @@ class _Page:
         outcome = self._fit(reply.outcome or "incomplete", 15)
         trace_id = "" if self._narrow else self._fit(reply.trace_id, 32)
         target = f"{reply.provider}/{reply.model}" if reply.model else reply.provider
-        target = f"say: {target}" if reply.say else target
+        target = reply.label + target
         left = f"{number:>{_INDENT - 1}} "
         room = self._console.width - len(left) - cell_len(outcome) - cell_len(trace_id) - 4
         target = self._fit(target, max(12, room))

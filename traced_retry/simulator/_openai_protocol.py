@@ -118,7 +118,11 @@ class OpenAIConnection(Connection):
             await self.finish(self.active, "cancelled", reason="turn_detected")
 
     async def hear_caller(self, transcript: str | None) -> None:
-        """Hear a turn of the caller, as with server-side turn detection, and answer it."""
+        """Hear a turn of the caller, as with server-side turn detection, and answer it.
+
+        Wait until the client has configured its session.
+        """
+        await self.server.wait_for(lambda: self.configured)
         await self.speech_started()
         item_id = new_id("item")
         before = self.items[-1] if self.items else None

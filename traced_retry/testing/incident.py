@@ -59,10 +59,18 @@ def incident_script(replies: Iterable[Reply]) -> Script:
     if providers[0] not in SIMULATOR_OF:
         raise UsageError(f"provider {providers[0]!r} has no simulator")
     known = simulator(SIMULATOR_OF[providers[0]]).faults
-    faults = [fault for reply in asked for fault in _faults(reply, known)]
-    if not faults:
+    faults: list[Fault] = []
+    turns: list[Fault] = []
+    for reply in asked:
+        of_reply = list(_faults(reply, known))
+        if reply.initiator == "provider":
+            turns += of_reply[:1]  # Further attempts are requests.
+            of_reply = of_reply[1:]
+        faults += of_reply
+    if not faults and not turns:
         raise UsageError("no request was sent: there is no attempt in the spans")
-    return Script(tuple(faults))
+    ok = (Fault("ok"),)
+    return Script(tuple(faults) or ok, tuple(turns) or ok)
 
 
 def _faults(reply: Reply, known: frozenset[str]) -> Iterator[Fault]:
