@@ -66,11 +66,6 @@ class Reply:
         return sum(attempt.seconds for attempt in self.attempts)
 
     @property
-    @property
-    def heard(self):
-        """The seconds of the replies that were heard."""
-        return [reply.seconds for reply in self.replies if reply.outcome not in LOST]
-
     def requests(self):
         """How many were sent."""
         return sum(attempt.action != "listen" for attempt in self.attempts)
