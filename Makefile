@@ -10,8 +10,11 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip --disable-pip-version-check --quiet install
 PIP := $(PINNED) $(BIN)/python $(INSTALL)
 SOURCES := pyproject.toml README.md $(shell find traced_retry exporters dashboards -type f -not -name '*.pyc')
-# One process per core. Tests that share a server stay on one of them: see tests/conftest.py.
-PARALLEL := -n auto --dist loadgroup
+# The package is built once, and every environment installs this wheel.
+WHEEL := dist/traced_retry-$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-py3-none-any.whl
+# One process per core. Tests that share a server stay on one of them, and the longest start first:
+# see tests/conftest.py.
+PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -21,7 +24,12 @@ demo: .venv/.demo  ## a dozen conversations with a server that fails, and the ou
 
 test: lint types tests  ## lint, types, and the tests that need no further installation: 5 minutes
 
-test-all: test fork pythons oldest packages  ## `make test`, other versions of Python and of packages, and the package itself
+test-all: lint types tests-all  ## `make test`, other versions of Python and of packages, and the package itself
+
+# The last three run one process each, so as many of them run at once as there are cores.
+.PHONY: tests-all
+tests-all: tests oldest
+	$(MAKE) --jobs $(shell nproc) --output-sync=target packages fork pythons
 
 lint: .venv/.test  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -37,23 +45,20 @@ tests: .venv/.test  ## the tests, against the installed package
 # The core alone, without LiveKit: on python-backoff, and on every other Python on this machine.
 OTHERS := $(foreach version,3.11 3.12 3.13 3.14,$(if $(shell tools/find-python $(version)),$(version)))
 
-fork: .venv/.core-fork  ## the core's tests on python-backoff
-	$(call core-tests,fork)
+fork: core-fork  ## the core's tests on python-backoff
 
-pythons: $(OTHERS:%=.venv/.core-%)  ## the core's tests on every Python here, from 3.11 to 3.14
-	$(foreach version,$(OTHERS),$(call core-tests,$(version)))
+pythons: $(OTHERS:%=core-%)  ## the core's tests on every Python here, from 3.11 to 3.14
 
-define core-tests
-	.venv/core-$(1)/bin/pytest -q tests/core
-
-endef
+.PHONY: core-fork $(OTHERS:%=core-%)
+core-fork $(OTHERS:%=core-%): core-%: .venv/.core-%
+	.venv/core-$*/bin/pytest -q -p no:cacheprovider tests/core
 
 # The private attributes that the adapters use, in the oldest plugins supported. 1.7.0 has neither
 # VoiceLive nor inference's realtime model, and its AWS plugin cannot be pointed at a local server.
 # With them the oldest OpenTelemetry, whose Prometheus exporter has to give the names that
 # dashboards and alerts ask for.
 oldest: .venv/.oldest  ## the adapters' tests on plugins 1.7.0; the dashboards' names on OpenTelemetry 1.39
-	.venv/oldest/bin/pytest -q $(PARALLEL) $(addprefix tests/livekit/test_,hook.py openai.py failure_before_output.py interruption.py stateful.py regressions.py openai_compatible.py provider_contract.py google.py single_slot.py ultravox.py phonic.py nvidia.py) tests/dashboards/test_drift.py
+	.venv/oldest/bin/pytest -q $(PARALLEL) $(addprefix tests/livekit/test_,hook.py openai.py failure_before_output.py interruption.py stateful.py regressions.py openai_compatible.py provider_contract.py google.py single_slot.py ultravox.py phonic.py nvidia.py server_events.py) tests/dashboards/test_drift.py
 
 packages: .venv/.test  ## build wheel and sdist; install the wheel with each extra; run the README's code
 	$(BIN)/pytest -m packages tests/packages
@@ -61,20 +66,28 @@ packages: .venv/.test  ## build wheel and sdist; install the wheel with each ext
 newest: .venv/.newest  ## the tests on the newest version of everything
 	.venv/newest/bin/pytest $(PARALLEL)
 
+# MUTANTS="--number 0 core/loop.py" runs all mutants of one module.
+.PHONY: mutants
+mutants: .venv/.test  ## change the code in 60 small ways, and list the changes that no test notices
+	$(BIN)/python tools/mutants.py $(MUTANTS)
+
 constraints: .venv/.test  ## resolve constraints.txt again, for all Pythons and extras
 	$(BIN)/python tools/constraints.py
 
-wheel: .venv/pyvenv.cfg  ## build dist/*.whl
+wheel: $(WHEEL)  ## build dist/*.whl
+	@ls $(WHEEL)
+
+$(WHEEL): .venv/pyvenv.cfg constraints.txt $(SOURCES)
+	@rm -rf build $@
+	@$(PINNED) $(BIN)/python -m pip --disable-pip-version-check --quiet wheel --no-deps --wheel-dir dist .
 	@rm -rf build
-	$(PINNED) $(BIN)/python -m pip --disable-pip-version-check --quiet wheel --no-deps --wheel-dir dist .
-	@rm -rf build
-	@ls dist/*.whl
 
 bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stamina
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/queries.py
+	$(BIN)/python benchmarks/report.py
 
 .PHONY: backends
 backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once: ~/.cache, 8 minutes
@@ -86,46 +99,46 @@ clean:  ## remove all that was built
 .venv/pyvenv.cfg:
 	"$$(tools/find-python)" -m venv .venv
 
-# $(1): an extra. The package is built again if a source changed. pip then finds its dependencies
-# installed, unless pyproject.toml or constraints.txt changed.
+# $(1): an extra. The package is installed again if a source changed. pip then finds its
+# dependencies installed, unless pyproject.toml or constraints.txt changed.
 define environment
-.venv/.$(1): .venv/pyvenv.cfg constraints.txt $(SOURCES)
+.venv/.$(1): $(WHEEL)
 	@echo "installing traced-retry[$(1)] into .venv (the first time takes a minute)"
-	@rm -rf build
-	@$(PIP) --force-reinstall --no-deps . && $(PIP) '.[$(1)]' && rm -rf build
+	@$(PIP) --force-reinstall --no-deps $(WHEEL) && $(PIP) '$(WHEEL)[$(1)]'
 	@touch $$@
 endef
 $(foreach extra,demo test bench,$(eval $(call environment,$(extra))))
 
 # $(1): name, $(2): Python, $(3): its needs. An environment of its own in .venv.
 apart = test -x .venv/$(1)/bin/pytest || { $(2) -m venv .venv/$(1) && .venv/$(1)/bin/python $(INSTALL) $(3); }; \
-	rm -rf build; $(PINNED) .venv/$(1)/bin/python $(INSTALL) --force-reinstall --no-deps . && rm -rf build && touch .venv/.$(1)
+	.venv/$(1)/bin/python $(INSTALL) --force-reinstall --no-deps $(WHEEL) && touch .venv/.$(1)
 
 OLDEST := $(patsubst %,livekit-%==1.7.0,agents plugins-openai plugins-xai plugins-google plugins-ultravox plugins-phonic plugins-nvidia[personaplex])
 OLDEST += opentelemetry-api==1.39.0 opentelemetry-sdk==1.39.0 opentelemetry-instrumentation==0.60b0 \
 	opentelemetry-exporter-prometheus==0.60b0 prometheus-client==0.22.0
 OLDEST += azure-ai-voicelive pytest pytest-asyncio pytest-randomly pytest-xdist hypothesis h2 trustme backoff promql-parser pyyaml
 
-.venv/.oldest: .venv/pyvenv.cfg $(SOURCES)
+.venv/.oldest: $(WHEEL)
 	@echo "installing the oldest plugins and OpenTelemetry supported into .venv/oldest"
 	@$(call apart,oldest,$(BIN)/python,$(OLDEST))
 
 CORE_NEEDS := opentelemetry-api opentelemetry-sdk opentelemetry-instrumentation pytest pytest-asyncio pytest-randomly hypothesis grimp
 
-.venv/.core-fork: .venv/pyvenv.cfg $(SOURCES)
+.venv/.core-fork: $(WHEEL)
 	@echo "installing python-backoff into .venv/core-fork"
 	@$(call apart,core-fork,$(BIN)/python,$(CORE_NEEDS) python-backoff)
 
-.venv/.core-3.%: .venv/pyvenv.cfg $(SOURCES)
+.venv/.core-3.%: $(WHEEL)
 	@echo "installing the core into .venv/core-3.$*"
 	@$(call apart,core-3.$*,"$$(tools/find-python 3.$*)",-c constraints.txt $(CORE_NEEDS) backoff)
 
 # Always again, for the newest version is another tomorrow.
 .PHONY: .venv/.newest
-.venv/.newest: .venv/pyvenv.cfg
+.venv/.newest: $(WHEEL)
 	@echo "installing the newest version of everything into .venv/newest"
 	@test -x .venv/newest/bin/python || $(BIN)/python -m venv .venv/newest
-	@rm -rf build; .venv/newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager '.[test]' && rm -rf build
+	@.venv/newest/bin/python $(INSTALL) --force-reinstall --no-deps $(WHEEL)
+	@.venv/newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager '$(WHEEL)[test]'
 
 .PHONY: dashboards preview
 dashboards: .venv/.test  ## make rules, alerts, dashboards and the docs' tables anew

@@ -147,7 +147,7 @@ async def with_sdk():
 async def waiting():
     print(f"{WAITING:,} replies waiting in backoff at once")
 
-    def busy():
+    def busy() -> asyncio.Future[str]:
         future = asyncio.get_running_loop().create_future()
         future.set_exception(OverloadedError())
         return future

@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.clock import VirtualClockLoop
 from support.recorder import Recorder
 
-from traced_retry.core import budget, guard
+from traced_retry.core import guard
+from traced_retry.testing.clock import VirtualClockLoop
 
 
 def pytest_asyncio_loop_factories(config, item):
@@ -19,12 +19,28 @@ def pytest_asyncio_loop_factories(config, item):
     return {"virtual": VirtualClockLoop}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+LONGEST = [
+    "test_fleet.py",
+    "test_exactness.py",
+    "test_collector.py",
+    "test_end_to_end.py",
+    "test_jaeger.py",
+    "test_load_balancer.py",
+    "test_enable_jobs.py",
+    "test_doctor.py",
+    "test_presets.py",
+    "test_cli.py",
+]
+"""The files whose tests or fixtures take longest, for the most part because they wait."""
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     """Keep tests that share a server, or another costly fixture, in one process of pytest-xdist.
 
     Tests of a folder share its session fixtures, tests of a file its module fixtures. All other
-    tests go to whichever process is free.
+    tests go to whichever process is free. The longest start first, so that no process waits for
+    another at the end.
     """
     for item in items:
         shared = [
@@ -38,6 +54,10 @@ def pytest_collection_modifyitems(items):
         wide = any(definition.scope == "session" for definition in shared)
         group = item.path.parent if wide else item.path
         item.add_marker(pytest.mark.xdist_group(str(group)))
+    yield  # other plugins shuffle
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture
@@ -46,12 +66,6 @@ def recorder():
     recorder = Recorder()
     yield recorder
     recorder.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def fresh_budget():
-    """The retries of one test are not paid by the next."""
-    budget.process_budget.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ def enable(ctx: JobContext) -> bool:
     """Every argument of enable."""
     traced_retry.enable()
     policy = traced_retry.RetryPolicy(budget=traced_retry.RetryBudget(25, per_reply=0.2))
-    tracing = traced_retry.enable(
+    tracing: traced_retry.Tracing = traced_retry.enable(
         ctx, policy=policy, preset="jaeger", service_name="support", on_exhausted=on_exhausted
     )
     assert tracing.destination + ""
@@ -42,6 +42,7 @@ def wrap(model: llm.RealtimeModel, provider: TracerProvider) -> llm.RealtimeMode
     policy = traced_retry.RetryPolicy(deadline=8, on_silence="listen", classify=classify)
     traced_retry.instrument(policy=policy)
     traced_retry.uninstrument()
+    traced_retry.disable()
     return traced_retry.wrap(
         model, policy=policy, tracer_provider=provider, on_exhausted=on_exhausted
     )
@@ -53,7 +54,7 @@ async def ask(question: str) -> int:
     return len(question)
 
 
-@traced_retry.retry(provider="mine")
+@traced_retry.retry(provider="mine", on=(ConnectionError, TimeoutError))
 def ask_future(question: str) -> asyncio.Future[int]:
     """Likewise."""
     raise NotImplementedError

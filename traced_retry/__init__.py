@@ -18,20 +18,33 @@ from traced_retry.core.decorator import RetryingRealtimeSession, retry
 from traced_retry.core.failure import Failure
 from traced_retry.core.loop import FailedReply
 from traced_retry.core.policy import PolicyError, RetryPolicy
-from traced_retry.errors import missing_extra
+from traced_retry.core.switch import disable
+from traced_retry.errors import (
+    ConfigurationFileError,
+    ExportError,
+    MissingExtraError,
+    UsageError,
+    missing_extra,
+)
 
 if TYPE_CHECKING:
-    from traced_retry.export.enable import enable
+    from traced_retry.export.enable import Tracing, enable
     from traced_retry.livekit import instrument, uninstrument, wrap
 
 __all__ = [
+    "ConfigurationFileError",
+    "ExportError",
     "FailedReply",
     "Failure",
+    "MissingExtraError",
     "PolicyError",
     "RetryBudget",
     "RetryPolicy",
     "RetryingRealtimeSession",
+    "Tracing",
+    "UsageError",
     "__version__",
+    "disable",
     "enable",
     "instrument",
     "retry",
@@ -41,6 +54,7 @@ __all__ = [
 
 
 _LATE = {
+    "Tracing": "traced_retry.export.enable",
     "enable": "traced_retry.export.enable",
     "instrument": "traced_retry.livekit",
     "uninstrument": "traced_retry.livekit",

@@ -10,8 +10,20 @@ class UsageError(ValueError):
     """Something given to us cannot be. The message names it, and what is allowed."""
 
 
+class ArgumentError(UsageError, TypeError):
+    """An argument of a wrong type. The message names it, and what is allowed."""
+
+
 class MissingExtraError(UsageError, ModuleNotFoundError):
     """A package is not installed. The message names the command that installs it."""
+
+
+class ExportError(UsageError):
+    """An invalid setting of the export. The message names the setting and the remedy."""
+
+
+class ConfigurationFileError(UsageError):
+    """An invalid configuration file. The message names file, key and allowed values."""
 
 
 _EXTRAS: Final = {
@@ -23,6 +35,7 @@ _EXTRAS: Final = {
     "platformdirs": "export",
     "requests": "export",
     "aiohttp": "simulator",
+    "pytest": "testing",
     "h2": "simulator",
     "trustme": "simulator",
     "rich": "cli",

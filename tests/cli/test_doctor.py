@@ -474,3 +474,18 @@ class TestPlugins:
         assert (1, {"plugin phonic": "warn"}) == (done.status, done.bad)
         assert "observe-only, for _pending_user_text is gone" in done["plugin phonic"]["message"]
         assert "1.7.0 to 1.8.9" in done["plugin phonic"]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "message"),
+    [
+        ("true", "warn", "TRACED_RETRY_DISABLED is true: replies are neither retried nor traced"),
+        ("1", "fail", "TRACED_RETRY_DISABLED is '1': expected true or false"),
+    ],
+)
+def test_off_switch_is_shown(doctor, value, status, message):
+    """An agent that is switched off retries no reply, whatever the other checks say."""
+    found = doctor(TRACED_RETRY_DISABLED=value)["switch"]
+
+    assert (status, message) == (found["status"], found["message"])
+    assert found["fix"]

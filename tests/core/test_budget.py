@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -56,6 +57,17 @@ class TestBucket:
         bucket = RetryBudget(3)
 
         assert [True, True, True, False] == [bucket.spend("openai", clock) for _ in range(4)]
+
+    def test_opened_bucket_is_full_before_its_first_reply(self, clock):
+        """The gauge shows a provider that nothing was asked of, and its clock goes on."""
+        bucket = RetryBudget(3, per_second=1)
+        bucket.open("openai", clock)
+        assert {"openai": 3} == bucket.remaining()
+        bucket.spend("openai", clock)
+        bucket.spend("openai", clock)
+        clock.now += 1
+
+        assert {"openai": 2} == bucket.remaining()
 
     def test_outage_of_one_provider_leaves_budget_of_others(self, clock):
         """One provider's outage leaves the other providers their retries."""
@@ -110,7 +122,7 @@ class TestBucket:
 
         assert spent <= 5 + 0.25 * steps.count("earn") + 0.5 * steps.count("wait")
 
-    @pytest.mark.parametrize("value", [0, 0.5, -1, math.nan, math.inf, "10"])
+    @pytest.mark.parametrize("value", [0, 0.5, -1, math.nan, math.inf, "10", 10**400, True])
     def test_invalid_capacity_is_refused(self, value):
         """A capacity below one retry is refused, because max_retries=0 means that."""
         with pytest.raises(ValueError, match=r"capacity is .*finite number >= 1"):
@@ -121,6 +133,33 @@ class TestBucket:
         """A budget cannot lose tokens by replies or time."""
         with pytest.raises(ValueError, match=rf"{name} is -1; .*>= 0"):
             RetryBudget(**{name: -1})
+
+
+class TestProcessBudget:
+    @pytest.fixture(autouse=True)
+    def no_budget_yet(self, monkeypatch):
+        """Start without a budget, as a new process does."""
+        monkeypatch.setattr(budget, "_process_budgets", {})
+
+    def test_equal_capacities_share_one_budget(self):
+        """The default, the same number given and the same number as an int are one budget."""
+        assert budget.process_budget() is budget.process_budget(10.0)
+        assert budget.process_budget() is budget.process_budget(capacity=10)
+        assert budget.process_budget() is not budget.process_budget(11)
+
+    @pytest.mark.parametrize("capacity", [0, math.nan, 10**400])
+    def test_invalid_capacity_is_refused(self, capacity):
+        """The error is that of the budget, and no budget is kept."""
+        with pytest.raises(ValueError, match="capacity is"):
+            budget.process_budget(capacity)
+        assert {} == budget._process_budgets
+
+    def test_threads_get_one_budget(self):
+        """Two threads that ask at once share the budget."""
+        with ThreadPoolExecutor(8) as pool:
+            found = set(pool.map(lambda _: id(budget.process_budget(7)), range(64)))
+
+        assert {id(budget.process_budget(7))} == found
 
 
 class TestPolicy:

@@ -10,13 +10,13 @@ from itertools import pairwise
 
 import opentelemetry.sdk.trace
 import pytest
-from support.clock import VirtualClockLoop
 from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import RetryPolicy, retry, semconv
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest, Delivery
 from traced_retry.core.telemetry import Target, Telemetry
+from traced_retry.testing.clock import VirtualClockLoop
 
 SERVER_ERROR = ProviderError("server_error")
 LIMITED = ProviderError("rate_limit_exceeded", retry_after=5.0)
@@ -36,6 +36,16 @@ class Spoken(CallRequest):
         loop = asyncio.get_running_loop()
         loop.call_later(2, delivery.mark_output)
         loop.call_later(5, delivery.end)
+        return delivery
+
+
+class Stalled(CallRequest):
+    """A request whose reply has output at once and no end."""
+
+    def delivery(self, result):
+        delivery = Delivery()
+        delivery.mark_activity()
+        delivery.mark_output()
         return delivery
 
 
@@ -78,6 +88,64 @@ class TestSystemClock:
         await asyncio.sleep(5)
 
         assert [2.5, 2.5] == pytest.approx([seconds(span) for span in recorder.spans()])
+
+
+class TestOldLoop:
+    """A loop that has run for a while, so that times differ from durations."""
+
+    async def test_durations_are_counted_from_start_of_reply(self, recorder, caplog):
+        """Spans, metrics, log and on_exhausted have seconds since the request."""
+        await asyncio.sleep(1000)
+        script = Scripted((2.0, SERVER_ERROR), (3.0, LIMITED), HANG)
+        told = []
+        trace = Telemetry(**recorder.providers).reply(Target("openai"))
+        before = time.time_ns()
+        reply = Reply(
+            CallRequest(script.future),
+            RetryPolicy(deadline=15.0, attempt_timeout=4.0, max_retries=2),
+            trace,
+            jitter=lambda bound: bound,
+            on_failed=told.append,
+        )
+        future = reply.start()
+        await asyncio.wait([future])
+
+        assert [1000, 1003, 1011] == script.times
+        (span,) = recorder.spans(semconv.SPAN_REPLY)
+        attempts = recorder.spans(semconv.SPAN_ATTEMPT)
+        assert 15.0 == pytest.approx(seconds(span))
+        assert [2.0, 3.0, 4.0] == pytest.approx([seconds(attempt) for attempt in attempts])
+        starts = [(attempt.start_time - span.start_time) / 1e9 for attempt in attempts]
+        assert [0.0, 3.0, 11.0] == pytest.approx(starts)
+        assert abs(span.start_time - before) < 5e9
+        assert [(2, 6.0)] == list(recorder.points(semconv.METRIC_DELAY).values())
+        durations = recorder.points(semconv.METRIC_ATTEMPT_DURATION).values()
+        assert [2.0, 3.0, 4.0] == sorted(total for _, total in durations)
+        assert [(1, 15.0)] == list(recorder.points(semconv.METRIC_REPLY_DURATION).values())
+        assert [15.0] == [failed.seconds for failed in told]
+        assert 6.0 == span.attributes[semconv.DELAY_TOTAL]
+        assert "after 3 attempt(s) and 15.00 s" in caplog.text
+        assert LIMITED is future.exception()
+
+    @pytest.mark.parametrize("stalled", [False, True])
+    async def test_timeout_names_its_seconds(self, stalled, recorder):
+        """The error of an attempt without an answer has the seconds of the attempt."""
+        await asyncio.sleep(1000)
+        call = Scripted("hello" if stalled else HANG).future
+        request = Stalled(call) if stalled else CallRequest(call)
+        policy = RetryPolicy(deadline=12.0, attempt_timeout=None if stalled else 3.0, max_retries=0)
+        ended = []
+        reply = Reply(
+            request,
+            policy,
+            Telemetry(**recorder.providers).reply(Target("openai")),
+            on_ended=lambda _, error: ended.append(error),
+        )
+        future = reply.start()
+        await asyncio.sleep(100)
+
+        error = ended[0] if stalled else future.exception()
+        assert f"no answer within {60.0 if stalled else 3.0} s" == str(error)
 
 
 def closed_with(recorder, *steps, after=0.1, request=None, loop=None):

@@ -10,11 +10,12 @@ ALLOWED = {
     "core": set(),
     "livekit": {"core"},
     "simulator": set(),
-    "monitoring": set(),
+    "monitoring": {"core"},
     "report": {"core"},
     "export": {"core", "livekit"},
     "doctor": {"core", "livekit", "export"},
-    "cli": {"core", "doctor", "export", "monitoring", "report", "simulator"},
+    "testing": {"core", "report", "simulator"},
+    "cli": {"core", "doctor", "export", "monitoring", "report", "simulator", "testing"},
 }
 """The packages that a package may import. Each may import the modules of the root."""
 ROOT = {"semconv", "errors", "shipped_files", "_version"}

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import inspect
 import logging
+import sys
 
 import pytest
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
@@ -36,6 +39,19 @@ def outcome(recorder):
     """Outcome and stop reason of the only reply."""
     (reply,) = recorder.replies
     return reply["traced_retry.outcome"], reply.get("traced_retry.stop_reason")
+
+
+class CallableObject:
+    """An object whose call returns a future."""
+
+    __name__ = "CallableObject"
+
+    def __init__(self, script):
+        self.script = script
+
+    def __call__(self) -> asyncio.Future[str]:
+        """Return the next step's future."""
+        return self.script.future()
 
 
 class TestSuccess:
@@ -77,8 +93,21 @@ class TestSuccess:
         asker = Asker()
         asker.__name__ = "asker"
 
-        assert "hello" == await retry(provider="openai")(asker)()
+        decorated = retry(provider="openai")(asker)
+        assert inspect.iscoroutinefunction(decorated)
+        assert "hello" == await decorated()
         assert 2 == script.calls
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.11 has no eager tasks")
+    async def test_call_that_need_not_wait_costs_no_turn(self):
+        """The reply of such a call is there when start() returns."""
+
+        async def call():
+            return "hello"
+
+        reply = Reply(CallRequest(call), RetryPolicy(), Telemetry().reply(Target("openai")))
+
+        assert "hello" == reply.start().result()
 
 
 class TestFailure:
@@ -136,7 +165,7 @@ class TestFailure:
         """A plugin that raises NotImplementedError does so from the call itself."""
 
         @retry(provider="nvidia", **recorder.providers)
-        def unsupported():
+        def unsupported() -> asyncio.Future[str]:
             raise NotImplementedError
 
         with pytest.raises(NotImplementedError):
@@ -151,7 +180,7 @@ class TestFailure:
         raised = []
 
         @retry(provider="openai")
-        def sometimes():
+        def sometimes() -> asyncio.Future[str]:
             if not raised:
                 raised.append(SERVER_ERROR)
                 raise SERVER_ERROR
@@ -161,8 +190,68 @@ class TestFailure:
 
     async def test_plain_value_raises_type_error(self):
         """A function that returns a plain value is a mistake, and the error names it."""
+
+        def ask() -> asyncio.Future[int]:
+            return 1
+
         with pytest.raises(TypeError, match="returned a int, and only"):
-            retry(provider="openai")(lambda: 1)()
+            retry(provider="openai")(ask)()
+
+    @pytest.mark.parametrize("returns", [None, int, "int", "asyncio.Event"])
+    def test_sync_function_is_refused_at_decoration(self, returns):
+        """A blocking function is refused by its name, before it is called."""
+
+        def fetch_weather():
+            raise AssertionError
+
+        if returns is not None:
+            fetch_weather.__annotations__["return"] = returns
+        with pytest.raises(TypeError, match=r"fetch_weather is not async, .* write `async def`"):
+            retry(provider="openai")(fetch_weather)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda script: script.future,
+            lambda script: functools.partial(script.future),
+            lambda script: functools.partial(script.coroutine),
+            CallableObject,
+        ],
+    )
+    async def test_function_that_promises_a_future_is_retried(self, make):
+        """A method, a partial and an object with an annotation are retried."""
+        script = Scripted(SERVER_ERROR, "hello")
+
+        assert "hello" == await retry(provider="openai")(make(script))()
+
+    async def test_exception_outside_of_on_is_final(self, recorder):
+        """Only the exceptions that ``on`` names are retried."""
+        script = Scripted(ConnectionError(), ProviderError("server_error"))
+        ask = retry(provider="openai", on=(ConnectionError, TimeoutError), **recorder.providers)
+
+        with pytest.raises(ProviderError):
+            await ask(script.coroutine)()
+
+        assert 2 == script.calls
+        assert ("not_recoverable", "not_recoverable") == outcome(recorder)
+        assert [True, False] == [a["traced_retry.recoverable"] for a in recorder.attempts]
+
+    async def test_timeout_outside_of_on_is_final(self, recorder):
+        """An attempt that exceeds its time is a TimeoutError."""
+        script = Scripted(HANG)
+        policy = RetryPolicy(attempt_timeout=1.0)
+        ask = retry(provider="x", on=ConnectionError, policy=policy, **recorder.providers)
+
+        with pytest.raises(TimeoutError):
+            await ask(script.coroutine)()
+
+        assert 1 == script.calls
+
+    @pytest.mark.parametrize("on", [(), "ConnectionError", (1,), BaseException])
+    def test_on_must_be_exception_classes(self, on):
+        """The error shows the value and the expected type."""
+        with pytest.raises(TypeError, match="expected an exception class, or a tuple"):
+            retry(provider="openai", on=on)
 
     def test_async_generator_is_refused_at_decoration(self):
         """An async generator cannot be restarted halfway, so the decorator refuses it."""

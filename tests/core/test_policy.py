@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from traced_retry import Failure, PolicyError, RetryPolicy
+from traced_retry import Failure, PolicyError, RetryBudget, RetryPolicy
 from traced_retry.core.failure import failure
+from traced_retry.core.policy import ENV
 
 FAILURE = failure(Exception(), "unknown")
 
@@ -56,6 +59,20 @@ class TestRetryPolicy:
         with pytest.raises(PolicyError, match=rf"{name} is .*finite number"):
             RetryPolicy(**{name: value})
 
+    @pytest.mark.parametrize("name", ["base_delay", "max_delay", "deadline", "attempt_timeout"])
+    @pytest.mark.parametrize("digits", [400, 5000])
+    def test_number_that_is_no_float_is_refused(self, name, digits):
+        """The message is short, also for a number that Python refuses to print."""
+        with pytest.raises(PolicyError, match=rf"{name} is .*finite number") as caught:
+            RetryPolicy(**{name: 10**digits})
+        assert len(str(caught.value)) < 200
+
+    def test_attempt_timeout_above_deadline_is_refused(self):
+        """An attempt cannot take longer than its reply."""
+        with pytest.raises(PolicyError, match=r"attempt_timeout is 8, above deadline, 5; lower"):
+            RetryPolicy(deadline=5, attempt_timeout=8)
+        assert 5 == RetryPolicy(deadline=5, attempt_timeout=5).attempt_timeout
+
     @pytest.mark.parametrize("name", ["deadline", "attempt_timeout"])
     def test_limit_of_zero_seconds_is_refused(self, name):
         """A limit of zero would fail each reply before it is requested."""
@@ -76,6 +93,48 @@ class TestRetryPolicy:
         """A classify that is not callable is refused at once, not at the first failure."""
         with pytest.raises(PolicyError, match="classify is 'x'"):
             RetryPolicy(classify="x")
+
+
+def double(failed):
+    """A classify function that can be pickled."""
+    return dataclasses.replace(failed, recoverable=True)
+
+
+class TestCopies:
+    @pytest.mark.parametrize(
+        "duplicate",
+        [copy.copy, copy.deepcopy, dataclasses.replace, lambda p: pickle.loads(pickle.dumps(p))],
+        ids=["copy", "deepcopy", "replace", "pickle"],
+    )
+    def test_copy_is_equal_and_shares_process_budget(self, duplicate):
+        """A policy can be sent to another process, as LiveKit's spawned jobs need."""
+        policy = RetryPolicy(5, 0.5, deadline=9, on_silence="listen", classify=double)
+
+        assert policy == duplicate(policy)
+        assert policy.budget is duplicate(policy).budget
+        assert dataclasses.asdict(policy) == dataclasses.asdict(duplicate(policy))
+
+    @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+    def test_copy_in_the_process_shares_own_budget(self, duplicate):
+        """Copies of one policy cannot spend more than the policy."""
+        policy = RetryPolicy(budget=RetryBudget(3))
+
+        assert policy.budget is duplicate(policy).budget
+
+    def test_pickled_own_budget_keeps_its_settings(self):
+        """Another process has buckets of its own, of the same size."""
+        budget = RetryBudget(3, per_reply=0.5, per_second=0)
+        budget.spend("openai", lambda: 0.0)
+        loaded = pickle.loads(pickle.dumps(RetryPolicy(budget=budget))).budget
+
+        assert budget is not loaded
+        assert (3, 0.5, 0) == (loaded.capacity, loaded.per_reply, loaded.per_second)
+        assert {} == loaded.remaining()
+
+    def test_copied_policy_is_checked_like_any_other(self):
+        """A change of one field is checked with the others."""
+        with pytest.raises(PolicyError, match="attempt_timeout is 8"):
+            dataclasses.replace(RetryPolicy(attempt_timeout=8), deadline=5)
 
 
 class TestFromEnv:
@@ -107,6 +166,19 @@ class TestFromEnv:
         assert policy == RetryPolicy(5, 0.5, 4.0, 12.0, 3.0, False, "listen")
 
     @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            *((text, True) for text in ("1", "true", "yes", "on", "YES", " True ")),
+            *((text, False) for text in ("0", "false", "no", "off", "OFF")),
+        ],
+    )
+    def test_usual_words_are_booleans(self, text, value):
+        """The words that people write for true and false are accepted in any case."""
+        policy = RetryPolicy.from_env({"TRACED_RETRY_RETRY_RATE_LIMITS": text})
+
+        assert value is policy.retry_rate_limits
+
+    @pytest.mark.parametrize(
         ("variable", "value", "allowed"),
         [
             ("LIVEKIT_REALTIME_MAX_RETRIES", "many", "whole number"),
@@ -131,6 +203,17 @@ class TestFromEnv:
         """Two values that contradict each other are refused, with both names."""
         with pytest.raises(PolicyError, match=r"BASE_DELAY and .*MAX_DELAY.*base_delay is 30"):
             RetryPolicy.from_env({"LIVEKIT_REALTIME_RETRY_BASE_DELAY": "30"})
+        with pytest.raises(
+            PolicyError, match=r"DEADLINE and TRACED_RETRY_ATTEMPT_TIMEOUT: attempt_timeout is 30"
+        ):
+            RetryPolicy.from_env({"TRACED_RETRY_ATTEMPT_TIMEOUT": "30"})
+
+    @pytest.mark.parametrize("variable", [name for name in ENV if "SILENCE" not in name])
+    def test_number_of_5000_digits_is_refused(self, variable):
+        """The message is short."""
+        with pytest.raises(PolicyError, match=f"^{variable} is '9999") as caught:
+            RetryPolicy.from_env({variable: "9" * 5000})
+        assert len(str(caught.value)) < 250
 
 
 class TestDelays:
@@ -141,6 +224,7 @@ class TestDelays:
     def test_base_delay_of_zero_never_waits(self):
         """A base of zero never waits, not even after a thousand retries (2.2.1 would overflow)."""
         assert {0} == set(waits(RetryPolicy(base_delay=0.0), 2000))
+        assert {0} == set(waits(RetryPolicy(base_delay=5e-324), 2000))
 
     def test_jitter_never_goes_below_retry_after(self):
         """Jitter may lengthen the wait that the provider asked for, and never shortens it."""

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import RetryPolicy
-from traced_retry.core.failure import failure
+from traced_retry.core.failure import copy_error, failure
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest, Delivery
 from traced_retry.core.telemetry import Target, Telemetry
@@ -118,6 +119,177 @@ class TestActions:
         assert 0 == recorder.open_spans
         assert "not_recoverable" == recorder.replies[0]["traced_retry.outcome"]
 
+    @pytest.mark.parametrize("method", ["explain", "next_action", "ready", "limit"])
+    async def test_exception_of_adapter_has_no_note(self, method, reply, recorder, caplog):
+        """The caller gets the exception as it was raised, and the log names its place once."""
+        raised = LookupError("SECRET")
+
+        class Faulty(Request):
+            __slots__ = ()
+
+        def fail(*_):
+            raise raised
+
+        setattr(Faulty, method, fail)
+        request = Faulty(Scripted(ProviderError("server_error")))
+        asked = reply(request)
+        if method == "limit":
+            with pytest.raises(LookupError):
+                asked.start()
+            return
+        with pytest.raises(LookupError) as caught:
+            await asked.start()
+
+        assert raised is caught.value
+        assert not hasattr(raised, "__notes__")
+        (record,) = caplog.records[-2:-1]
+        assert "the retry of a reply raised LookupError at " in record.getMessage()
+        assert f"{__file__}:{fail.__code__.co_firstlineno + 1}" in record.getMessage()
+        assert "SECRET" not in caplog.text
+        assert "not_recoverable" == recorder.replies[0]["traced_retry.outcome"]
+
+    @pytest.mark.parametrize("end", ["interrupt", "cancel"])
+    async def test_reply_that_ends_in_classify_is_not_retried(self, end, recorder):
+        """A policy's function may end the very reply that it classifies."""
+        trace = Telemetry(**recorder.providers).reply(Target("somebody"))
+        request = Request(Scripted((0.5, ProviderError("server_error"))))
+
+        def classify(_):
+            asked.interrupt() if end == "interrupt" else future.cancel()
+
+        asked = Reply(request, RetryPolicy(classify=classify, base_delay=0), trace)
+        future = asked.start()
+        await asyncio.sleep(5)
+
+        assert future.cancelled()
+        assert ["interrupted"] == [r["traced_retry.outcome"] for r in recorder.replies]
+        assert 1 == request.asked.count("send")
+        assert 0 == recorder.open_spans
+
+    async def test_notes_of_replies_are_separate(self, reply):
+        """A failure that ended several replies has the note of each on its own exception."""
+        shared = failure(ProviderError("account_deactivated"), "authentication")
+        asked = [reply(Request(Scripted(HANG)), max_retries=n) for n in range(2)]
+        futures = [each.start() for each in asked]
+        for each in asked:
+            each.report_failure(copy_error(shared), "not_recoverable")
+        errors = [future.exception() for future in futures]
+
+        assert errors[0] is not errors[1]
+        for error in errors:
+            (note,) = error.__notes__
+            assert note.startswith("traced_retry: 1 attempt(s), stopped by not_recoverable, trace")
+        assert not hasattr(shared.error, "__notes__")
+
+    @pytest.mark.parametrize(
+        ("error", "calls"),
+        [(TimeoutError(), 1), (ConnectionResetError(), 1), (ProviderError("server_error"), 2)],
+    )
+    async def test_unanswered_call_is_not_repeated_if_that_is_unsafe(self, error, calls, recorder):
+        """The late answer to a call could still be heard, unless the provider refused the call."""
+        script = Scripted(error, "hello")
+        request = CallRequest(script.future, resend_after_timeout=False)
+        trace = Telemetry(**recorder.providers).reply(Target("somebody"))
+        future = Reply(request, RetryPolicy(base_delay=0), trace).start()
+        await asyncio.wait([future])
+
+        assert calls == script.calls
+        if calls == 1:
+            assert error is future.exception()
+            assert "unsafe_to_resend" == recorder.replies[0]["traced_retry.stop_reason"]
+
+    @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+    async def test_end_of_program_in_send_ends_reply(self, kind, reply, recorder):
+        """Ctrl-C passes unchanged, and the reply is recorded as interrupted."""
+
+        class Ending(Request):
+            __slots__ = ()
+
+            def attempt(self, action):
+                raise kind
+
+        with pytest.raises(kind):
+            reply(Ending(Scripted("hello"))).start()
+        assert 0 == recorder.open_spans
+        assert ["interrupted"] == [r["traced_retry.outcome"] for r in recorder.replies]
+        assert ["interrupted"] == [a["traced_retry.result"] for a in recorder.attempts]
+
+    async def test_cancelled_future_is_noticed_by_wake(self, reply, recorder):
+        """An adapter's event ends a cancelled reply before the future's callback runs."""
+        asked = reply(Request(Scripted(HANG)))
+        future = asked.start()
+        future.cancel()
+        assert 2 == recorder.open_spans
+        asked.wake()
+
+        assert 0 == recorder.open_spans
+        assert ["interrupted"] == [r["traced_retry.outcome"] for r in recorder.replies]
+
+    async def test_failed_reply_has_code_or_type_of_each_attempt(self, reply):
+        """An unknown code stays exact, and a failure without a code has its error type."""
+        told = []
+        script = Scripted(ProviderError("odd_code"), TimeoutError(), ProviderError("quota!"))
+        asked = reply(Request(script), on_failed=told.append, max_retries=2)
+        await asyncio.wait([asked.start()])
+        (failed,) = told
+
+        assert ("odd_code", "timeout", "_OTHER") == failed.codes
+        assert ("somebody", None, "exhausted", "max_attempts", 3) == (
+            failed.provider,
+            failed.model,
+            failed.outcome,
+            failed.stop_reason,
+            failed.attempts,
+        )
+
+    async def test_failure_of_attempt_after_end_is_not_logged_by_asyncio(self, reply):
+        """A plugin may end the future of an interrupted attempt with an error, much later."""
+        reported = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: reported.append(what))
+
+        class Deaf(Request):
+            __slots__ = ()
+
+            def cancel(self, attempt):
+                pass
+
+        script = Scripted((5.0, ProviderError("server_error")))
+        asked = reply(Deaf(script))
+        asked.start()
+        asked.interrupt()
+        await asyncio.sleep(6)
+        del asked
+        script.futures.clear()
+        gc.collect()
+
+        assert [] == reported
+
+    @pytest.mark.parametrize("method", ["cancel", "abandon", "delivery"])
+    async def test_fault_of_adapter_beside_the_result_is_logged(
+        self, method, reply, recorder, caplog
+    ):
+        """The log names the method, and the reply ends as it would without the fault."""
+
+        class Faulty(Request):
+            __slots__ = ()
+
+        def fail(*_):
+            raise LookupError("SECRET")
+
+        setattr(Faulty, method, fail)
+        steps = [HANG] if method == "cancel" else [ProviderError("server_error"), "hello"]
+        asked = reply(Faulty(Scripted(*steps)), base_delay=0)
+        future = asked.start()
+        if method == "cancel":
+            asked.interrupt()
+        await asyncio.wait([future])
+
+        outcome = "interrupted" if method == "cancel" else "recovered"
+        assert [outcome] == [r["traced_retry.outcome"] for r in recorder.replies]
+        (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+        assert record.getMessage().startswith(f"Request.{method} raised LookupError at ")
+        assert "SECRET" not in caplog.text
+
 
 class TestReadiness:
     async def test_retry_waits_until_request_is_ready(self, reply, recorder):
@@ -135,6 +307,25 @@ class TestReadiness:
         assert [0, 4] == script.times
         assert [1.0] == [a["traced_retry.next_delay"] for a in recorder.attempts[:1]]
         assert [0.0, 4.0] == [a["traced_retry.delay"] for a in recorder.attempts]
+
+    async def test_wake_during_a_check_checks_again(self, reply):
+        """A request may become ready because of the very question, and nothing else wakes it."""
+
+        class Shy(Request):
+            __slots__ = ()
+
+            def ready(self):
+                was_ready, self.is_ready = self.is_ready, True
+                asked.wake()
+                return was_ready
+
+        script = Scripted(ProviderError("server_error"), "hello")
+        request = Shy(script)
+        request.is_ready = False
+        asked = reply(request)
+
+        assert "hello" == await asked.start()
+        assert [0, 1] == script.times
 
     async def test_request_that_is_never_ready_ends_at_deadline(self, reply, recorder):
         """The deadline ends the wait with the provider's error."""
@@ -172,6 +363,18 @@ class TestNews:
         assert future.done()
         assert gone is future.exception()
         assert "not_recoverable" == recorder.replies[0]["traced_retry.stop_reason"]
+
+    async def test_failure_reported_in_wait_does_not_end_next_attempt(self, reply, recorder):
+        """News of the attempt before do not belong to the next attempt."""
+        script = Scripted(ProviderError("server_error"), (0.5, "hello"))
+        asked = reply(Request(script))
+        future = asked.start()
+        await asyncio.sleep(0.5)
+        asked.report_failure(failure(ConnectionResetError(), "connection_lost"))
+
+        assert "hello" == await future
+        assert [0, 1] == script.times
+        assert ["server_error", None] == [a.get("error.type") for a in recorder.attempts]
 
     async def test_failure_reported_during_send_is_used(self, reply):
         """A request may itself cause the event that ends it."""
@@ -307,6 +510,57 @@ class TestDelivery:
             recorder.replies[0]["traced_retry.outcome"],
             recorder.replies[0]["traced_retry.stop_reason"],
         )
+
+    async def test_failure_reported_after_delivery_began_changes_nothing(self, delivered, recorder):
+        """Only the delivery says how a reply that has started ends, unless the session is over."""
+        delivered[0].report_failure(failure(ProviderError(), "connection_lost"))
+        await asyncio.sleep(1)
+        assert 2 == recorder.open_spans
+        delivered[1].mark_output()
+        delivered[1].end()
+
+        assert "succeeded" == recorder.replies[0]["traced_retry.outcome"]
+
+    @pytest.mark.parametrize("first", ["end", "failure", "cancel"])
+    async def test_second_end_changes_nothing(self, first, delivered, recorder):
+        """An adapter may report the end of a response more than once."""
+        ends = {
+            "end": {},
+            "failure": {"failure": failure(ProviderError("quota"), "quota")},
+            "cancel": {"cancelled": True},
+        }
+        calls = []
+        delivery = Delivery()
+        delivery.on_end = lambda: calls.append(delivery.failure)
+        delivery.end(**ends[first])
+        for again in ends.values():
+            delivery.end(**again)
+
+        assert [ends[first].get("failure")] == calls
+        assert (first == "cancel") == delivery.cancelled
+        assert ends[first].get("failure") is delivery.failure
+
+    async def test_cancelled_delivery_with_output_was_heard(self, delivered, recorder):
+        """A reply that the caller cuts off after its first word was heard."""
+        delivered[1].mark_output()
+        delivered[1].end(cancelled=True)
+
+        assert "succeeded" == recorder.replies[0]["traced_retry.outcome"]
+
+    async def test_stalled_reply_fails_60_seconds_after_last_activity(self, delivered, recorder):
+        """Each event of the provider starts the minute again."""
+        delivery = delivered[1]
+        delivery.mark_activity()
+        delivery.mark_output()
+        await asyncio.sleep(59)
+        delivery.mark_activity()
+        await asyncio.sleep(59.9)
+        assert not delivery.ended
+        await asyncio.sleep(0.2)
+
+        assert ("timeout", True) == (delivery.failure.kind, delivery.failure.ended_locally)
+        assert "output_started" == recorder.replies[0]["traced_retry.stop_reason"]
+        assert "no answer within 60.0 s" == str(delivery.failure.error)
 
     async def test_deadline_does_not_apply_after_output(self, delivered, recorder):
         """The deadline limits only the time to the first word."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from traced_retry.core.sanitize import file_name, is_url, printable, redact_url
+from traced_retry.core.sanitize import file_name, host_and_port, is_url, printable, redact_url
 
 KEY = "k3y-5ecret"
 
@@ -76,3 +76,25 @@ class TestRedactUrl:
     def test_any_text_is_accepted(self, text):
         """A URL is recognized or hidden, and never an error."""
         assert "(hidden)" == redact_url(text) or not is_url(text) or "://" in redact_url(text)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://api.openai.com/v1", ("api.openai.com", 443)),
+        ("wss://api.x.ai/v1/realtime", ("api.x.ai", 443)),
+        ("http://speaches:8000/v1", ("speaches", 8000)),
+        ("http://speaches/v1", ("speaches", 80)),
+        ("ws://localhost", ("localhost", 80)),
+        ("http://[::1]:8080/v1", ("::1", 8080)),
+        (f"wss://user:{KEY}@[2001:db8::1]/v1", ("2001:db8::1", 443)),
+        ("http://host:99999/v1", (None, None)),
+        ("nonsense", (None, None)),
+        ("", (None, None)),
+        (None, (None, None)),
+        (7, (None, None)),
+    ],
+)
+def test_host_and_port_have_defaults_and_no_password(url, expected):
+    """An IPv6 literal and a one-word host are hosts, and the scheme gives the default port."""
+    assert expected == host_and_port(url)

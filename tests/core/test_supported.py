@@ -127,3 +127,48 @@ class TestChoice:
 
         with pytest.raises(supported.SupportError, match="is 'yes': expected warn, allow, observe"):
             supported.choice()
+
+
+class TestCheck:
+    @pytest.fixture
+    def newer(self, monkeypatch):
+        """Every LiveKit package is newer than the newest version tested."""
+        monkeypatch.setattr(supported, "version", lambda _: "9.9.9")
+        supported.newer_livekit.cache_clear()
+        yield
+        supported.newer_livekit.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("value", "may_retry", "says"),
+        [
+            ("warn", True, "Replies are retried all the same."),
+            ("observe", False, "Replies are traced and not retried."),
+            ("allow", True, None),
+        ],
+    )
+    def test_newer_livekit_is_reported_once(
+        self, value, may_retry, says, newer, monkeypatch, caplog
+    ):
+        """The variable decides about retries, and ``allow`` also about the warning."""
+        monkeypatch.setenv(supported.VARIABLE, value)
+        for _ in range(2):
+            assert may_retry is supported.check_livekit()
+
+        assert ([] if says is None else ["WARNING"]) == [r.levelname for r in caplog.records]
+        for record in caplog.records:
+            assert says in record.getMessage()
+            assert "livekit-agents 9.9.9, livekit-plugins-aws 9.9.9" in record.getMessage()
+            assert "set TRACED_RETRY_UNTESTED_LIVEKIT to one of warn, allow, observe." in (
+                record.getMessage()
+            )
+
+    @pytest.mark.parametrize("value", ["warn", "observe", "allow"])
+    def test_tested_livekit_is_retried_without_warning(self, value, monkeypatch, caplog):
+        """The choice concerns only a newer LiveKit."""
+        monkeypatch.setattr(supported, "version", lambda _: supported.LIVEKIT.newest)
+        supported.newer_livekit.cache_clear()
+        monkeypatch.setenv(supported.VARIABLE, value)
+
+        assert supported.check_livekit()
+        assert [] == caplog.records
+        supported.newer_livekit.cache_clear()

@@ -12,10 +12,12 @@ import pytest
 from opentelemetry import context, trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import SpanKind, StatusCode
 from support.scripted import HANG, SUPERSEDED, ProviderError, Scripted
 
-from traced_retry import RetryPolicy, semconv
+from traced_retry import RetryPolicy, __version__, semconv
+from traced_retry.core import telemetry as core_telemetry
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
@@ -408,18 +410,39 @@ class TestMetrics:
         assert {exactly(provider="openai"): 0} == recorder.points("traced_retry.in_flight")
 
     async def test_instruments_have_names_units_and_kinds(self, recorder):
-        """Every instrument has its name, unit and kind."""
+        """Every instrument has its name, unit, kind and a description."""
         await ask(recorder, RATE_LIMIT, "hello")
+        trace = Telemetry(**recorder.providers).reply(TARGET)
+        trace.begin()
+        trace.late()
+        (resource,) = recorder._reader.get_metrics_data().resource_metrics
+        (scope,) = resource.scope_metrics
+        seconds = ("s", "Histogram", None, semconv.DURATION_BUCKETS)
 
         assert {
-            "traced_retry.attempts",
-            "traced_retry.replies",
-            "traced_retry.attempt.duration",
-            "traced_retry.reply.duration",
-            "traced_retry.delay",
-            "traced_retry.in_flight",
-            "traced_retry.budget.remaining",
-        } == recorder.metric_names()  # late_replies only once there was one
+            "traced_retry.attempts": ("{attempt}", "Sum", True, None),
+            "traced_retry.replies": ("{reply}", "Sum", True, None),
+            "traced_retry.attempt.duration": seconds,
+            "traced_retry.reply.duration": seconds,
+            "traced_retry.delay": seconds,
+            "traced_retry.in_flight": ("{reply}", "Sum", False, None),
+            "traced_retry.late_replies": ("{reply}", "Sum", True, None),
+            "traced_retry.budget.remaining": ("{attempt}", "Gauge", None, None),
+        } == {
+            m.name: (
+                m.unit,
+                type(m.data).__name__,
+                getattr(m.data, "is_monotonic", None),
+                getattr(m.data.data_points[0], "explicit_bounds", None),
+            )
+            for m in scope.metrics
+        }
+        assert all(m.description[0].isupper() and m.description[-1] == "." for m in scope.metrics)
+        assert ("traced_retry", __version__, semconv.SCHEMA_URL) == (
+            scope.scope.name,
+            scope.scope.version,
+            scope.scope.schema_url,
+        )
 
     async def test_initialized_counter_has_no_exemplar(self, recorder):
         """An exemplar of "exhausted" must not name the call that initialized the counter."""
@@ -445,6 +468,47 @@ class TestMetrics:
         assert (
             {0} == set(replies.values()) == set(recorder.points("traced_retry.attempts").values())
         )
+
+    async def test_counters_are_initialized_once(self, recorder, monkeypatch):
+        """The listeners are called once per provider, and once for its texts to speak."""
+        calls = []
+        monkeypatch.setattr(core_telemetry, "on_counters_initialized", [lambda: calls.append(1)])
+        telemetry = Telemetry(**recorder.providers)
+        for provider, say in [("openai", False), ("openai", False), ("x_ai", False)]:
+            telemetry.initialize_counters(provider, say=say)
+        assert 2 == len(calls)
+        for _ in range(2):
+            telemetry.initialize_counters("x_ai", say=True)
+
+        assert 3 == len(calls)
+
+    async def test_attempts_start_at_zero_with_each_action(self, recorder):
+        """Each action starts at 0 with success and with the frequent failures."""
+        telemetry = Telemetry(**recorder.providers)
+        telemetry.initialize_counters("google", ("send", "restart"))
+        telemetry.initialize_counters("x_ai", say=True)
+        kinds = ("timeout", "connection_lost", "server_error", "rate_limit_exceeded")
+        targets = [
+            {"gen_ai.provider.name": "google", "traced_retry.action": "send"},
+            {"gen_ai.provider.name": "google", "traced_retry.action": "restart"},
+            {
+                "gen_ai.provider.name": "x_ai",
+                "traced_retry.action": "send",
+                "traced_retry.operation": "say",
+            },
+        ]
+        failing = {"traced_retry.result": "failed", "traced_retry.recoverable": True}
+        expected = [
+            frozenset({**target, **more}.items())
+            for target in targets
+            for more in [
+                {"traced_retry.result": "succeeded"},
+                *({**failing, "error.type": kind} for kind in kinds),
+            ]
+        ]
+
+        assert dict.fromkeys(expected, 0) == recorder.points("traced_retry.attempts")
+        assert {0} == set(recorder.points("traced_retry.late_replies").values())
 
     async def test_exemplars_lead_to_trace(self, recorder):
         """Metrics are recorded inside the span, so each exemplar leads to its trace."""
@@ -473,6 +537,28 @@ class TestLog:
             "openai attempt failed (rate_limit_exceeded), send in 1.00 s"
             == caplog.records[0].getMessage()
         )
+
+    @pytest.mark.parametrize("sampled", [True, False])
+    async def test_only_a_sampled_trace_has_an_id(self, sampled, recorder, caplog):
+        """No backend has an unsampled trace, so its id is in no note, log or callback."""
+        provider = TracerProvider(sampler=ALWAYS_ON if sampled else ALWAYS_OFF)
+        failed_replies = []
+        with caplog.at_level(logging.WARNING, logger="traced_retry"):
+            reply = Reply(
+                CallRequest(Scripted(ProviderError("invalid_api_key")).future),
+                RetryPolicy(),
+                Telemetry(provider, recorder.meter_provider).reply(TARGET),
+                on_failed=failed_replies.append,
+            ).start()
+            await ended(reply)
+
+        (record,) = caplog.records
+        (failed_reply,) = failed_replies
+        found = failed_reply.trace_id
+        assert sampled == (found is not None)
+        assert (found or "") == record.trace_id
+        assert record.getMessage().endswith(f"trace {found or 'none'}")
+        assert reply.exception().__notes__[0].endswith(f"trace id {found or 'none'}")
 
     async def test_failed_reply_logs_one_warning(self, recorder, caplog):
         """A failed reply logs one WARN record with its trace id."""
@@ -504,6 +590,42 @@ class TestLog:
             logging.getLogger("traced_retry").removeHandler(handler)
 
         assert "generate_reply" == seen[-1]
+
+    async def test_log_records_have_attributes(self, recorder, caplog):
+        """A log backend can filter by the same names as a trace backend."""
+        with caplog.at_level(logging.INFO, logger="traced_retry"):
+            await ended(ask(recorder, RATE_LIMIT, max_retries=1))
+        retried, lost = ({k: v for k, v in vars(r).items() if "." in k} for r in caplog.records)
+        trace_id = format(recorder.spans()[0].context.trace_id, "032x")
+
+        assert {
+            "gen_ai.provider.name": "openai",
+            "error.type": "rate_limit_exceeded",
+            "traced_retry.action": "send",
+            "traced_retry.next_delay": 1.0,
+        } == retried
+        assert {
+            "gen_ai.provider.name": "openai",
+            "error.type": "rate_limit_exceeded",
+            "traced_retry.outcome": "exhausted",
+            "traced_retry.stop_reason": "max_attempts",
+            "traced_retry.attempts": 2,
+        } == lost
+        assert [trace_id] * 2 == [record.trace_id for record in caplog.records]
+
+    async def test_late_reply_is_counted_and_logged(self, recorder, caplog):
+        """The record names the trace of the reply that was reported as failed."""
+        trace = Telemetry(**recorder.providers).reply(Target("x_ai", say=True))
+        trace.begin()
+        trace.late()
+        (record,) = caplog.records
+
+        assert logging.WARNING == record.levelno
+        assert (
+            f"x_ai say heard after it was reported as failed, trace {trace.trace_id}"
+            == record.getMessage()
+        )
+        assert {"x_ai": 1} == recorder.counted("traced_retry.late_replies", "gen_ai.provider.name")
 
     async def test_interruption_logs_nothing(self, recorder, caplog):
         """An interruption by the caller logs no record."""
@@ -564,6 +686,25 @@ class TestHarmless:
         assert [] == recorder.spans()
         # What is left of the process's budget is not told of this reply.
         assert {"traced_retry.budget.remaining"} == recorder.metric_names()
+
+    async def test_suppressed_instrumentation_still_logs_failure(self, recorder, caplog):
+        """A reply that fails under suppression is logged, without a trace, and not counted."""
+        with suppress_instrumentation():
+            await ended(ask(recorder, RATE_LIMIT, max_retries=1))
+        (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+
+        assert record.getMessage().endswith("exhausted, stopped by max_attempts, trace none")
+        assert [] == recorder.spans()
+        assert {"traced_retry.budget.remaining"} == recorder.metric_names()
+
+    async def test_suppressed_late_reply_is_not_counted(self, recorder):
+        """The suppression of the reply applies to what follows it."""
+        with suppress_instrumentation():
+            trace = Telemetry(**recorder.providers).reply(TARGET)
+        trace.begin()
+        trace.late()
+
+        assert "traced_retry.late_replies" not in recorder.metric_names()
 
     async def test_retries_work_without_sdk(self):
         """Retries need only the API of OpenTelemetry."""

@@ -9,7 +9,7 @@ from dashboards.reading import DASHBOARDS
 from traced_retry.monitoring import config
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shipped():
     """The thresholds of dashboards/config.yaml."""
     return config.read(DASHBOARDS / "config.yaml")

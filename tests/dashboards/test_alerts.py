@@ -96,7 +96,6 @@ ENGINES = {
 @pytest.fixture(params=ENGINES)
 def promtool(request, tmp_path):
     """Return a function that runs one rule test and fails with the message of the engine."""
-
     victoria = request.param == "vmalert-tool"
     group = {"groupname": "traced_retry_alerts"} if victoria else {}
     expr_test = "metricsql_expr_test" if victoria else "promql_expr_test"

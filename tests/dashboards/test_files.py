@@ -184,6 +184,14 @@ class TestWrite:
             ("--min-replies", 0, "min_replies is 0; it must be 1 or more"),
             ("--min-lost", 0, "min_lost is 0; it must be 1 or more"),
             ("--silence", 0, "silence.seconds is 0.0; it must be above 0"),
+            ("--silence", "inf", "silence.seconds is inf; it must be above 0"),
+            ("--silence", 30, "silence.seconds is 30.0; the alert would never fire"),
+            ("--silence", 1e300, "largest bucket of the histogram ends at 30 s"),
+            ("--grafana-url", "grafana.example", "grafana_url is 'grafana.example'; it must be a"),
+            ("--grafana-url", "", "grafana_url is ''; it must be a URL such as https://grafana"),
+            ("--grafana-url", "javascript:alert(1)", "grafana_url is 'javascript:alert(1)'; it"),
+            ("--runbook-url", "https://wiki.example/a b", "runbook_url is 'https://wiki"),
+            ("--runbook-url", "wiki", "runbook_url is 'wiki'; it must be a URL"),
             ("--config", "/nowhere.yaml", "/nowhere.yaml cannot be read"),
         ],
     )
@@ -194,6 +202,11 @@ class TestWrite:
         assert 2 == done.returncode
         assert says in done.stderr
         assert "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize(("option", "value"), [("--silence", 29.9), ("--runbook-url", "")])
+    def test_largest_useful_threshold_and_empty_runbook_are_accepted(self, option, value, tmp_path):
+        """The last bucket can be reached, and without a URL the runbook is in Grafana."""
+        assert 0 == run("write", tmp_path / "d", option, value).returncode
 
     def test_edited_file_is_kept_without_force(self, tmp_path):
         """A file that differs is not overwritten without --force; then nothing else is."""
@@ -241,6 +254,8 @@ class TestConfig:
             ({"objective": None}, "has no objective"),
             ({"objektive": 99}, "unknown objektive; known: "),
             ({"storm__amplification": 1}, "storm.amplification is 1; it must be above 1"),
+            ({"storm__amplification": 10**400}, "storm.amplification is 1000"),
+            ({"silence__seconds": 10**5000}, "silence.seconds is a int that cannot be printed"),
             ({"silence__window": "4m"}, "it must be 5m or longer"),
             ({"silence__window": "ten"}, "'ten' is no duration; write one such as 90s"),
             ({"silence__window": 10}, "silence_window is 10; it must be text"),

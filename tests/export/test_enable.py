@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -343,6 +344,44 @@ result = one, two, asyncio_run(), told
 
         assert (2, 2, 1, ["max_attempts"]) == ended.result
 
+    @pytest.mark.parametrize("first", ["", "traced_retry.enable(policy=first)"])
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ("policy={'max_retries': 1}", "ArgumentError: policy is a dict; it must be a Retry"),
+            ("on_exhausted='nope'", "ArgumentError: on_exhausted is 'nope'; it must be a function"),
+            ("on_exhausted=print", "PolicyError: LIVEKIT_REALTIME_MAX_RETRIES is 'lots'"),
+        ],
+    )
+    def test_wrong_argument_changes_nothing(self, first, wrong, message, state):
+        """An error leaves providers, store and the hook of an earlier call as they were."""
+        ended = fresh(
+            f"""
+import os
+import traced_retry
+from livekit.agents import llm
+from opentelemetry import trace
+first = traced_retry.RetryPolicy(max_retries=1)
+{first}
+before = llm.RealtimeSession.__init__, trace.get_tracer_provider()
+os.environ["LIVEKIT_REALTIME_MAX_RETRIES"] = "lots"
+try:
+    traced_retry.enable({wrong})
+except ValueError as error:
+    said = type(error).__name__ + ": " + str(error)
+same = before == (llm.RealtimeSession.__init__, trace.get_tracer_provider())
+result = said, same
+""",
+            **state,
+        )
+
+        assert "" == ended.error
+        said, same = ended.result
+        assert said.startswith(message)
+        assert same
+        if not first:
+            assert [] == list(Path(state["XDG_STATE_HOME"]).rglob("*.jsonl"))
+
     def test_from_many_threads(self, state):
         """One SDK, one store; as where LiveKit runs each job in a thread."""
         ended = fresh(
@@ -383,14 +422,43 @@ result = [child.exitcode for child in children]
         assert ["child 0", "child 1", "parent"] == sorted(names(stored(state)))
 
 
-def test_a_hanging_server_holds_up_neither_flush_nor_exit(state):
-    """Flush gives up after the time given to it, and the process ends."""
-    import socket
-    import time
+@pytest.mark.parametrize("refuses", [None, "traces", "metrics"])
+def test_flush_returns_whether_all_was_delivered(refuses, state):
+    """A flush returns False if the backend refused the spans or the metrics.
 
+    The ``force_flush`` of the SDK's own providers returns True in each case.
+    """
+    with receiver() as server:
+        endpoints = {
+            f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT": f"{server.url}/v1/{signal}"
+            for signal in ("traces", "metrics")
+            if signal != refuses
+        }
+        ended = fresh(
+            """
+import traced_retry
+from opentelemetry import metrics, trace
+tracing = traced_retry.enable()
+trace.get_tracer("t").start_span("s").end()
+metrics.get_meter("m").create_counter("c").add(1)
+result = tracing.flush(10)
+""",
+            OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:9",
+            OTEL_EXPORTER_OTLP_TIMEOUT="0.3",
+            **endpoints,
+            **state,
+        )
+
+    assert ("", refuses is None) == (ended.error, ended.result)
+
+
+def test_a_hanging_server_holds_up_neither_flush_nor_exit(state):
+    """Flush gives up after the time given to it, and the process ends.
+
+    Both are timed from the moment the code starts to wait. The start of the fork server, which
+    imports LiveKit, takes 8 s on a busy machine.
+    """
     with socket.create_server(("127.0.0.1", 0)) as hanging:
-        port = hanging.getsockname()[1]
-        began = time.monotonic()
         ended = fresh(
             """
 import time, traced_retry
@@ -401,11 +469,111 @@ began = time.monotonic()
 done = tracing.flush(0.5)
 result = done, time.monotonic() - began
 """,
-            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{hanging.getsockname()[1]}",
             **state,
         )
-        took = time.monotonic() - began
+    (done, flush_seconds) = ended.result
 
-    assert (False, 0) == (ended.result[0], ended.exitcode)
-    assert 0.4 < ended.result[1] < 1.0
-    assert took < 8
+    assert (False, 0) == (done, ended.exitcode)
+    assert 0.4 < flush_seconds < 1.0
+    assert flush_seconds + ended.exit_seconds < 8
+
+
+class TestSwitchedOff:
+    def test_variable_leaves_the_process_as_it_is(self, state):
+        """The reply fails as with the plugin alone, no provider is set, and one line warns."""
+        ended = fresh(
+            CONVERSATION
+            + """
+from opentelemetry import trace
+at = traced_retry.enable().destination
+done = asyncio.run(run_conversation("error:server_error,ok"))
+result = at, done, type(trace.get_tracer_provider()).__name__
+""",
+            TRACED_RETRY_DISABLED="true",
+            **state,
+        )
+
+        assert [
+            "nowhere: TRACED_RETRY_DISABLED is true",
+            {"requests": 1, "completed": 0},
+            "ProxyTracerProvider",
+        ] == list(ended.result)
+        assert [] == stored(state)
+        assert 1 == len([line for line in ended.log if "neither retried nor traced" in line])
+
+    def test_enable_switches_on_again(self, state):
+        """disable() acts on the replies after it, and enable() undoes it."""
+        ended = fresh(
+            CONVERSATION
+            + """
+traced_retry.enable()
+traced_retry.disable()
+off = asyncio.run(run_conversation("error:server_error,ok"))
+traced_retry.enable().flush()
+on = asyncio.run(run_conversation("error:server_error,ok"))
+result = off, on
+""",
+            **state,
+        )
+
+        assert [1, 2] == [done["requests"] for done in ended.result]
+        assert 1 == names(stored(state)).count("generate_reply")
+
+
+class TestOrder:
+    def warnings(self, ended):
+        """Return our warnings about the order."""
+        return [line for line in ended.log if "after traced_retry.enable()" in line]
+
+    def test_global_provider_after_enable_is_reported_once(self, state):
+        """OpenTelemetry refuses the provider, and our warning names the remedy."""
+        ended = fresh(
+            """
+import traced_retry
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+traced_retry.enable()
+for _ in range(2):
+    trace.set_tracer_provider(TracerProvider())
+traced_retry.enable()
+""",
+            **state,
+        )
+
+        (line,) = self.warnings(ended)
+        assert "WARNING traced_retry" in line
+        assert "Configure it before traced_retry.enable()" in line
+
+    def test_provider_of_livekit_after_enable_is_reported_once(self, state):
+        """LiveKit's provider gets the spans, and the store does not."""
+        ended = fresh(
+            CONVERSATION
+            + """
+from livekit.agents import telemetry
+from opentelemetry.sdk.trace import TracerProvider
+traced_retry.enable()
+telemetry.set_tracer_provider(TracerProvider())
+result = [asyncio.run(run_conversation()) for _ in range(2)]
+""",
+            **state,
+        )
+
+        (line,) = self.warnings(ended)
+        assert "only that one gets the spans" in line
+
+    def test_provider_before_enable_is_not_reported(self, state):
+        """The order is right."""
+        ended = fresh(
+            CONVERSATION
+            + """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+trace.set_tracer_provider(TracerProvider())
+traced_retry.enable()
+result = asyncio.run(run_conversation())
+""",
+            **state,
+        )
+
+        assert [] == self.warnings(ended)

@@ -21,7 +21,8 @@ from support.run_conversation import SECRET
 
 from traced_retry import semconv, shipped_files
 from traced_retry.core.policy import ENV
-from traced_retry.export.config_file import ConfigurationFileError, load
+from traced_retry.errors import ConfigurationFileError
+from traced_retry.export.config_file import load
 from traced_retry.livekit.instrumentor import RetryOptions
 
 TESTS = Path(__file__).parents[1]

@@ -22,8 +22,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from support.fresh import fresh
 
 from traced_retry import report, semconv
+from traced_retry.errors import ExportError
 from traced_retry.export.file_store import StoreExporter, latest_store, new_store, store_directory
-from traced_retry.export.processor import ExportError
 from traced_retry.export.setup import store_providers
 
 WRITER = Path(__file__).with_name("writer.py")
@@ -207,6 +207,17 @@ result = tracing.flush()
     assert ("", True) == (ended.error, ended.result)
     (store,) = [path for path in state.parents[2].rglob("*") if path.is_file()]
     assert (state, store) == (store.parent, latest_store())
+
+
+def test_only_files_count_as_stores(state):
+    """A pipe or a folder that is named like a store is neither read nor deleted."""
+    state.mkdir(parents=True)
+    os.mkfifo(state / "pipe.jsonl")
+    (state / "folder.jsonl").mkdir()
+    StoreExporter(new_store("agent"), total_bytes=0).shutdown()
+
+    assert latest_store().name.startswith("agent-")
+    assert {"pipe.jsonl", "folder.jsonl"} <= {path.name for path in state.iterdir()}
 
 
 def test_a_folder_that_cannot_be_is_an_error(tmp_path):

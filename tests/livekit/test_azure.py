@@ -61,9 +61,6 @@ ALONE = {
     "drop_during": Row(["reply"], 1, "not_recoverable", "output_started", None, (0, 0.1)),
 }
 
-NOT_TOLD_BY_THE_HANDLE = {"unauthorized"}
-"""Told by span, metric, log and on_exhausted: LiveKit closes its session first."""
-
 THEN_OK = {
     # script: requests the server heard, error codes of our failed attempts, seconds
     "unauthorized,ok": (1, [], (0.1, 0.2)),
@@ -118,7 +115,7 @@ class TestEachFault:
         assert row.requests == len(talk.server.requests)
         assert {"send"} == {a["traced_retry.action"] for a in recorder.attempts}
         assert row.seconds[0] <= took <= row.seconds[1]
-        if row.outcome != "succeeded" and script not in NOT_TOLD_BY_THE_HANDLE:
+        if row.outcome != "succeeded":
             assert isinstance(error, llm.RealtimeError)
             assert row.code == error.code
         assert 0 == recorder.open_spans
@@ -254,6 +251,7 @@ class TestNames:
             ("https://mine.services.ai.azure.com/", "mine.services.ai.azure.com", 443),
             ("wss://mine.example:8443", "mine.example", 8443),
             ("http://127.0.0.1:1", "127.0.0.1", 1),
+            ("http://[::1]/", "::1", 80),
         ],
     )
     async def test_target_has_plain_name_and_address(

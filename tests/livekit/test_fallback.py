@@ -179,6 +179,20 @@ class TestQuota:
             outcome for _, outcome, _ in failure_from_event(recorder)
         ]
 
+    async def test_queued_reply_is_reported(self, start_with_fallback, second, recorder):
+        """The swap interrupts a queued reply. The adapter alone: its handle has no error."""
+        talk = await start_with_fallback("quota")
+        first, queued = talk.ask(), talk.ask()
+        await asyncio.gather(first, queued)
+        await talk.settle()
+
+        assert isinstance(queued.exception(), llm.RealtimeError)
+        assert 2 * [("openai", "not_recoverable", "not_recoverable")] == failure_from_event(
+            recorder
+        )
+        assert None is await talk.reply()
+        assert ["reply 1"] == talk.heard == second.completed
+
     @pytest.mark.parametrize("how", ["bare"], indirect=True)
     async def test_adapter_alone_drops_reply_that_met_quota(self, start_with_fallback, second):
         """The adapter alone does not request that reply of the second model either."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from support.conversation import actions, codes, ended, now
 from support.providers import GOOGLE
 
 from traced_retry.livekit.google import LISTEN_WINDOW, PLUGIN_TIMEOUT, SEND_WINDOW, GoogleAdapter
+from traced_retry.simulator.google import GoogleSimulator
 
 RESTART = SEND_WINDOW + LISTEN_WINDOW
 """Seconds from the request to the restart."""
@@ -22,6 +25,28 @@ RESTART = SEND_WINDOW + LISTEN_WINDOW
 MANUAL = types.RealtimeInputConfig(
     automatic_activity_detection=types.AutomaticActivityDetection(disabled=True)
 )
+
+
+CALLER = {"inputTranscription": {"text": "SECRET question"}}
+THOUGHT = {"modelTurn": {"parts": [{"text": "SECRET thought", "thought": True}]}}
+WORDS = {"modelTurn": {"parts": [{"text": "reply 1"}]}}
+SPOKEN_WORDS = {"outputTranscription": {"text": "reply 1"}}
+SOUND = {
+    "modelTurn": {
+        "parts": [
+            {
+                "inlineData": {
+                    "mimeType": "audio/pcm",
+                    "data": base64.b64encode(bytes(960)).decode(),
+                }
+            }
+        ]
+    }
+}
+SEARCH = {"groundingMetadata": {"webSearchQueries": ["SECRET"]}}
+CODE = {"modelTurn": {"parts": [{"executableCode": {"code": "1", "language": "PYTHON"}}]}}
+END = {"generationComplete": True, "turnComplete": True}
+AUDIO = {"modalities": [types.Modality.AUDIO]}
 
 
 @pytest.fixture
@@ -63,6 +88,10 @@ ROWS = {
     "silence": Row([], "exhausted", "max_attempts", SILENT, FULL, 20.0),
     "late:25": Row([], "exhausted", "max_attempts", SILENT, FULL, 20.0),
     "incomplete,ok": Row(["reply 2"], "recovered", None, SILENT[:3], RESTART, RESTART + 0.01),
+    "empty,ok": Row(["reply 2"], "recovered", None, TWICE, 0.0, 1.0),
+    "empty,tool:look_up,ok": Row(["reply 3"], "recovered", None, TWICE, 0.0, 1.0),
+    "empty": Row([], "exhausted", "max_attempts", ALWAYS, 0.0, 7.0),
+    "stalled": Row([], "exhausted", "deadline", SENT, 20.0, 20.0),
     "drop_before,ok": Row(["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
     "error:1011,ok": Row(["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
     "error:1008,ok": Row(["reply 2"], "recovered", None, TWICE, 0.1, 1.11),
@@ -93,6 +122,7 @@ BARE = {
     "silence": ([], True, 5.01),
     "late:25": (["reply 1"], True, 5.01),
     "incomplete,ok": ([], True, 5.01),
+    "empty,ok": ([], False, 0.01),
     "rate_limit,ok": ([], True, 5.01),
     "malformed,ok": ([], True, 5.01),
     # The session is resumed, and here the server answers then what it owes. Whether Google's
@@ -119,8 +149,7 @@ class TestEachFault:
         assert [(row.outcome, row.stop_reason)] == ended(recorder)
         assert row.actions == actions(recorder)
         assert row.least <= took <= row.most
-        # LiveKit closes the session on 1007, and interrupts the handle before it reads our future.
-        told = row.outcome in ("exhausted", "not_recoverable") and "1007" not in script
+        told = row.outcome in ("exhausted", "not_recoverable")
         assert told == isinstance(error, llm.RealtimeError)
         assert 0 == recorder.open_spans
 
@@ -196,6 +225,312 @@ class TestEachFault:
 
         assert [("not_recoverable", "not_recoverable")] == ended(recorder)
         assert 1 == talk.server.connections
+
+
+@pytest.mark.parametrize("interrupts", [False, True])
+class TestReplyDuringReply:
+    """A reply is requested while an earlier generation is being spoken."""
+
+    async def talk(self, interrupts, start_conversation, **kwargs):
+        """Request the second reply 1 s after the first one, and return the texts of both.
+
+        The server adds the second answer to the first generation, or it ends that one first.
+        """
+        simulator = partial(GoogleSimulator, interrupts=interrupts)
+        talk = await start_conversation("slow:3,ok", simulator=simulator, **kwargs)
+        first = talk.ask()
+        await talk.received()
+        await asyncio.sleep(1)
+        began = now()
+        try:
+            second = await _text(await talk.realtime.generate_reply())
+        except llm.RealtimeError:
+            second = None
+        took = now() - began
+        await first
+        await talk.settle()
+        return talk, [*talk.heard, second], took
+
+    async def test_reply_is_not_requested_again(self, interrupts, start_conversation, recorder):
+        """An answer that may have been heard is reported and not requested a second time."""
+        talk, texts, took = await self.talk(interrupts, start_conversation)
+
+        assert (["reply", "reply 2"] if interrupts else ["replyreply 2", None]) == texts
+        assert 2 == len(talk.server.requests)
+        outcomes = [("succeeded", None), ("exhausted", "unsafe_to_resend")]
+        assert [outcomes[0], outcomes[not interrupts]] == ended(recorder)
+        assert took <= RESTART + 0.01
+        assert 0 == recorder.open_spans
+
+    async def test_plugin_alone_reports_failure(self, interrupts, start_conversation):
+        """The plugin alone speaks the same, and reports a failure after 5 s."""
+        _, texts, took = await self.talk(interrupts, start_conversation, bare=True)
+
+        assert (["reply", "reply 2"] if interrupts else ["replyreply 2", None]) == texts
+        assert took <= PLUGIN_TIMEOUT + 0.01
+
+    async def test_lost_connection_does_not_repeat_answer(
+        self, interrupts, start_conversation, recorder
+    ):
+        """After a loss, too, an answer that may have been heard is not requested again."""
+        simulator = partial(GoogleSimulator, interrupts=interrupts)
+        talk = await start_conversation("slow:3,slow:9,ok", simulator=simulator)
+        await talk.ask_agent()
+        await asyncio.sleep(1)
+        reply = await talk.ask_plugin()
+        await asyncio.sleep(1)
+        (connection,) = talk.server._open
+        await connection.hang_up(1011)
+        await asyncio.wait([reply])
+        await talk.settle()
+
+        assert 2 == len(talk.server.requests)
+        outcome = ("not_recoverable", "output_started")
+        assert (outcome if interrupts else ("exhausted", "unsafe_to_resend")) == ended(recorder)[1]
+
+
+class TestLostEndOfTurn:
+    @pytest.mark.parametrize("seconds", [59, 61, 7200])
+    async def test_stall_of_60_s_after_output_fails_reply(
+        self, seconds, start_conversation, recorder
+    ):
+        """After 60 s without a sign the reply fails, and the next one is heard.
+
+        With the plugin alone the agent waits for the end, and is mute until then.
+        """
+        talk = await start_conversation(f"slow:{seconds},ok")
+        began = now()
+        handle = talk.ask()
+        await handle
+
+        assert min(seconds, 60) == round(now() - began)
+        stalled = seconds > 60
+        assert [("not_recoverable", "output_started") if stalled else ("succeeded", None)] == (
+            ended(recorder)
+        )
+        assert stalled == isinstance(handle.exception(), llm.RealtimeError)
+        assert None is await talk.reply()
+        assert "reply 2" == talk.heard[-1]
+        assert 0 == recorder.open_spans
+
+    async def test_plugin_alone_waits_for_lost_end(self, start_conversation):
+        """The plugin alone keeps the agent waiting for an hour."""
+        talk = await start_conversation("slow:7200,ok", bare=True)
+        handle = await talk.ask_agent()
+        await talk.settle(3600)
+
+        assert not handle.done()
+
+    async def test_each_message_postpones_bound(self, start_conversation, recorder):
+        """A reply that speaks for 150 s with pauses of 50 s succeeds."""
+        talk = await start_conversation("slow:150")
+        handle = await talk.ask_agent()
+        for _ in range(2):
+            await asyncio.sleep(50)
+            (connection,) = talk.server._open
+            await connection.say(" and")
+        await handle
+
+        assert [("succeeded", None)] == ended(recorder)
+
+    async def test_complete_generation_needs_no_end_of_turn(self, start_conversation, recorder):
+        """The reply ends with its last word: the turn lasts as long as a client plays it."""
+        talk = await start_conversation("silence")
+        handle = await talk.ask_agent()
+        (connection,) = talk.server._open
+        await connection.say("reply 1")
+        await connection.content(generationComplete=True)
+        await talk.settle(300)
+        assert [("succeeded", None)] == ended(recorder)
+        assert 0 == recorder.open_spans
+
+        await connection.content(turnComplete=True)
+        await handle
+        assert ["reply 1"] == talk.heard
+
+
+class TestLateAnswer:
+    """An answer to a reply that was given up is not taken for the answer to the next one."""
+
+    @pytest.mark.parametrize("turns", range(8))
+    async def test_answer_at_give_up_does_not_resolve_next_reply(self, turns, start_conversation):
+        """The answer arrives as its reply is given up, and the next one is requested at once."""
+        talk = await start_conversation(f"late:{SEND_WINDOW},late:1,ok", max_retries=0)
+        with pytest.raises(llm.RealtimeError):
+            await talk.realtime.generate_reply()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+        assert "reply 2" == await _text(await talk.realtime.generate_reply())
+
+    async def test_plugin_alone_resolves_next_reply(self, start_conversation):
+        """The plugin alone gives the next reply the text of the one before."""
+        talk = await start_conversation(f"late:{PLUGIN_TIMEOUT},late:1", bare=True)
+        with pytest.raises(llm.RealtimeError):
+            await talk.realtime.generate_reply()
+
+        assert "reply 1" == await _text(await talk.realtime.generate_reply())
+
+    @pytest.mark.parametrize(("bare", "text"), [(False, "reply 4"), (True, "reply 2")])
+    async def test_interrupted_reply_does_not_resolve_next_one(
+        self, bare, text, start_conversation, recorder
+    ):
+        """The session is restarted only after the first reply, and the third one moves there.
+
+        The plugin alone gives the third reply the text of the second.
+        """
+        talk = await start_conversation("silence,late:3,late:4,ok", bare=bare)
+        first = await talk.ask_agent()
+        (connection,) = talk.server._open
+        await connection.say("reply 1")
+        await asyncio.sleep(1)
+        second = await talk.ask_plugin()
+        second.cancel()
+        third = await talk.ask_plugin()
+        await connection.content(**END)
+
+        assert text == await _text(await third)
+        await first
+        assert "reply 1" == talk.heard[0]
+        if not bare:
+            assert ["send", "send", "send", "restart"] == actions(recorder)
+            assert [None, None] == talk.server.handles
+
+
+class TestOutput:
+    """A reply has succeeded only if there was a word, a sound or a tool call."""
+
+    async def reply(self, start_conversation, *contents, **kwargs):
+        """Send these messages as the answer to the first request, and return the rest as usual."""
+        talk = await start_conversation("silence,ok", **kwargs)
+        handle = await talk.ask_agent(instructions="SECRET")
+        (connection,) = talk.server._open
+        for content in contents:
+            await connection.content(**content)
+        await handle
+        await talk.settle()
+        return talk, handle.exception()
+
+    async def test_turn_with_only_words_of_caller_is_requested_in_new_session(
+        self, start_conversation, recorder
+    ):
+        """The empty turn may answer the caller, and the request may still be answered in it.
+
+        With the plugin alone the reply is over at once, without a word and without an error.
+        """
+        talk, error = await self.reply(start_conversation, CALLER, END)
+
+        assert None is error
+        assert ["reply 2"] == talk.heard
+        assert ["send", "restart"] == actions(recorder)
+        assert ["empty_response", None] == codes(recorder)
+        assert [("recovered", None)] == ended(recorder)
+        assert 1 == len([event for event in talk.generations if event.user_initiated])
+
+    async def test_turn_with_only_thought_is_requested_again(self, start_conversation, recorder):
+        """A turn that ended after a thought is over, so the request is sent again.
+
+        With the plugin alone the reply is over at once, without a word and without an error.
+        """
+        talk, error = await self.reply(start_conversation, THOUGHT, END)
+
+        assert None is error
+        assert ["reply 2"] == talk.heard
+        assert TWICE == actions(recorder)
+        assert 1 == talk.server.connections
+        assert 1 == len([event for event in talk.generations if event.user_initiated])
+
+    @pytest.mark.parametrize("content", [CALLER, THOUGHT])
+    async def test_plugin_alone_loses_empty_turn(self, content, start_conversation):
+        """The plugin alone ends the reply without a word and without an error."""
+        talk, error = await self.reply(start_conversation, content, END, bare=True)
+
+        assert None is error
+        assert [] == talk.heard
+
+    async def test_reply_after_thought_succeeds(self, start_conversation, recorder):
+        """A thought is no output, and the words after it are."""
+        talk, error = await self.reply(start_conversation, CALLER, THOUGHT, WORDS, END)
+
+        assert None is error
+        assert ["reply 1"] == talk.heard
+        assert [("succeeded", None)] == ended(recorder)
+
+    @pytest.mark.parametrize("tool", [SEARCH, CODE])
+    async def test_turn_with_tool_of_server_is_not_requested_again(
+        self, tool, start_conversation, recorder
+    ):
+        """A tool of the server may not run twice, so the failure is reported.
+
+        The plugin alone reports none.
+        """
+        talk, error = await self.reply(start_conversation, THOUGHT, tool, END)
+
+        assert isinstance(error, llm.RealtimeError)
+        assert 1 == len(talk.server.requests)
+        assert ["empty_response"] == codes(recorder)
+        assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
+
+    async def test_interrupted_turn_without_output_is_no_failure(
+        self, start_conversation, recorder
+    ):
+        """The caller spoke, so the reply is interrupted and not sent again."""
+        talk, _ = await self.reply(start_conversation, THOUGHT, {"interrupted": True}, END)
+
+        assert [("interrupted", "interrupted")] == ended(recorder)
+        assert 1 == len(talk.server.requests)
+
+    async def test_loss_during_thought_sends_request_again(self, start_conversation, recorder):
+        """A connection that is lost before the first word costs nothing but time.
+
+        With the plugin alone the reply is over without a word and without an error.
+        """
+        talk = await start_conversation("stalled,ok")
+        handle = await talk.ask_agent()
+        await asyncio.sleep(1)
+        (connection,) = talk.server._open
+        await connection.hang_up(1011)
+        await handle
+        await talk.settle()
+
+        assert ["reply 2"] == talk.heard
+        assert ["connection_lost", None] == codes(recorder)
+        assert [None, None] == talk.server.handles
+        assert [("recovered", None)] == ended(recorder)
+
+    async def test_attempt_cut_in_thought_restarts(self, start_conversation, recorder):
+        """An attempt that is cut while the model thinks leaves its turn behind."""
+        talk = await start_conversation("stalled,ok", attempt_timeout=6.0)
+
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert ["reply 2"] == talk.heard
+        assert ["send", "restart"] == actions(recorder)
+        assert [None, None] == talk.server.handles
+
+    @pytest.mark.parametrize("bare", [False, True])
+    async def test_text_of_audio_model_is_not_heard(self, bare, start_conversation, recorder):
+        """Text alone from a model with audio output is reported, and not requested again.
+
+        It has reached the transcript, which would then hold two texts. The plugin alone reports
+        nothing.
+        """
+        talk, error = await self.reply(
+            start_conversation, SPOKEN_WORDS, END, options=AUDIO, bare=bare
+        )
+
+        assert bare == (error is None)
+        assert 1 == len(talk.server.requests)
+        if not bare:
+            assert ["empty_response"] == codes(recorder)
+            assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
+
+    async def test_sound_of_audio_model_is_heard(self, start_conversation, recorder):
+        """A model with audio output that speaks has succeeded."""
+        await self.reply(start_conversation, SPOKEN_WORDS, SOUND, END, options=AUDIO)
+
+        assert [("succeeded", None)] == ended(recorder)
 
 
 class TestRestart:
@@ -292,9 +627,12 @@ class TestRestart:
         assert 0 == recorder.open_spans
 
     async def test_request_between_loss_and_its_event_is_sent_once(
-        self, start_conversation, monkeypatch
+        self, start_conversation, monkeypatch, recorder
     ):
-        """A request that is queued between the loss and its event is sent once."""
+        """A request that is queued between the loss and its event is sent once, at the reconnect.
+
+        The plugin alone does the same.
+        """
         talk = await start_conversation("ok,late:1")
         await talk.reply()
         mark, asked = talk.realtime._mark_restart_needed, []
@@ -312,6 +650,7 @@ class TestRestart:
         await talk.settle()
 
         assert 2 == len(talk.server.requests)
+        assert [("succeeded", None)] * 2 == ended(recorder)
 
     async def test_new_tools_during_reply_are_no_failure(self, start_conversation, recorder):
         """New tools restart the plugin's session in the middle of a reply, without a failure."""
@@ -579,6 +918,10 @@ class TestTarget:
                 ("gcp.gemini", "m", "h.test", 8),
             ),
             (
+                {"api_key": "k", "model": "m", "http_options": {"base_url": "http://proxy"}},
+                ("gcp.gemini", "m", "proxy", 80),
+            ),
+            (
                 {"vertexai": True, "project": "p", "model": "m"},
                 ("gcp.vertex_ai", "m", None, None),
             ),
@@ -590,7 +933,8 @@ class TestTarget:
         if "http_options" in settings:
             settings["http_options"] = types.HttpOptions(**settings["http_options"])
         model = google.realtime.RealtimeModel(**settings)
-        target = GoogleAdapter(SimpleNamespace(on=lambda *_: None, realtime_model=model), None)
+        session = SimpleNamespace(on=lambda *_: None, emit=None, realtime_model=model)
+        target = GoogleAdapter(session, None)
 
         found = target.target()
 
@@ -684,3 +1028,7 @@ async def _tool() -> None:
 
 def _said(text):
     return llm.ChatMessage(role="user", content=[text])
+
+
+async def _text(event):
+    return "".join([text async for m in event.message_stream async for text in m.text_stream])

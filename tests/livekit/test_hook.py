@@ -18,6 +18,7 @@ from opentelemetry import trace
 
 import traced_retry
 from traced_retry import RetryingRealtimeSession, RetryPolicy
+from traced_retry.core import switch
 from traced_retry.livekit import hook
 from traced_retry.livekit.openai import OpenAIAdapter
 
@@ -34,6 +35,17 @@ def instrumented(recorder):
 def model():
     """A real model that has not connected to anything."""
     return openai.realtime.RealtimeModel(api_key="sk-SECRET", base_url="http://127.0.0.1:1/v1")
+
+
+WRONG = pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"policy": {"max_retries": 1}}, "policy is a dict; it must be a RetryPolicy, for example"),
+        ({"policy": 3}, "policy is a int; it must be a RetryPolicy"),
+        ({"on_exhausted": "nope"}, "on_exhausted is 'nope'; it must be a function of one Failed"),
+        ({"on_exhausted": False}, "on_exhausted is False; it must be a function"),
+    ],
+)
 
 
 class TestWrap:
@@ -66,6 +78,27 @@ class TestWrap:
             traced_retry.PolicyError, match="LIVEKIT_REALTIME_MAX_RETRIES is 'lots'"
         ):
             traced_retry.wrap(model)
+
+    @WRONG
+    def test_wrong_argument_is_refused_at_wrap(self, wrong, message, model):
+        """The error names the argument and what is expected, and the model stays as it was."""
+        session = model.session
+
+        with pytest.raises(TypeError, match=message):
+            traced_retry.wrap(model, **wrong)
+        assert session == model.session
+        traced_retry.wrap(model)
+        with pytest.raises(TypeError, match=message):
+            traced_retry.wrap(model, **wrong)
+
+    def test_misspelt_variable_is_logged_at_wrap(self, model, monkeypatch, caplog):
+        """The warning suggests the right name, also if the policy comes from code."""
+        monkeypatch.setenv("TRACED_RETRY_UNTESTD_LIVEKIT", "allow")
+        traced_retry.wrap(model, policy=RetryPolicy())
+
+        assert (
+            "TRACED_RETRY_UNTESTD_LIVEKIT is not read; did you mean TRACED_RETRY_UNTESTED_LIVEKIT?"
+        ) in caplog.messages
 
     async def test_wrapped_session_keeps_identity_and_state(self, start_conversation):
         """Identity, class, events and private state of the session are the plugin's."""
@@ -184,6 +217,20 @@ class TestInstrument:
         await talk.reply()
 
         assert 4 == len(talk.server.requests)
+
+    @WRONG
+    def test_wrong_argument_is_refused_at_instrument(self, wrong, message):
+        """The class stays as it was, whether it was instrumented or not."""
+        original = llm.RealtimeSession.__init__
+        for _ in range(2):
+            before = llm.RealtimeSession.__init__
+            with pytest.raises(TypeError, match=message):
+                traced_retry.instrument(**wrong)
+            assert before is llm.RealtimeSession.__init__
+            with contextlib.suppress(RuntimeWarning):
+                traced_retry.instrument()
+        traced_retry.uninstrument()
+        assert original is llm.RealtimeSession.__init__
 
     async def test_uninstrument_restores_class(self, recorder, start_conversation):
         """uninstrument() restores the class, and a second call does nothing."""
@@ -312,8 +359,16 @@ class TestProviders:
                 ("azure.ai.openai", "gpt-realtime", "mine.openai.azure.com", 443),
             ),
             (lambda: xai.realtime.RealtimeModel(api_key="x"), ("x_ai", None, "api.x.ai", 443)),
+            (
+                lambda: openai.realtime.RealtimeModel(api_key="x", base_url="http://[::1]:81/v1"),
+                ("openai", "gpt-realtime", "::1", 81),
+            ),
+            (
+                lambda: openai.realtime.RealtimeModel(api_key="x", base_url="ws://speaches/v1"),
+                ("openai", "gpt-realtime", "speaches", 80),
+            ),
         ],
-        ids=["openai", "openai elsewhere", "azure openai", "xai"],
+        ids=["openai", "openai elsewhere", "azure openai", "xai", "IPv6", "one word"],
     )
     async def test_target_names_provider_without_url(self, model, expected):
         """The names are those of the semantic conventions, never a URL or a port."""
@@ -398,6 +453,16 @@ class FakeSession(llm.RealtimeSession):
     def truncate(self, **kwargs): ...
 
 
+class SlowSession(FakeSession):
+    """Its replies come after 25 s."""
+
+    def generate_reply(self, *, instructions=None, tool_choice=None, tools=None):
+        future = asyncio.get_running_loop().create_future()
+        event = llm.GenerationCreatedEvent(None, None, user_initiated=True)
+        asyncio.get_running_loop().call_later(25, lambda: future.done() or future.set_result(event))
+        return future
+
+
 class TestUnknownPlugin:
     async def test_unknown_plugin_is_traced_and_not_retried(self, recorder):
         """Nothing is known to be safe there, so the trace shows one attempt."""
@@ -414,6 +479,32 @@ class TestUnknownPlugin:
             reply["traced_retry.stop_reason"],
             reply["gen_ai.provider.name"],
         )
+
+    async def test_first_word_after_25_s_is_heard(self, recorder):
+        """No limit of the policy applies, because the plugin alone has none."""
+        policy = RetryPolicy(deadline=8, attempt_timeout=2)
+        model = FakeModel(SlowSession)
+        session = traced_retry.wrap(model, policy=policy, **recorder.providers).session()
+        began = asyncio.get_running_loop().time()
+
+        await session.generate_reply()
+
+        assert 25 == asyncio.get_running_loop().time() - began
+        assert ["succeeded"] == [reply["traced_retry.outcome"] for reply in recorder.replies]
+
+    async def test_rate_limit_does_not_hold_back_next_reply(self, recorder):
+        """The plugin alone sends the next request at once."""
+        limited = llm.RealtimeError("Rate limit. Try again in 10s.", code="rate_limit_exceeded")
+        limited.retry_after = 10.0
+        model = FakeModel(FakeSession, [limited])
+        session = traced_retry.wrap(model, **recorder.providers).session()
+        began = asyncio.get_running_loop().time()
+
+        with pytest.raises(llm.RealtimeError):
+            await session.generate_reply()
+        await session.generate_reply()
+
+        assert began == asyncio.get_running_loop().time()
 
     async def test_missing_private_attribute_disables_retries(
         self, start_conversation, recorder, monkeypatch, caplog
@@ -566,3 +657,31 @@ class TestContract:
         assert [] == surfaced
         assert 1 == len(talk.server.cancels)
         assert None not in talk.server.cancels
+
+
+@pytest.mark.parametrize("how", ["call", "variable"])
+async def test_session_that_exists_is_switched_off(start_conversation, recorder, how, monkeypatch):
+    """The next reply is the plugin's own: one request, its error, and no span."""
+    conversation = await start_conversation("ok,error:server_error")
+    assert await conversation.reply() is None
+    if how == "call":
+        traced_retry.disable()
+    else:
+        monkeypatch.setenv("TRACED_RETRY_DISABLED", "true")
+    try:
+        assert await conversation.reply() is not None
+    finally:
+        switch.switch_on()
+
+    assert 2 == len(conversation.server.requests)
+    assert 1 == len(recorder.replies)
+
+
+async def test_wrap_leaves_a_model_alone_if_switched_off(start_conversation, recorder, monkeypatch):
+    """With the variable, the session has no hook."""
+    monkeypatch.setenv("TRACED_RETRY_DISABLED", "true")
+    conversation = await start_conversation("error:server_error")
+
+    assert await conversation.reply() is not None
+    assert 1 == len(conversation.server.requests)
+    assert not hasattr(conversation.realtime, hook._HOOK)

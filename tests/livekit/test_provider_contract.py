@@ -18,7 +18,6 @@ from traced_retry import semconv
 from traced_retry.livekit.aws import AWSAdapter
 from traced_retry.livekit.google import GoogleAdapter
 from traced_retry.livekit.registry import adapter_class
-from traced_retry.livekit.ultravox import UltravoxAdapter
 
 
 def providers(names):
@@ -101,9 +100,7 @@ class TestTools:
         assert [("recovered", None)] * 2 == ended(recorder)
 
     @providers(["google", "ultravox", "phonic"])
-    async def test_tool_result_is_answered_without_request(
-        self, provider, start_conversation, recorder
-    ):
+    async def test_tool_result_is_answered_without_request(self, start_conversation, recorder):
         """The server answers the result by itself, so one reply is counted."""
         agent, called = with_tool()
         talk = await start_conversation("tool:look_up,ok", agent=agent)
@@ -112,8 +109,7 @@ class TestTools:
 
         assert [True] == called
         assert ["reply 2"] == talk.heard
-        if provider.adapter is not UltravoxAdapter:  # Its plugin resolves no request by a call.
-            assert [("succeeded", None)] == ended(recorder)
+        assert [("succeeded", None)] == ended(recorder)
         assert 0 == recorder.open_spans
 
 
@@ -267,6 +263,19 @@ class TestExactlyOnce:
         assert ["reply 2"] == talk.heard
         assert ["timeout", None] == codes(recorder)
         assert [True] == [cancelled is not None for cancelled in talk.server.cancels]
+
+
+@providers(["openai", "voicelive"])
+async def test_response_that_lost_its_id_is_heard_once(start_conversation, recorder):
+    """The server echoes ids otherwise. The plugin alone speaks the reply and reports a failure."""
+    talk = await start_conversation("ok,unlabelled,ok")
+    await talk.reply()
+
+    assert isinstance(await talk.reply(), llm.RealtimeError)
+    await talk.settle()
+
+    assert ["reply 1", "reply 2"] == talk.heard
+    assert [("succeeded", None), ("exhausted", "unsafe_to_resend")] == ended(recorder)
 
 
 @providers(OPENAI_COMPATIBLE)

@@ -68,7 +68,7 @@ def make_up(seed):
         max_retries=rng.randint(0, 4),
         base_delay=rng.choice([0, 0.2, 1.0]),
         deadline=rng.choice([3.0, 8.0, 20.0]),
-        attempt_timeout=rng.choice([None, None, 1.0, 4.0]),
+        attempt_timeout=rng.choice([None, None, 1.0, 3.0]),
     )
     barge_in = rng.choice([None, None, None, rng.uniform(0, 10)])
     close = rng.choice([None, None, None, None, rng.uniform(0, 10)])

@@ -12,6 +12,7 @@ import pytest
 from livekit.agents import llm
 from support.conversation import codes, ended
 from support.frames import OURS, FramesServer
+from support.steered import SteeredServer
 
 from traced_retry.livekit.openai import OpenAIRequest
 
@@ -360,3 +361,61 @@ class TestOwnFault:
         assert None is await talk.reply()
         assert ["reply 1"] == talk.heard
         assert [("succeeded", None)] == ended(recorder)
+
+
+class TestResponseThatNeverEnds:
+    @pytest.mark.parametrize(("script", "seconds"), [("active:1000,ok", 8.0), ("active:3,ok", 3.0)])
+    async def test_reply_follows_after_a_limited_time(
+        self, script, seconds, start_conversation, recorder
+    ):
+        """The server's own response is cancelled by its id. The plugin alone: an error at once."""
+        talk = await start_conversation(script)
+
+        raised, took = await talk.timed_reply()
+
+        assert raised is None
+        assert ["reply 2"] == talk.heard
+        assert seconds <= took <= seconds + 0.1
+        assert (seconds == 8.0) == bool(talk.server.cancels)
+        assert None not in talk.server.cancels
+
+    async def test_reply_follows_if_the_cancel_is_not_answered(self, start_conversation, recorder):
+        """Two seconds later the response counts as ended."""
+
+        class Deaf(FramesServer):
+            def connect(self, ws, http):
+                connection = super().connect(ws, http)
+                connection.handlers["response.cancel"] = connection.ignore
+                return connection
+
+        busy = {"type": "response.created", "response": {"id": "own", "metadata": None}}
+        rejected = error(code="conversation_already_has_active_response", event_id=OURS)
+        talk = await start_conversation("ok", simulator=lambda s: Deaf([[busy, rejected]], s))
+
+        raised, took = await talk.timed_reply()
+
+        assert raised is None
+        assert ["reply 2"] == talk.heard
+        assert 10.0 <= took <= 10.1
+
+    async def test_session_renewal_with_lost_connection_comes_back(
+        self, start_conversation, recorder
+    ):
+        """The plugin waits for the end of a response that a lost connection cannot bring.
+
+        The plugin alone: no reply of the call is heard after that.
+        """
+        talk = await start_conversation(
+            "ok", simulator=lambda _: SteeredServer(), options={"max_session_duration": 5.0}
+        )
+        first = talk.ask()
+        await talk.settle(0.1)
+        await talk.server.connection.begin_to_answer(0, message=False)
+        await talk.settle(6)
+        await talk.server.drop(0.0)
+        await asyncio.wait_for(first, 30)
+        talk.server.willing = 1
+
+        assert None is await asyncio.wait_for(talk.reply(), 30)
+        assert 1 == len([text for text in talk.heard if text])
+        assert 0 == recorder.open_spans

@@ -359,3 +359,63 @@ class TestContract:
         assert reply.message_stream is talk.realtime._current_generation.message_ch
         await talk.settle(2)
         assert None is talk.realtime._current_generation
+
+
+SPEAKS = {
+    # provider: the events of a reply without output
+    "ultravox": [("state", {"state": "speaking"}), ("state", {"state": "listening"})],
+    "phonic": [("assistant_started_speaking", {}), ("assistant_finished_speaking", {})],
+}
+WORDS = {"phonic": ("audio_chunk", {"audio": "", "text": "SECRET"})}
+
+
+class TestOutput:
+    async def reply(self, start_conversation, events, **kwargs):
+        """Send these events as the answer to the first request."""
+        talk = await start_conversation("silence,ok", **kwargs)
+        handle = await talk.ask_agent()
+        (connection,) = talk.server._open
+        for event, fields in events:
+            await connection.send(event, **fields)
+        await talk.settle(1)
+        assert handle.done()
+        return talk, handle.exception()
+
+    @pytest.mark.parametrize("bare", [False, True])
+    @pytest.mark.parametrize("kind", SPEAKS, indirect=True)
+    async def test_reply_without_output_fails_at_its_end(
+        self, kind, bare, start_conversation, recorder
+    ):
+        """Nobody heard it, and it is not requested again. The plugin alone reports nothing."""
+        name = kind.provider.name
+        talk, error = await self.reply(start_conversation, SPEAKS[name], bare=bare)
+
+        assert bare == (error is None)
+        assert 1 == len(talk.server.requests)
+        if not bare:
+            assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
+            assert "empty_response" == recorder.attempts[0]["error.type"]
+            assert None is await talk.reply()
+
+    @pytest.mark.parametrize("bare", [False, True])
+    @pytest.mark.parametrize("kind", WORDS, indirect=True)
+    async def test_text_of_audio_model_is_not_heard(self, kind, bare, start_conversation, recorder):
+        """Words without sound are not heard. The plugin alone reports nothing."""
+        first, last = SPEAKS[kind.provider.name]
+        events = [first, WORDS[kind.provider.name], last]
+        _, error = await self.reply(start_conversation, events, bare=bare)
+
+        assert bare == (error is None)
+        if not bare:
+            assert "empty_response" == recorder.attempts[0]["error.type"]
+
+    @pytest.mark.parametrize("kind", ["ultravox"], indirect=True)
+    async def test_interrupted_reply_without_output_is_no_failure(
+        self, start_conversation, recorder
+    ):
+        """The caller spoke before the first word."""
+        first, last = SPEAKS["ultravox"]
+        events = [first, ("playback_clear_buffer", {}), last]
+        await self.reply(start_conversation, events)
+
+        assert [("succeeded", None)] == ended(recorder)

@@ -42,6 +42,7 @@ from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, p
 import traced_retry
 from traced_retry import semconv
 from traced_retry.core import guard
+from traced_retry.livekit import speech
 
 SETTLED = 0.01
 """Seconds in which all that is on its way arrives; no timer of anybody's is as short."""
@@ -498,13 +499,18 @@ class AgentMachine(Machine):
         self.agent.on("close", self.on_close)
         await self.agent.start(Ear(self.note))
         realtime = self.agent._activity._rt_session
-        generate_reply = realtime.generate_reply
+        hook = realtime._traced_retry
+        generate_reply, fail_speech = realtime.generate_reply, hook._fail_speech
 
         def count(**kwargs):
-            self.calls += 1
+            self.calls += speech.current_speech() not in speech._failed
             return generate_reply(**kwargs)
 
-        realtime.generate_reply = count
+        def count_failed(handle):  # a reply that is reported, because it will not be requested
+            self.calls += 1
+            fail_speech(handle)
+
+        realtime.generate_reply, hook._fail_speech = count, count_failed
         return realtime
 
     calls = 0

@@ -50,6 +50,7 @@ class Agent:
 
     def __init__(self, event):
         self.words, self.calls, self.ids, self.ended = [], [], [], 0
+        self.sounds, self.silent = [], 0
         self._tasks = [
             asyncio.ensure_future(self._read(event.message_stream, self._message)),
             asyncio.ensure_future(self._read(event.function_stream, self.calls.append)),
@@ -60,11 +61,17 @@ class Agent:
         self._tasks.append(
             asyncio.ensure_future(self._read(message.text_stream, self.words.append))
         )
+        self._tasks.append(asyncio.ensure_future(self._listen(message.audio_stream)))
 
     async def _read(self, stream, note):
         async for item in stream:
             note(item)
         self.ended += 1
+
+    async def _listen(self, stream):
+        async for frame in stream:
+            self.sounds.append(frame)
+        self.silent += 1
 
     async def close(self):
         for task in self._tasks:
@@ -228,6 +235,73 @@ class TestAnother:
 
         assert (["hello"], 3) == (agent.words, agent.ended)
         assert ["item_4"] == [message.message_id for message in agent.ids]
+
+
+class TestAudio:
+    async def test_sound_is_relayed(self, given):
+        """Sounds pass beside the words, and their stream ends with the plugin's."""
+        generation, streams, agent = given
+        generation.begin_message()
+        await turns()
+        streams.commit()
+        sound = generation.texts[-1]
+        sound.send_nowait("frame 1")
+        await turns(1)
+        assert (["frame 1"], 0) == (agent.sounds, agent.silent)
+        sound.send_nowait("frame 2")
+        sound.close()
+        await turns()
+
+        assert (["frame 1", "frame 2"], 1) == (agent.sounds, agent.silent)
+
+    async def test_open_message_continues_with_sound_of_next_generation(self, given):
+        """A generation that fails before its first sound is continued by the next one's sounds."""
+        generation, streams, agent = given
+        generation.begin_message("item_1")
+        await turns()
+        generation.end()
+        second = Generation("resp_2")
+        streams.switch_to(second.event)
+        await turns()
+        text, sound = second.begin_message("item_2"), second.texts[-1]
+        await turns()
+        streams.commit()
+        sound.send_nowait("frame 1")
+        text.send_nowait("hello")
+        sound.send_nowait("frame 2")
+        await turns()
+        assert (["frame 1", "frame 2"], ["hello"]) == (agent.sounds, agent.words)
+        assert 0 == agent.silent
+        second.end()
+        await turns()
+
+        assert (1, 3) == (agent.silent, agent.ended)
+        assert ["item_2"] == [message.message_id for message in agent.ids]
+
+    async def test_sound_stream_ends_if_next_only_calls_tool(self, given):
+        """An open message without sound ends, so the agent does not wait for it."""
+        generation, streams, agent = given
+        generation.begin_message()
+        await turns()
+        generation.end()
+        second = Generation()
+        streams.switch_to(second.event)
+        streams.commit()
+        second.end()
+        await turns()
+
+        assert ([], 1) == (agent.sounds, agent.silent)
+
+    async def test_closed_streams_end_sound_and_drop_later_frames(self, given):
+        """A plugin that never ends its own stream neither blocks the agent nor is heard."""
+        generation, streams, agent = given
+        generation.begin_message()
+        await turns()
+        streams.close()
+        generation.texts[-1].send_nowait("late")
+        await turns()
+
+        assert ([], 1) == (agent.sounds, agent.silent)
 
 
 class TestNoOther:

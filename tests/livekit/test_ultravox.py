@@ -15,8 +15,8 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from livekit.agents import llm
-from support.conversation import actions, ended, late
+from livekit.agents import Agent, function_tool, llm
+from support.conversation import actions, ended, late, now
 from support.providers import ULTRAVOX
 
 from traced_retry.livekit.adapter import failure_from_event
@@ -123,6 +123,64 @@ class TestCutShort:
         await talk.settle(1)
 
         assert [("succeeded", None)] == ended(recorder)
+
+
+class TestToolCall:
+    @pytest.mark.parametrize("thinks", [False, True])
+    @pytest.mark.parametrize(("bare", "seconds"), [(False, 0.0), (True, 5.0)])
+    async def test_reply_of_only_tool_call_runs_tool_at_once(
+        self, bare, seconds, thinks, start_conversation, recorder
+    ):
+        """The call of a tool answers the request.
+
+        With the plugin alone the request fails after 5 s, and the tool runs only then.
+        """
+        agent, called = helper()
+        talk = await start_conversation("silence,ok", agent=agent, bare=bare)
+        began = now()
+        handle = await talk.ask_agent()
+        (call,) = talk.server._open
+        if thinks:
+            await call.send("state", state="thinking")
+        tool = {"toolName": "look_up", "invocationId": "1", "parameters": {}}
+        await call.send("client_tool_invocation", **tool)
+        await handle
+        await talk.settle()
+
+        assert bare == isinstance(handle.exception(), llm.RealtimeError)
+        assert [seconds] == [at - began for at in called]
+        assert ["reply 2"] == talk.heard
+        if not bare:
+            assert [("succeeded", None)] == ended(recorder)
+
+    async def test_tool_call_with_unexpected_fields_resolves_nothing(
+        self, start_conversation, recorder
+    ):
+        """A call that the plugin cannot read is no answer, and the reply that follows is."""
+        talk = await start_conversation("ok,late:2")
+        await talk.reply()
+        reply = await talk.ask_plugin()
+        (call,) = talk.server._open
+        await call.send("client_tool_invocation", toolName=7, invocationId=None, parameters=[])
+        await talk.settle(1)
+
+        assert not reply.done()
+        await reply
+        assert [("succeeded", None)] * 2 == ended(recorder)
+
+
+def helper():
+    """Return an agent with one tool, and the times of the tool's calls."""
+    called = []
+
+    class Helper(Agent):
+        @function_tool
+        async def look_up(self) -> str:
+            """Look it up."""
+            called.append(now())
+            return "found"
+
+    return Helper(instructions="SECRET"), called
 
 
 class TestPolicy:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheel and the sdist: their files, each extra in an empty environment, the README's code.
 
-``make packages`` runs these tests. They install packages, so ``make test`` leaves them out.
+``make packages`` runs these tests. They install packages, so ``make test`` leaves them out. uv
+fills the environment of each extra, because it is faster than pip. The README's own commands are
+run as they stand, with pip.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,18 +40,18 @@ def blocks(language):
 class Environment:
     """A virtual environment outside of the checkout."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, with_pip=False):
         self.folder = folder
-        venv.create(folder / "venv", with_pip=False)
+        venv.create(folder / "venv", with_pip=with_pip)
         self.bin = folder / "venv" / "bin"
 
-    def pip_install(self, *arguments):
-        """Install with this interpreter's pip, in the versions of constraints.txt."""
+    def install(self, *requirements):
+        """Install in the versions of constraints.txt."""
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pip", "--disable-pip-version-check"),
-                *("--python", str(self.bin / "python"), "install", "--quiet"),
-                *("--constraint", str(ROOT / "constraints.txt"), *arguments),
+                *(sys.executable, "-m", "uv", "pip", "install", "--quiet"),
+                *("--python", str(self.bin / "python")),
+                *("--constraint", str(ROOT / "constraints.txt"), *requirements),
             ],
             cwd=self.folder,
             capture_output=True,
@@ -79,6 +82,22 @@ class Environment:
         """Run code."""
         return self.run("python", "-c", textwrap.dedent(code), **environ)
 
+    def simulate(self, *arguments):
+        """Run ``traced-retry simulate`` until its first line; return the line, or its error."""
+        with subprocess.Popen(
+            [str(self.bin / "traced-retry"), "simulate", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environ(),
+            cwd=self.folder,
+        ) as process:
+            first = process.stdout.readline()
+            if first:
+                process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=20)
+        return first, error
+
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
@@ -105,7 +124,7 @@ def environment(tmp_path, wheel):
 
     def make(extra):
         made = Environment(tmp_path)
-        made.pip_install(f"{wheel}[{extra}]")
+        made.install(f"{wheel}[{extra}]")
         return made
 
     return make
@@ -145,19 +164,19 @@ HINT = re.compile(r"pip install '(traced-retry\[\w+\])'")
 FEATURES = {
     "wrap": "import traced_retry; traced_retry.wrap",
     "enable": "import traced_retry; traced_retry.enable()",
-    "preset": "import traced_retry; traced_retry.enable(preset='console')",
+    "preset": "import traced_retry; traced_retry.enable(preset='jaeger')",
     "report": "from traced_retry.cli.main import app; app(['report', '--help'])",
-    "simulator": "from traced_retry.simulator import OpenAISimulator; OpenAISimulator('ok')",
 }
 WORKS = {
-    "agent": set(FEATURES),
+    "agent": {*FEATURES, "simulate"},
     "cli": {"report"},
-    "demo": set(FEATURES) - {"preset"},
+    "demo": {*FEATURES, "simulate"} - {"preset"},
     "export": set(),
     "instrumentation": set(),
-    "livekit": {"report", "wrap"},  # livekit-agents needs typer and rich itself
+    "livekit": {"report", "simulate", "wrap"},  # livekit-agents needs typer, rich and aiohttp
     "presets": set(),
-    "simulator": {"report", "simulator"},
+    "simulator": {"report", "simulate"},
+    "testing": {*FEATURES, "simulate"} - {"preset"},
 }
 """The features that work with each extra alone. With any other, the error names an extra."""
 
@@ -171,48 +190,34 @@ class TestExtras:
     def test_alone(self, extra, environment):
         """A feature works, or its error is one sentence with a command that adds an extra."""
         made = environment(extra)
-        works = set()
+        served, error = made.simulate("openai")
+        errors = {} if served else {"simulate": error}
+        works = {"simulate"} if served else set()
         for feature, code in FEATURES.items():
-            if feature == "simulator" and extra not in ("agent", "demo", "simulator"):
-                continue  # a module for tests; its import error names the package
             done = made.python(code)
             if done.returncode == 0:
                 works.add(feature)
             else:
-                last = done.stderr.strip().splitlines()[-1]
-                assert HINT.search(last), done.stderr
-                assert "which is not installed: " in last
-                if (extra, feature) == ("demo", "preset"):
-                    assert "ExportError: preset 'console' needs opentelemetry." in last
+                errors[feature] = done.stderr
+        last = {feature: error.strip().splitlines()[-1] for feature, error in errors.items()}
 
-        assert WORKS[extra] == works
+        assert WORKS[extra] == works, errors
+        for line in last.values():
+            assert HINT.search(line), errors
+            assert "which is not installed: " in line
+        if extra == "demo":
+            assert "ExportError: preset 'jaeger' needs opentelemetry." in last["preset"]
 
-    def test_hints_work(self, environment):
+    def test_hints_work(self, environment, wheel):
         """Follow the hints until a preset works; the package is on no index."""
         made = environment("livekit")
         added = []
         while (done := made.python(FEATURES["preset"])).returncode:
             added.append(HINT.search(done.stderr.splitlines()[-1])[1])
             assert len(set(added)) == len(added), done.stderr
-            made.pip_install(added[-1])
+            made.install(added[-1].replace("traced-retry", str(wheel)))
 
         assert ["traced-retry[export]", "traced-retry[presets]"] == added
-
-    def test_simulate_alone(self, environment):
-        """`[simulator]` serves a provider's protocol."""
-        made = environment("simulator")
-        with subprocess.Popen(
-            [str(made.bin / "traced-retry"), "simulate", "openai"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=made.environ(),
-            cwd=made.folder,
-        ) as process:
-            first = process.stdout.readline()
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=20)
-
-        assert first.startswith("openai on http://127.0.0.1:")
 
 
 ENTRYPOINT = """
@@ -226,15 +231,69 @@ asyncio.run(entrypoint(Job()))
 """
 
 
+COMMANDS = [
+    line[2:].partition("  #")[0].strip()
+    for code in blocks("console")
+    for line in code.splitlines()
+    if line.startswith("$ ")
+]
+"""The commands of the README, in its order."""
+
+
+def varying(text):
+    """Replace trace ids, ports and seconds, which differ from run to run."""
+    return re.sub(r"\b[0-9a-f]{32}\b|(?<=127\.0\.0\.1:)\d+|\d+\.\d+(?= s)", "N", text)
+
+
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory, wheel):
-    """An environment with the extra that the README installs."""
-    made = Environment(tmp_path_factory.mktemp("agent"))
-    made.pip_install(f"{wheel}[agent]")
+def checkout(tmp_path_factory):
+    """A copy of the files that git has."""
+    copy = tmp_path_factory.mktemp("checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, check=True)
+    names = listed.stdout.decode().splitlines()
+    for name in names:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory, checkout):
+    """An environment in which the README's installation commands were run in a checkout."""
+    made = Environment(tmp_path_factory.mktemp("agent"), with_pip=True)
+    environ = {
+        **os.environ,
+        "PATH": made.environ()["PATH"],
+        "PIP_CONSTRAINT": str(checkout / "constraints.txt"),
+    }
+    commands = [c for c in COMMANDS if c.startswith(("make wheel", "pip install "))]
+    assert [
+        "pip install '.[agent]'",
+        "make wheel",
+        f"pip install 'dist/traced_retry-{PROJECT['version']}-py3-none-any.whl[agent]'",
+    ] == commands
+    for command in commands:
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=checkout,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert 0 == done.returncode, done.stdout + done.stderr
     return made
 
 
 class TestReadme:
+    def test_each_block_is_tested_here(self):
+        """A block in another language, or another command, needs a test."""
+        runs = ("make ", "pip install ", "traced-retry ")
+
+        assert {"console", "python", "text"} == {language for language, _ in README}
+        assert [] == [c for c in COMMANDS if not c.startswith(runs)]
+
     @pytest.mark.parametrize("number", range(len(blocks("python"))))
     def test_python(self, number, agent):
         """Each block runs by itself; an entrypoint is called."""
@@ -245,30 +304,37 @@ class TestReadme:
 
         assert 0 == done.returncode, done.stderr
 
-    def test_console(self, agent):
-        """Each command of the README is known here, and works."""
-        lines = [line for code in blocks("console") for line in code.splitlines()]
-        commands = [line[2:].partition("  #")[0].strip() for line in lines if line[:2] == "$ "]
-        made = [c for c in commands if c.startswith("make ")]
-        installs = [c for c in commands if c.startswith("pip install ")]
-        ours = [c for c in commands if c.startswith("traced-retry ")]
-        assert sorted(commands) == sorted(made + installs + ours)
+    def test_make(self, agent, checkout):
+        """Every target is there.
 
-        targets = (ROOT / "Makefile").read_text()
-        assert [] == [c for c in made if not re.search(rf"^{c.split()[1]}:", targets, re.MULTILINE)]
-        for command in installs:
-            (target,) = re.findall(r"'(\S+)\[agent\]'", command)
-            assert target in (".", f"dist/traced_retry-{PROJECT['version']}-py3-none-any.whl")
+        The fixture ``agent`` runs ``make wheel``. CI runs ``make demo`` and ``make test`` in a
+        fresh clone per Python, because they install an environment of their own and ``make test``
+        takes minutes. The next test runs the program behind ``make demo``.
+        """
+        targets = [c.split()[1] for c in COMMANDS if c.startswith("make ")]
+        assert {"demo", "test", "wheel"} == set(targets)
+        for target in targets:
+            done = subprocess.run(
+                ["make", "--dry-run", target], cwd=checkout, capture_output=True, check=False
+            )
+            assert 0 == done.returncode, done.stderr
 
-        demo = agent.run("traced-retry", "demo", "--json", "--store", "spans.jsonl")
+    def test_traced_retry(self, agent):
+        """Each command works on the spans of a demo, and prints the output that is shown."""
+        demo = agent.run("traced-retry", "demo", "--store", "spans.jsonl")
         assert 0 == demo.returncode, demo.stderr
-        for command in ours:
-            words = re.findall(r'"[^"]*"|\S+', command)[1:]
-            words = [word.strip('"') for word in words]
+        (text,) = blocks("text")
+        for line in text.splitlines()[:2]:
+            assert varying(line) in varying(demo.stdout)
+
+        for command in [c for c in COMMANDS if c.startswith("traced-retry ")]:
+            words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)[1:]]
             if words[0] == "simulate":
-                continue  # see test_simulate_alone
-            done = agent.run("traced-retry", *words)
-            assert 0 == done.returncode, done.stdout + done.stderr
+                first, error = agent.simulate(*words[1:])
+                assert varying(first) in varying("\n".join(blocks("console"))), error
+            else:
+                done = agent.run("traced-retry", *words)
+                assert 0 == done.returncode, done.stdout + done.stderr
 
     def test_without_a_line_of_code(self, agent):
         """`opentelemetry-instrument python agent.py` is there."""
@@ -276,3 +342,16 @@ class TestReadme:
         done = agent.run("opentelemetry-instrument", "python", "agent.py")
 
         assert (0, "ran\n") == (done.returncode, done.stdout), done.stderr
+
+
+class TestTesting:
+    def test_verdicts_from_the_wheel(self, environment, tmp_path):
+        """The verdict names each planted error in an environment that has only the extra."""
+        made = environment("testing")
+        (tmp_path / "pytest.ini").touch()
+        for name in ("agents.py", "test_verdict.py"):
+            shutil.copy(ROOT / "tests" / "testing" / name, tmp_path)
+        done = made.run("python", "-m", "pytest", "-q", tmp_path / "test_verdict.py")
+
+        assert 0 == done.returncode, done.stdout[-3000:]
+        assert "11 passed" in done.stdout

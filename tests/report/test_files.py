@@ -136,6 +136,24 @@ class TestErrors:
         finally:
             tracemalloc.stop()
 
+    def test_text_file(self, tmp_path):
+        """The message says that the file has another format."""
+        path = tmp_path / "notes.txt"
+        path.write_text("generate_reply failed\n")
+
+        with pytest.raises(
+            ReportError, match=r"notes\.txt is a text file, not OTLP-JSON lines\. G"
+        ):
+            read(path)
+
+    def test_binary_file(self, tmp_path):
+        """Likewise, for example of a picture."""
+        path = tmp_path / "picture.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR")
+
+        with pytest.raises(ReportError, match=r"picture\.png is a binary file, not OTLP-JSON"):
+            read(path)
+
     def test_what_cannot_be_read(self, tmp_path):
         """Permissions and the like, in the system's words."""
         path = tmp_path / "spans.jsonl"

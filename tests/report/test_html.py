@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from traced_retry import semconv
-from traced_retry.report import ReportError, sentence, write_html
+from traced_retry.report import ReportError, Summary, sentence, write_html
 
 from .conftest import FAILED, HEARD
 
@@ -116,9 +116,44 @@ def test_it_needs_nothing_else(page, varied):
 def test_every_element_is_closed(page, varied):
     """But those that need no end."""
     tags = Tags(page(varied.read()))
-    without_end = {"html", "meta"}
+    without_end = {"html", "meta", "input"}
 
     assert sorted(t for t in tags.opened if t not in without_end) == sorted(tags.closed)
+
+
+def test_filters_hide_by_outcome_and_provider_without_a_script(page, varied):
+    """Each choice is a radio button, and a style rule hides the replies of other classes."""
+    html = page(varied.read())
+    rules = dict(re.findall(r"body:has\(#([\w-]+):checked\) article:not\(\.(\w+)\)", html))
+
+    assert {"g-first_try", "g-recovered", "g-failed", "g-cut_short", "g-unknown"} < set(rules)
+    assert {"p0", "p1"} == {rules["p-0"], rules["p-1"]}
+    assert set(rules) == set(re.findall(r'<input type="radio" name="\w+" id="([\w-]+)">', html))
+    for kind in rules.values():
+        assert re.search(rf'<article class="[^"]*\b{kind}\b', html)
+
+
+def test_choice_with_one_option_is_left_out(page, varied):
+    """One reply has one outcome and one provider."""
+    assert "<input" not in page(varied.read()[:1])
+
+
+def test_seconds_of_the_table_have_a_unit(page, varied):
+    """The columns of the added silence are in seconds."""
+    text = Tags(page(varied.read())).text
+
+    assert "added p50 (s)" in text
+    assert "added p95 (s)" in text
+
+
+def test_page_counts_replies_that_it_does_not_show(page, varied):
+    """A page of a large store shows the newest replies."""
+    replies = varied.read()
+    text = Tags(page(replies[-2:], summary=Summary(replies))).text
+
+    assert "5 replies, " in text
+    assert "Shown: the newest 2." in text
+    assert replies[0].trace_id not in text
 
 
 def test_no_replies(page):

@@ -93,6 +93,7 @@ class TestRealReplies:
 
         assert {
             "operation": "generate_reply",
+            "service": reply.service,
             "provider": "openai",
             "model": "gpt-realtime",
             "outcome": "exhausted",

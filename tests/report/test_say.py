@@ -12,6 +12,7 @@ from traced_retry.core.failure import failure
 from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.report import ReportError, as_dict, read, summarize, write_html
 from traced_retry.report.sentence import overview, sentence
+from traced_retry.report.summary import Summary
 from traced_retry.report.terminal import render
 
 from .conftest import HEARD
@@ -46,7 +47,7 @@ def test_they_are_read(said):
 def test_they_are_no_replies(said):
     """The numbers per provider are of replies alone; the overview has a sentence for the others."""
     assert [("openai", 1)] == [(row.provider, row.replies) for row in summarize(said.read())]
-    told = overview(said.read())
+    told = overview(Summary(said.read()))
     assert told.startswith("1 reply, 20")
     assert told.endswith(" UTC. say: 2 spoken, 1 failed.")
 

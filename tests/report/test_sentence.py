@@ -9,6 +9,7 @@ from support.scripted import SUPERSEDED, ProviderError
 from traced_retry import semconv
 from traced_retry.report import Attempt, Reply, sentence
 from traced_retry.report.sentence import note, overview
+from traced_retry.report.summary import Summary
 
 SERVER_ERROR = ProviderError("server_error")
 
@@ -264,5 +265,5 @@ class TestParts:
         assert (
             "5 replies, 2027-01-15 08:00:00 to 2027-01-15 08:00:51 UTC. "
             "1 torn line left out: a process was killed."
-        ) == overview(varied.read(), unreadable_lines=1)
-        assert "No replies." == overview([])
+        ) == overview(Summary(varied.read()), unreadable_lines=1)
+        assert "No replies." == overview(Summary())

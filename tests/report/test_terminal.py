@@ -10,16 +10,18 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from traced_retry import semconv
+from traced_retry.report import Summary
 from traced_retry.report.terminal import render
 
 from .conftest import FAILED, HEARD
 
 
-def shown(replies, *, width=80, encoding="utf-8", unreadable_lines=0, **how):
+def shown(replies, *, summary=None, width=80, encoding="utf-8", unreadable_lines=0, **how):
     """What is written to a pipe, or to a terminal with ``force_terminal=True``."""
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    render(Console(file=file, width=width, **how), replies, unreadable_lines=unreadable_lines)
+    console = Console(file=file, width=width, **how)
+    render(console, replies, summary, unreadable_lines=unreadable_lines)
     file.flush()
     return raw.getvalue().decode(encoding)
 
@@ -79,6 +81,28 @@ def test_narrow_terminals(varied, width):
     """They get less, not an exception."""
     for encoding in ("utf-8", "ascii"):
         assert shown(varied.read(), width=width, encoding=encoding)
+
+
+@pytest.mark.parametrize("width", [36, 50, 79])
+def test_narrow_terminal_keeps_trace_id_and_code(varied, width):
+    """Both have lines of their own, and a long code continues in the next line."""
+    reply = varied.read()[2]
+    text = shown([reply], width=width)
+    joined = "".join(line.strip() for line in text.splitlines())
+
+    assert f"    {reply.trace_id}\n" in text
+    assert "conversation_already_has_active_response" in joined
+    assert [] == [line for line in text.splitlines() if cell_len(line) > width]
+
+
+def test_summary_counts_replies_that_are_not_shown(varied):
+    """The table has the numbers of all replies, and a sentence says how many are shown."""
+    replies = varied.read()
+    text = shown(replies[-1:], summary=Summary(replies))
+
+    assert "5 replies, " in text
+    assert "Shown: the newest 1." in " ".join(text.split())
+    assert "azure.ai.openai       1" in text
 
 
 def test_long_codes_keep_their_decision(varied):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class Ended:
     """The class and text of the exception it raised, or an empty text."""
     log: list[str] = field(default_factory=list)
     exitcode: int | None = None
+    exit_seconds: float = 0.0
+    """The time from its result to its end."""
 
 
 def fresh(code: str, **environ: object) -> Ended:
@@ -74,7 +77,9 @@ def fresh(code: str, **environ: object) -> Ended:
             ended = here.recv() if here.poll(60) else Ended(error="no answer within 60 s")
         except EOFError:
             ended = Ended(error="it died")
+    began = time.monotonic()
     process.join(30)
+    ended.exit_seconds = time.monotonic() - began
     ended.exitcode = process.exitcode
     if process.exitcode is None:
         process.kill()

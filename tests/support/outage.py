@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.trace import NoOpTracerProvider
-from support.clock import VirtualClockLoop
 from support.scripted import ProviderError
 
 from traced_retry import RetryPolicy
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
+from traced_retry.testing.clock import VirtualClockLoop
 
 DOWN = 600.0
 """Seconds that every request fails: half of them at once, half after five seconds of silence."""

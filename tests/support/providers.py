@@ -90,9 +90,8 @@ def google_model(*, api_key, http_options, http_session, conn_options, **options
     """Make Google's model, for text only."""
     return google.realtime.RealtimeModel(
         api_key=api_key,
-        modalities=[types.Modality.TEXT],
         http_options=types.HttpOptions(**http_options),
-        **options,
+        **{"modalities": [types.Modality.TEXT], **options},
     )
 
 

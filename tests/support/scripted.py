@@ -38,7 +38,7 @@ class Scripted:
         self.calls += 1
         return loop, step
 
-    def future(self):
+    def future(self) -> asyncio.Future:
         """As LiveKit's plugins: a plain function that returns a future."""
         loop, step = self._step()
         future = loop.create_future()

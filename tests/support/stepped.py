@@ -11,9 +11,9 @@ from collections import Counter
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from support.clock import VirtualClockLoop
 
 from traced_retry import semconv
+from traced_retry.testing.clock import VirtualClockLoop
 
 VARIABLE = "TRACED_RETRY_PROPERTY_EXAMPLES"
 """Set to a number, each stateful test tries so many examples instead, and others each time."""

@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry demo | simulate | report | doctor | exporters | dashboards``."""
+"""``traced-retry demo | simulate | script | report | doctor | exporters | dashboards``."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from traced_retry.core.sanitize import printable, redact_url
-from traced_retry.errors import UsageError, install_command, missing_extra
+from traced_retry.errors import UsageError, missing_extra
 
 try:
     import typer
@@ -23,6 +21,9 @@ except ModuleNotFoundError as error:  # the core installs neither
 
 from traced_retry import __version__
 from traced_retry.cli.files import dashboards, exporters
+from traced_retry.cli.report import report
+from traced_retry.cli.script import script
+from traced_retry.cli.simulate import simulate, simulate_epilog
 
 app = typer.Typer(
     help="Retries for LiveKit realtime replies, traced: each is heard exactly once, or its "
@@ -113,7 +114,11 @@ def demo(
         heard = {0: "nothing heard", 1: "heard once"}.get(result.replies_heard, "HEARD TWICE")
         progress.print(f"        {result.reply.outcome}, {heard}, {result.reply.seconds:.2f} s")
 
-    results, seconds = run_demo(path, *(() if as_json else (on_start, on_result)))
+    try:
+        results, seconds = run_demo(path, *(() if as_json else (on_start, on_result)))
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. The spans until now are in\n  {path}", err=True)
+        raise typer.Exit(130) from None
     if as_json:
         replies = [result.as_dict() for result in results]
         typer.echo(
@@ -133,115 +138,11 @@ def demo(
         console.print(TO_JAEGER, soft_wrap=True)
 
 
-@app.command()
-def report(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(help="OTLP-JSON files or folders of them; default: the newest local store."),
-    ] = None,
-    *,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: replies and providers.")
-    ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Write one self-contained HTML page there instead.")
-    ] = None,
-) -> None:
-    """Show stored replies: what happened to each in a sentence and a waterfall, and a summary."""
-    from dataclasses import asdict  # noqa: PLC0415
-
-    from traced_retry.report import (  # noqa: PLC0415
-        ReportError,
-        as_dict,
-        read,
-        summarize,
-        write_html,
-    )
-
-    if not files:
-        from traced_retry.export.file_store import latest_store, store_directory  # noqa: PLC0415
-
-        newest = latest_store()
-        if newest is None:
-            raise ReportError(
-                f"there is no store in {store_directory()} yet: run `traced-retry demo`, or name "
-                "the file your agent writes to"
-            )
-        files = [newest]
-    replies = read(files)
-    if as_json:
-        providers = [asdict(row) for row in summarize(replies)]
-        found: dict[str, Any] = {"replies": [as_dict(r) for r in replies], "providers": providers}
-        typer.echo(json.dumps(found))
-    elif html is not None:
-        write_html(html, replies, unreadable_lines=replies.unreadable_lines)
-        typer.echo(str(html))
-    else:
-        from traced_retry.report.terminal import render  # noqa: PLC0415
-
-        render(Console(highlight=False), replies, unreadable_lines=replies.unreadable_lines)
+app.command()(report)
 
 
-def _known_providers() -> str:
-    try:
-        from traced_retry.simulator import PROVIDERS  # noqa: PLC0415
-    except ModuleNotFoundError:
-        return "openai, and others"
-    return ", ".join(PROVIDERS)
-
-
-def _describe_script() -> str:
-    try:
-        from traced_retry.simulator.script import describe_faults  # noqa: PLC0415
-    except ModuleNotFoundError:
-        return f"The list needs aiohttp: {install_command('simulator')}"
-    return describe_faults()
-
-
-@app.command(
-    epilog="\b\nElements of a script, separated by commas; the last one repeats for ever:\n"
-    + _describe_script()
-)
-def simulate(
-    provider: Annotated[
-        str, typer.Argument(help=f"Whose protocol to speak: {_known_providers()}.")
-    ],
-    *,
-    script: Annotated[
-        str, typer.Option(help='What to do to each request, such as "rate_limit,late:3,ok".')
-    ] = "ok",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 picks a free one.")
-    ] = 0,
-) -> None:
-    """Serve a provider's protocol on 127.0.0.1 and fail on a script, for your own agent's tests."""
-    from traced_retry.simulator import PROVIDERS, Simulator, simulator  # noqa: PLC0415
-
-    if provider not in PROVIDERS:
-        raise typer.BadParameter(
-            f"{provider!r} is not simulated; known: {', '.join(PROVIDERS)}", param_hint="PROVIDER"
-        )
-
-    async def serve(server: Simulator) -> None:
-        async with server:
-            typer.echo(f"{provider} on {server.url}, script {server.script}; Ctrl-C ends it")
-            for number in itertools.count(1):
-                await server.wait_for(lambda number=number: len(server.requests) >= number)  # type: ignore[misc]
-                request = server.requests[number - 1]
-                typer.echo(
-                    f"request {request.number}: {request.fault or 'rejected, one is active'}"
-                )
-
-    server = simulator(provider)(script, port=port)
-    try:
-        asyncio.run(serve(server))
-    except KeyboardInterrupt:
-        done, asked = len(server.completed), len(server.requests)
-        typer.echo(f"{asked} requests, {done} answered in full, {len(server.cancels)} cancelled")
-    except OSError as error:
-        raise typer.BadParameter(
-            f"127.0.0.1:{port} cannot be listened on ({error.strerror}); --port 0 picks a free one"
-        ) from None
+app.command(epilog=simulate_epilog())(simulate)
+app.command()(script)
 
 
 @app.command()

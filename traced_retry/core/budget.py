@@ -8,13 +8,14 @@ and then only as many as a share of what is asked anyway; each reply is still as
 
 from __future__ import annotations
 
-import functools
-import math
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Final
+
+from traced_retry.core.failure import finite
+from traced_retry.core.sanitize import shown
 
 Clock = Callable[[], float]
 """Seconds, from any zero, never going back."""
@@ -59,8 +60,11 @@ class RetryBudget:
             ("per_reply", per_reply, 0),
             ("per_second", per_second, 0),
         ):
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= least):
-                raise ValueError(f"{name} is {value!r}; it must be a finite number >= {least}.")
+            number = finite(value)
+            if number is None or number < least:
+                raise ValueError(
+                    f"{name} is {shown(value)}; it must be a finite number >= {least}."
+                )
         self.capacity = float(capacity)
         self.per_reply = float(per_reply)
         self.per_second = float(per_second)
@@ -97,6 +101,20 @@ class RetryBudget:
                 for provider, bucket in self._buckets.items()
             }
 
+    def __copy__(self) -> RetryBudget:
+        """Return the budget itself. A copied policy shares the buckets of the original."""
+        return self
+
+    def __deepcopy__(self, _memo: object) -> RetryBudget:
+        """Return the budget itself, as :func:`copy.copy` does."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., RetryBudget], tuple[float, ...]]:
+        """Pickle the arguments. Another process has full buckets of its own."""
+        if self is _process_budgets.get(self.capacity):
+            return process_budget, (self.capacity,)
+        return _make_budget, (self.capacity, self.per_reply, self.per_second)
+
     def _bucket(self, provider: str, clock: Clock) -> _Bucket:
         now = clock()
         bucket = self._buckets.get(provider)
@@ -132,6 +150,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def refill() -> None:
+    """Fill every bucket of this process, so that a test does not pay for the tests before it."""
+    for budget in list(_live):
+        with budget._lock:
+            budget._buckets.clear()
+
+
 def remaining() -> Iterator[tuple[str, float]]:
     """Each provider with what is left of its smallest bucket in this process."""
     least: dict[str, float] = {}
@@ -141,7 +166,21 @@ def remaining() -> Iterator[tuple[str, float]]:
     yield from least.items()
 
 
-@functools.cache
+def _make_budget(capacity: float, per_reply: float, per_second: float) -> RetryBudget:
+    return RetryBudget(capacity, per_reply=per_reply, per_second=per_second)
+
+
+_process_budgets: dict[float, RetryBudget] = {}
+
+
 def process_budget(capacity: float = CAPACITY) -> RetryBudget:
-    """The budget that policies of this process share, unless they bring their own."""
-    return RetryBudget(capacity)
+    """Return the budget that policies of this process share, unless they bring their own.
+
+    Raises:
+        ValueError: if ``capacity`` is not a finite number of at least 1.
+    """
+    budget = _process_budgets.get(capacity)
+    if budget is None:
+        # Two threads may create one at once. Both then get the first.
+        budget = _process_budgets.setdefault(capacity, RetryBudget(capacity))
+    return budget

@@ -150,22 +150,30 @@ _PASSING_BUILTINS: Final = (OSError, EOFError)
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one attempt failed, and what that means for the next.
+    """The reason why one attempt failed, and its meaning for the next attempt.
 
-    ``error`` is the original exception; its text never leaves the process (it may hold
-    instructions or an API key), so it is not part of the ``repr`` either.
+    A function for ``RetryPolicy.classify`` gets a failure, and may return a changed copy, made with
+    ``dataclasses.replace``.
+
+    Args:
+        error: the original exception. Its text never leaves the process, because it may hold
+            instructions or an API key, and is not part of the ``repr``.
+        kind: the sort of failure, such as ``"timeout"``, ``"rate_limit"`` or ``"quota"``.
+        recoverable: whether another attempt may follow.
+        code: the provider's own code, exact, such as ``"rate_limit_exceeded"``. Default: None, if
+            there is no code.
+        retry_after: the least wait before the next attempt, in seconds. Jitter never goes below
+            it. Default: None, if the provider named no wait.
+        ended_locally: True if traced-retry ended the attempt, because its time was up. The agent
+            then gets the provider's last own error, if there was one. Default: False.
     """
 
     error: BaseException = field(repr=False)
     kind: Kind
     recoverable: bool
     code: str | None = None
-    """The provider's own code, exact."""
     retry_after: float | None = None
-    """Seconds the provider asks to wait; a floor that jitter never undercuts."""
     ended_locally: bool = False
-    """True where we ended the attempt ourselves (its time was up). The agent is then given the
-    provider's last own error, if there was one."""
 
     @property
     def error_type(self) -> str:

@@ -38,21 +38,29 @@ _STALL_TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class FailedReply:
-    """A reply that failed permanently, as passed to ``on_exhausted``."""
+    """A reply that failed permanently, as passed to ``on_exhausted``.
+
+    Args:
+        provider: ``gen_ai.provider.name`` of the telemetry, such as ``"openai"``.
+        model: ``gen_ai.request.model``, or None if it is unknown.
+        outcome: ``"exhausted"`` or ``"not_recoverable"``.
+        stop_reason: the reason why no further attempt was made, such as ``"max_attempts"``,
+            ``"deadline"`` or ``"budget"``.
+        codes: the provider's code of each failed attempt, or its ``error.type`` if it has no code.
+        attempts: the number of attempts made. 0 if the provider had asked for a longer wait.
+        seconds: seconds from the request until the failure: the silence that the caller heard.
+        trace_id: 32 hexadecimal digits, or None if the reply is not traced or its trace is not
+            sampled.
+    """
 
     provider: str
-    """``gen_ai.provider.name``."""
     model: str | None
     outcome: semconv.Outcome
-    """``exhausted`` or ``not_recoverable``."""
     stop_reason: semconv.StopReason
     codes: tuple[str, ...]
-    """The provider code of each failed attempt, or its ``error.type`` if it has no code."""
     attempts: int
     seconds: float
-    """Seconds from the request until the failure: the silence that the caller heard."""
     trace_id: str | None
-    """32 hexadecimal digits, or None if the reply is not traced."""
 
 
 class Reply(Driver, Generic[T]):
@@ -66,7 +74,7 @@ class Reply(Driver, Generic[T]):
         cooldown: shared by the replies of a session.
         on_failed: called if the reply failed permanently.
         on_ended: called when the reply is over, its delivery included. The second argument is the
-            error of a reply that failed after its future had been resolved, and None otherwise.
+            error of a reply that failed, and None otherwise.
     """
 
     __slots__ = (
@@ -156,6 +164,13 @@ class Reply(Driver, Generic[T]):
                 raise error
         return future
 
+    def fail_unsent(self, failure: Failure, stop: semconv.StopReason) -> None:
+        """Record a reply that failed before anybody called :meth:`start`."""
+        self._began = self._loop.time()
+        self._trace.begin(self._began)
+        self._give_up(failure, stop)
+        self._future.exception()  # Mark it as retrieved, because no caller has the future.
+
     def report_failure(self, failure: Failure, stop: semconv.StopReason | None = None) -> None:
         """Report that the current attempt is lost, if its own future does not say so.
 
@@ -195,6 +210,21 @@ class Reply(Driver, Generic[T]):
             with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt.future)
 
+    def end_retries(self, failure: Failure) -> None:
+        """Make no further attempt, and end the reply as out of time.
+
+        A reply with output goes on. A first attempt without a result may still get one, because the
+        caller would wait for it without retries, too.
+        """
+        attempt = self._attempt
+        if attempt is not None and attempt.delivery is not None and attempt.delivery.first_output:
+            return
+        waits = attempt is not None and attempt.future is not None and not attempt.future.done()
+        if waits and self._number == 1:
+            self._policy = replace(self._policy, max_retries=0)
+        else:
+            self.report_failure(failure, "deadline")
+
     @property
     def resolved(self) -> bool:
         """Whether the agent has its reply, or knows that there is none."""
@@ -213,6 +243,9 @@ class Reply(Driver, Generic[T]):
             if failure is None and not self._ended:
                 failure = yield from self._await_delivery(attempt)
             if failure is None or self._ended:
+                return
+            if self._future.cancelled():  # The policy's classify did so.
+                self.interrupt()
                 return
             stop, action, delay = self._decide(failure)
             if action is None or stop is not None:
@@ -518,8 +551,7 @@ class Reply(Driver, Generic[T]):
             with contextlib.suppress(RuntimeError):  # A closed loop runs no callbacks.
                 self._future.cancel()
         if self._on_ended is not None:
-            unreported = failure.error if failure is not None and self._future.done() else None
-            self._on_ended(self, unreported)
+            self._on_ended(self, None if failure is None else failure.error)
 
     def _failed_reply(self, stop: semconv.StopReason) -> FailedReply:
         return FailedReply(

@@ -12,9 +12,15 @@ import backoff
 
 from traced_retry.core.budget import RetryBudget, process_budget
 from traced_retry.core.failure import MAX_RETRY_AFTER, Failure, finite
-from traced_retry.errors import UsageError
+from traced_retry.core.sanitize import shown
+from traced_retry.errors import ArgumentError, UsageError
 
 OnSilence = Literal["restart", "listen", "resend"]
+
+_LEAST_DELAY: Final = 1e-9
+"""Seconds. A shorter ``base_delay`` counts as 0."""
+_NOT_ABOVE: Final = {"base_delay": "max_delay", "attempt_timeout": "deadline"}
+"""Each field that is limited by another."""
 
 ENV: Final = {
     "LIVEKIT_REALTIME_MAX_RETRIES": "max_retries",
@@ -35,48 +41,60 @@ class PolicyError(UsageError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """What may be spent on one reply. All times are seconds.
+    """The limits of one reply. All times are in seconds.
+
+    Args:
+        max_retries: attempts after the first, a whole number. 0 means one attempt, still traced.
+            Default: 3.
+        base_delay: upper bound of the first wait, in seconds. It doubles with each retry. The wait
+            itself is drawn evenly from zero to the bound (full jitter), so that agents do not come
+            back in step. Default: 1.0 s.
+        max_delay: the largest bound, in seconds. A provider's own ``retry_after`` may exceed it.
+            Default: 10.0 s.
+        deadline: time for the whole reply, in seconds from the call. A wait that would pass it is
+            not started. Default: 20.0 s.
+        attempt_timeout: time for one attempt until its first word, in seconds. Default: None, which
+            leaves it to the plugin (5 to 10 s, only until the response is created) and to the
+            deadline. It must not be above the deadline.
+        retry_rate_limits: whether a rate limit is retried. Default: True.
+        on_silence: the action if a request seems lost on a live connection and the provider's
+            replies carry no id of the request: ``"listen"``, ``"restart"`` or ``"resend"``. With
+            ``"resend"`` the caller may hear two replies. OpenAI-compatible providers ignore it,
+            because their replies carry the id. Default: None, the provider's safe action.
+        budget: the retries that this process may send, per provider. None means no limit. Default:
+            one budget for all policies, with 10 retries at once, and then one per 10 replies and
+            one per 30 s.
+        classify: a function that overrules the default table for one failure, and returns None to
+            keep it. For example ``lambda f: dataclasses.replace(f, recoverable=True) if f.code ==
+            "busy" else None``. Default: None.
 
     Raises:
-        PolicyError: a value that is not a number, negative, NaN or infinite, or a ``base_delay``
-            above ``max_delay``.
+        PolicyError: if a value is not a number, or negative, NaN or infinite, if ``base_delay`` is
+            above ``max_delay``, or if ``attempt_timeout`` is above ``deadline``.
     """
 
     max_retries: int = 3
-    """Attempts after the first; 0 means one attempt, still traced."""
     base_delay: float = 1.0
-    """Upper bound of the first wait; it doubles with each retry. The wait itself is drawn
-    evenly from zero to the bound (full jitter), so that agents do not come back in step."""
     max_delay: float = 10.0
-    """No bound grows past this. A provider's own ``retry_after`` may."""
     deadline: float = 20.0
-    """For the whole reply, from the call on. A wait that would pass it is not begun."""
     attempt_timeout: float | None = None
-    """For one attempt, to its first word; None leaves it to the plugin (5 to 10 s, and only until
-    the response is begun) and the deadline."""
     retry_rate_limits: bool = True
-    """Whether a rate limit is worth another attempt."""
     on_silence: OnSilence | None = None
-    """What follows when a request seems lost on a live connection and the provider's replies
-    carry no id of the request; None is the provider's safe default. With ``"resend"`` the caller
-    may hear two replies. OpenAI-compatible providers ignore it, because replies carry the id."""
     budget: RetryBudget | None = field(default_factory=process_budget)
-    """How many retries this process may send, per provider; by default one budget for all
-    policies, 10 at once and then one per 10 replies and one per 30 s. None: no limit."""
     classify: Callable[[Failure], Failure | None] | None = None
-    """Overrules the default table for one failure; None leaves it as it is. For instance
-    ``lambda f: dataclasses.replace(f, recoverable=True) if f.code == "busy" else None``."""
 
     def __post_init__(self) -> None:
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
             check = _CHECKS.get(name)
             if check is not None and (allowed := check(value)):
-                raise PolicyError(f"{name} is {value!r}; {allowed}.")
-        if self.base_delay > self.max_delay:
-            raise PolicyError(
-                f"base_delay is {self.base_delay!r}, above max_delay, {self.max_delay!r}; "
-                "lower the one or raise the other."
-            )
+                raise PolicyError(f"{name} is {shown(value)}; {allowed}.")
+        for name, limit in _NOT_ABOVE.items():
+            value, most = getattr(self, name), getattr(self, limit)
+            if value is not None and value > most:
+                raise PolicyError(
+                    f"{name} is {shown(value)}, above {limit}, {shown(most)}; lower the one or "
+                    "raise the other."
+                )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> RetryPolicy:
@@ -102,17 +120,30 @@ class RetryPolicy:
             except ValueError:
                 values[name] = text  # which the check then refuses, saying what is allowed
             if allowed := _CHECKS[name](values[name]):
-                raise PolicyError(f"{variable} is {text!r}; {allowed}.")
+                raise PolicyError(f"{variable} is {shown(text)}; {allowed}.")
         try:
             return cls(**values)
-        except PolicyError as error:  # each value may be, only not beside the others
-            raise PolicyError(
-                f"LIVEKIT_REALTIME_RETRY_BASE_DELAY and LIVEKIT_REALTIME_RETRY_MAX_DELAY: {error}"
-            ) from None
+        except PolicyError as error:  # Each value is valid, but not beside another.
+            pair = next(pair for pair in _NOT_ABOVE.items() if str(error).startswith(pair[0]))
+            names = " and ".join(name for name, field in ENV.items() if field in pair)
+            raise PolicyError(f"{names}: {error}") from None
 
     def delays(self, jitter: Callable[[float], float] = backoff.full_jitter) -> Delays:
         """The waits of one reply; ``jitter`` turns an upper bound into a wait, both seconds."""
         return Delays(self, jitter)
+
+
+def check_policy(policy: object) -> None:
+    """Check an argument that is a policy or None.
+
+    Raises:
+        ArgumentError: if it is neither.
+    """
+    if policy is not None and not isinstance(policy, RetryPolicy):
+        raise ArgumentError(
+            f"policy is a {type(policy).__name__}; it must be a RetryPolicy, for example "
+            "RetryPolicy(max_retries=2)"
+        )
 
 
 class Delays:
@@ -123,7 +154,7 @@ class Delays:
     def __init__(self, policy: RetryPolicy, jitter: Callable[[float], float]) -> None:
         self._bounds: Generator[float, Any, None] = (
             backoff.expo(factor=policy.base_delay, max_value=policy.max_delay)
-            if policy.base_delay > 0
+            if policy.base_delay >= _LEAST_DELAY
             else backoff.constant(0)  # 2.2.1's expo would overflow on its way up from zero
         )
         # backoff's generators spend their first value on nothing, in 2.2.1 and in its fork alike.

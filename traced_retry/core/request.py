@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from traced_retry import semconv
@@ -114,14 +115,20 @@ class CallRequest(Generic[T]):
         call: returns a future, or a coroutine to run.
         resend_after_timeout: whether a request that got no answer may be sent again. False
             where the late answer to the first could still be heard.
+        on: the exceptions of the call that are retried.
     """
 
-    __slots__ = ("_call", "_resend_after_timeout")
+    __slots__ = ("_call", "_on", "_resend_after_timeout")
 
     def __init__(
-        self, call: Callable[[], Awaitable[T]], *, resend_after_timeout: bool = True
+        self,
+        call: Callable[[], Awaitable[T]],
+        *,
+        resend_after_timeout: bool = True,
+        on: tuple[type[Exception], ...] = (Exception,),
     ) -> None:
         self._call = call
+        self._on = on
         self._resend_after_timeout = resend_after_timeout
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
@@ -143,13 +150,15 @@ class CallRequest(Generic[T]):
         return None
 
     def explain(self, error: BaseException) -> Failure:
-        """Classify by the default table."""
-        return explain(error)
+        """Classify by the default table. An exception that ``on`` excludes is final."""
+        why = explain(error)
+        return why if isinstance(error, self._on) else replace(why, recoverable=False)
 
     def timed_out(self, seconds: float) -> Failure:
         """A ``TimeoutError`` of ours."""
         error = TimeoutError(f"no answer within {seconds:.1f} s")
-        return failure(error, "timeout", ended_locally=True)
+        why = failure(error, "timeout", ended_locally=True)
+        return why if isinstance(error, self._on) else replace(why, recoverable=False)
 
     def internal_failure(self, error: BaseException) -> Failure:
         """Return ``error`` as it is, classified by the default table."""

@@ -268,9 +268,9 @@ class ReplyTrace:
 
     @property
     def trace_id(self) -> str | None:
-        """32 hexadecimal digits, or None if the reply is not traced."""
+        """32 hexadecimal digits, or None if no backend gets the trace."""
         context = self._span.get_span_context()
-        return trace.format_trace_id(context.trace_id) if self._live else None
+        return trace.format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
     @_suppress_and_log
     def begin(self, now: float = 0.0) -> None:

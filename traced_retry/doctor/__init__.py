@@ -46,6 +46,7 @@ def run_checks(
     if jaeger is not None and not is_url(jaeger):
         raise DoctorError("--jaeger is no http:// or https:// URL, such as http://127.0.0.1:16686")
     until = time.monotonic() + within
+    yield from environment.off_switch()
     yield from environment.policy()
     yield from environment.variables()
     yield from plugins.checks()

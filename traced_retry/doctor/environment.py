@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
 
-from traced_retry.core import supported
+from traced_retry.core import switch
 from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
 from traced_retry.core.sanitize import is_url, redact_url
+from traced_retry.core.variables import NAMES, misspelt
 from traced_retry.doctor.check import Check
 
 
@@ -36,6 +36,22 @@ def _problem(environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def off_switch() -> Iterator[Check]:
+    """Check the off switch, if it is set."""
+    try:
+        off = switch.check()
+    except switch.SwitchError as error:
+        yield Check("switch", "fail", str(error), "correct the variable, or unset it")
+        return
+    if off:
+        yield Check(
+            "switch",
+            "warn",
+            f"{switch.VARIABLE} is true: replies are neither retried nor traced",
+            f"unset {switch.VARIABLE}",
+        )
+
+
 _READ = re.compile(
     r"OTEL_|TRACED_RETRY_|LIVEKIT_REALTIME_|LIVEKIT_TELEMETRY_|XDG_STATE_HOME$"
     r"|REQUESTS_CA_BUNDLE$|(HTTPS?|ALL)_PROXY$",
@@ -49,19 +65,17 @@ _PLAIN = re.compile(
 )
 """Variables without secrets. The values of other variables are hidden or shown in part."""
 _FILES = re.compile(r"OTEL_EXPORTER_OTLP_\w*(CERTIFICATE|CLIENT_KEY)|REQUESTS_CA_BUNDLE")
-_OURS = (*ENV, supported.VARIABLE)
-"""Variables that traced-retry reads."""
 _NAME = re.compile(r"[\w.-]{1,40}")
 
 
 def variables() -> Iterator[Check]:
     """Show each set variable that is read, without secrets."""
     found = sorted(name for name in os.environ if _READ.match(name) and os.environ[name])
+    wrong = dict(misspelt(os.environ))
     for name in found:
-        if name.startswith("TRACED_RETRY_") and name not in _OURS:
-            like = difflib.get_close_matches(name, _OURS, 1, cutoff=0.85)
-            if like:
-                yield Check(name, "warn", "is not read", f"did you mean {like[0]}?")
+        if name in wrong:
+            yield Check(name, "warn", "is not read", f"did you mean {wrong[name]}?")
+        if name in wrong or (name.startswith("TRACED_RETRY_") and name not in NAMES):
             continue
         value = os.environ[name].strip()
         if _FILES.fullmatch(name) and not os.path.exists(value):  # noqa: PTH110 - Path raises on a PEM
@@ -74,7 +88,7 @@ def variables() -> Iterator[Check]:
 
 def _shown(name: str, value: str) -> str:
     """Return the value without secrets."""
-    if name in _OURS or _PLAIN.fullmatch(name) or _FILES.fullmatch(name):
+    if name in NAMES or _PLAIN.fullmatch(name) or _FILES.fullmatch(name):
         return value
     if name.endswith("_ENDPOINT") or name.upper().endswith("_PROXY"):
         return redact_url(value) if is_url(value) else "(hidden: no http:// or https:// URL)"

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SpanExporter
 
 from traced_retry.core.sanitize import is_url, printable
-from traced_retry.errors import UsageError
+from traced_retry.errors import ConfigurationFileError, UsageError
 from traced_retry.export.processor import DELAY, BoundedSpanProcessor
 from traced_retry.livekit.instrumentor import RetryOptions
 
@@ -38,10 +38,6 @@ INSTRUMENTOR: Final = "traced_retry"
 
 _COMPRESSIONS: Final = ("gzip", "deflate", "none")
 _QUOTED: Final = re.compile(r"""(?s)(['"])(?!(?:<[a-z ]+>|.|\\.)\1).*?\1(?=[\s,.;:)]|$)""")
-
-
-class ConfigurationFileError(UsageError):
-    """An invalid configuration file. The message names file, key and allowed values."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +77,12 @@ def load(path: str | os.PathLike[str]) -> ConfigFile:
 
 def extract_batch_processors(
     model: OpenTelemetryConfiguration,
+    construct: Callable[[str, Callable[[], SpanExporter]], SpanExporter | None],
 ) -> list[Callable[[], BoundedSpanProcessor]]:
     """Remove the ``batch`` processors from the model, and return a factory of ours for each.
 
-    Leave the processors of ``otlp_grpc`` and ``otlp_file/development`` to the SDK.
-
-    Raises:
-        OSError: if a local store cannot be written.
+    Leave the processors of ``otlp_grpc`` and ``otlp_file/development`` to the SDK. ``construct``
+    gets the name of an exporter and a function that creates it, and may return None.
     """
     provider = model.tracer_provider
     if provider is None:
@@ -95,11 +90,14 @@ def extract_batch_processors(
     taken: list[Callable[[], BoundedSpanProcessor]] = []
     left = []
     for processor in provider.processors:
-        made = processor.batch and _make_batch_exporter(processor.batch.exporter)
-        if not processor.batch or not made:
+        found = processor.batch and _find_batch_exporter(processor.batch.exporter)
+        if not processor.batch or not found:
             left.append(processor)
             continue
-        name, exporter = made
+        name, make = found
+        exporter = construct(name, make)
+        if exporter is None:
+            continue
         delay = processor.batch.schedule_delay
         taken.append(
             partial(
@@ -115,15 +113,15 @@ def extract_batch_processors(
     return taken
 
 
-def _make_batch_exporter(declared: Any) -> tuple[str, SpanExporter] | None:
-    """Return the name and a new exporter, or None if our processor does not support it."""
+def _find_batch_exporter(declared: Any) -> tuple[str, Callable[[], SpanExporter]] | None:
+    """Return the name and a factory, or None if our processor does not support the exporter."""
     if declared.otlp_http is not None:
-        return "otlp_http", _otlp_http(declared.otlp_http)
+        return "otlp_http", partial(_otlp_http, declared.otlp_http)
     if declared.console is not None:
-        return "console", ConsoleSpanExporter()
+        return "console", ConsoleSpanExporter
     for name, settings in declared.additional_properties.items():
         (entry_point,) = entry_points(group="opentelemetry_traces_exporter", name=name)
-        return name, entry_point.load()(**(settings or {}))
+        return name, partial(entry_point.load(), **(settings or {}))
     return None
 
 

@@ -23,9 +23,11 @@ from livekit.agents import telemetry as livekit_telemetry
 from livekit.agents.telemetry import traces as livekit_traces
 from opentelemetry import metrics, trace
 
-from traced_retry.core import telemetry
+from traced_retry.core import switch, telemetry
 from traced_retry.core.guard import logger, suppress_and_log
 from traced_retry.core.policy import RetryPolicy
+from traced_retry.export import order
+from traced_retry.export.processor import metrics_delivered
 from traced_retry.export.setup import SdkSetup, file_policy, set_up
 from traced_retry.livekit import hook
 from traced_retry.livekit.hook import OnExhausted
@@ -45,12 +47,16 @@ class Tracing:
     """The target of the spans in a few words, or the path of the local store."""
 
     def flush(self, within: float = FLUSH_WITHIN) -> bool:
-        """Deliver buffered spans and metrics, and return whether that was done in time.
+        """Deliver buffered spans and metrics, and return whether all of them were delivered.
+
+        Return False if spans were dropped since the last flush, or if the last export of metrics
+        failed. Of an exporter that the SDK runs itself, such as ``otlp_grpc`` in a configuration
+        file, only a missed deadline is known.
 
         Args:
             within: the longest wait in seconds. Telemetry not delivered by then stays buffered.
         """
-        return _run_within(within, [p.force_flush for p in _providers()])
+        return _run_within(within, [p.force_flush for p in _providers()]) and metrics_delivered()
 
 
 _lock = threading.Lock()
@@ -94,6 +100,9 @@ def enable(
             the agent's name, else ``livekit-agent``.
         on_exhausted: as for :func:`traced_retry.wrap`.
 
+    If the process was switched off by :func:`traced_retry.disable`, this call switches it on. If
+    ``TRACED_RETRY_DISABLED`` is true, this call does nothing.
+
     A later call can change ``policy`` and ``on_exhausted`` for new sessions. Its ``preset`` and
     ``service_name`` have no effect.
 
@@ -101,7 +110,15 @@ def enable(
         ExportError: if the preset does not exist, or if a variable is invalid.
         ConfigurationFileError: if the configuration file is invalid.
         PolicyError: if an environment variable of the policy is invalid.
+        TypeError: if ``policy`` or ``on_exhausted`` has a wrong type.
+
+    All but the last are :class:`traced_retry.UsageError`.
     """
+    hook.check_arguments(policy, on_exhausted)
+    switch.switch_on()
+    if switch.check():
+        logger.warning("%s is true: replies are neither retried nor traced", switch.VARIABLE)
+        return Tracing(f"nowhere: {switch.VARIABLE} is true")
     with _lock:
         if service_name is None and ctx is not None:
             service_name = ctx.job.agent_name or None
@@ -146,6 +163,7 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
         done = SdkSetup(existing, file_policy())
     _tracing, _ours, _file_policy = Tracing(done.destination), existing is None, done.policy
     logger.info("spans go to %s", done.destination)
+    order.watch()
     _at_process_end()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_after_fork)
@@ -155,11 +173,10 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
 
 
 def _instrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) -> None:
-    if hook.is_instrumented():
-        if policy is None and on_exhausted is None:
-            return
-        hook.uninstrument()  # the new arguments replace the old ones
-    hook.instrument(policy=policy or _file_policy, on_exhausted=on_exhausted)
+    if not hook.is_instrumented():
+        hook.instrument(policy=policy or _file_policy, on_exhausted=on_exhausted)
+    elif policy is not None or on_exhausted is not None:
+        hook.reinstrument(policy or _file_policy, on_exhausted)
 
 
 def _existing_destination() -> str | None:

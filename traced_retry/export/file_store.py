@@ -13,6 +13,7 @@ import errno
 import glob
 import json
 import os
+import stat
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from io import FileIO
@@ -192,7 +193,8 @@ def _newest_first(folder: Path, pattern: str) -> list[tuple[Path, int]]:
             state = file.stat()
         except OSError:  # Another process deleted it just now.
             continue
-        found.append((state.st_mtime_ns, file, state.st_size))
+        if stat.S_ISREG(state.st_mode):
+            found.append((state.st_mtime_ns, file, state.st_size))
     return [(file, size) for _, file, size in sorted(found, reverse=True)]
 
 

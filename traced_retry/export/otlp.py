@@ -54,6 +54,9 @@ class OtlpSpanExporter(trace_exporter.OTLPSpanExporter):
 class OtlpMetricExporter(metric_exporter.OTLPMetricExporter):
     """``OTLPMetricExporter`` with all its arguments except ``session``. Logs a failure once."""
 
+    delivered = True
+    """Whether the last export succeeded."""
+
     def __init__(self, **settings: Any) -> None:
         self._http = _Session()
         super().__init__(session=self._http, **settings)
@@ -64,7 +67,8 @@ class OtlpMetricExporter(metric_exporter.OTLPMetricExporter):
         """Send the collected metrics, with the SDK's retries."""
         with _suppress_sdk_logs():
             result = super().export(metrics_data, timeout_millis, **kwargs)
-        if result is not MetricExportResult.SUCCESS:
+        self.delivered = result is MetricExportResult.SUCCESS
+        if not self.delivered:
             log_once(
                 f"exporter otlp cannot deliver metrics ({self._http.reason}); "
                 "the next export carries them"

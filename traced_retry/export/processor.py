@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry import context, metrics
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY
@@ -29,14 +29,15 @@ from opentelemetry.sdk.environment_variables import (
     OTEL_BSP_MAX_QUEUE_SIZE,
     OTEL_BSP_SCHEDULE_DELAY,
 )
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import MetricExporter, PeriodicExportingMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from traced_retry import semconv
 from traced_retry._version import __version__
 from traced_retry.core.guard import log_suppressed, logger
-from traced_retry.errors import UsageError
+from traced_retry.core.sanitize import shown
+from traced_retry.errors import ExportError
 
 SPANS_WITHIN: Final = 2.0
 """Seconds that spans may take at exit. With 1 s each for a local store and for metrics, an exit
@@ -48,10 +49,7 @@ QUEUE_SIZE: Final = 2048
 BATCH_SIZE: Final = 512
 DELAY: Final = 5.0
 """Seconds. All three values are the SDK's defaults."""
-
-
-class ExportError(UsageError):
-    """An invalid setting of the export. The message names the setting and the remedy."""
+_DIGITS: Final = 9
 
 
 class BoundedSpanProcessor(SpanProcessor):
@@ -142,13 +140,17 @@ class BoundedSpanProcessor(SpanProcessor):
             self._drops.log_first(reason)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Send queued spans, and return whether all were processed in time."""
+        """Send queued spans.
+
+        Return False if time was up, or if spans were dropped since the last call.
+        """
         with self._changed:
             self._flushing += 1
             self._changed.notify_all()
             done = self._changed.wait_for(self._idle, timeout_millis / 1000)
             self._flushing -= 1
-        return done
+            dropped = self._drops.take_news()
+        return done and not dropped
 
     def shutdown(self) -> None:
         """Send queued spans for at most ``within`` seconds, and count the rest as dropped."""
@@ -221,6 +223,10 @@ class BoundedMetricReader(PeriodicExportingMetricReader):
     Metrics are cumulative: the next export includes the values of a failed one.
     """
 
+    def __init__(self, exporter: MetricExporter, **settings: Any) -> None:
+        super().__init__(exporter, **settings)
+        _metric_exporters.add(exporter)
+
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: object) -> None:
         """Export a last time and stop."""
         super().shutdown(min(timeout_millis, METRICS_WITHIN * 1000), **kwargs)
@@ -237,6 +243,14 @@ class BoundedMetricReader(PeriodicExportingMetricReader):
         flushing.start()
         flushing.join(timeout_millis / 1000)
         return not flushing.is_alive()
+
+
+_metric_exporters: weakref.WeakSet[MetricExporter] = weakref.WeakSet()
+
+
+def metrics_delivered() -> bool:
+    """Return whether the last export of each of our OTLP metric exporters succeeded."""
+    return all(getattr(exporter, "delivered", True) for exporter in _metric_exporters)
 
 
 class _Drops:
@@ -258,13 +272,20 @@ class _Drops:
     def forget(self) -> None:
         """Reset the totals after a fork, because the parent reports its own drops."""
         self._sums: Counter[semconv.DropReason] = Counter()
+        self._news = False
 
     def add(self, spans: int, reason: semconv.DropReason) -> bool:
         """Count dropped spans, and return whether they are the first."""
         first = not self._sums
+        self._news = True
         self._sums[reason] += spans
         self._count(spans, reason)
         return first
+
+    def take_news(self) -> bool:
+        """Return whether spans were dropped since the last call."""
+        news, self._news = self._news, False
+        return news
 
     def log_first(self, reason: semconv.DropReason) -> None:
         logger.warning(
@@ -291,6 +312,9 @@ def _positive_integer(variable: str, default: int) -> int:
     text = os.environ.get(variable, "").strip()
     if not text:
         return default
-    if not text.isdecimal() or int(text) == 0:
-        raise ExportError(f"{variable} is {text!r}; it must be a whole number above 0")
+    if not text.isdecimal() or not int(text[:_DIGITS]) > 0 or len(text) > _DIGITS:
+        raise ExportError(
+            f"{variable} is {shown(text)}; it must be a whole number above 0, of at most "
+            f"{_DIGITS} digits"
+        )
     return int(text)

@@ -25,7 +25,7 @@ from prometheus_client import Counter, Gauge, Histogram, values
 
 from traced_retry import semconv
 from traced_retry.core.telemetry import Telemetry
-from traced_retry.export.processor import ExportError
+from traced_retry.errors import ExportError
 
 _UNITS: Final = {"s": "seconds", "ms": "milliseconds", "By": "bytes"}
 

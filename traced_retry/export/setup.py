@@ -8,11 +8,14 @@ local store.
 from __future__ import annotations
 
 import atexit
+import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from opentelemetry import metrics, trace
@@ -25,19 +28,19 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from traced_retry import shipped_files
 from traced_retry.core.guard import logger
 from traced_retry.core.policy import RetryPolicy
-from traced_retry.errors import missing_extra
+from traced_retry.errors import ConfigurationFileError, ExportError, UsageError, missing_extra
 from traced_retry.export.file_store import StoreExporter, new_store, store_processor
 from traced_retry.export.processor import (
     METRICS_WITHIN,
     BoundedMetricReader,
     BoundedSpanProcessor,
-    ExportError,
 )
 
 if TYPE_CHECKING:
     from traced_retry.export.config_file import ConfigFile
 
 Signal = Literal["TRACES", "METRICS"]
+T = TypeVar("T")
 
 SERVICE: Final = "livekit-agent"
 """Default of ``service.name``."""
@@ -110,13 +113,9 @@ def _load_file(path: Path, feature: str = "OTEL_CONFIG_FILE") -> ConfigFile:
 
 
 def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
-    from opentelemetry.configuration import (  # noqa: PLC0415 - an extra of its own
-        ConfigurationError,
-        configure_sdk,
-    )
+    from opentelemetry.configuration import ConfigurationError  # noqa: PLC0415 - an extra
 
     from traced_retry.export.config_file import (  # noqa: PLC0415
-        ConfigurationFileError,
         extract_batch_processors,
         without_quotes,
     )
@@ -127,18 +126,18 @@ def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
         return SdkSetup(f"nowhere: {declared.path} says disabled", policy)
     if has_meter_provider():
         model.meter_provider = None
+
+    sets_meter_provider = model.meter_provider is not None
     try:
-        batches = extract_batch_processors(model)
-        configure_sdk(model)
+        batches = extract_batch_processors(model, construct)
+        _configure_sdk(model, f"of {declared.path}")
     except ConfigurationError as error:  # a missing package
         raise ConfigurationFileError(f"{declared.path}: {without_quotes(error)}") from None
-    except OSError as error:  # a store that is not writable
-        raise ConfigurationFileError(f"{declared.path}: {error}") from None
     # Handlers run in reverse order at exit, and the SDK would begin with its meter provider, for up
     # to 30 s. Shut the span processors down first, because the metrics must include spans dropped
     # during shutdown. The shutdown of a meter provider also removes this registration.
     meter_provider = metrics.get_meter_provider()
-    if model.meter_provider is not None and isinstance(meter_provider, MeterProvider):
+    if sets_meter_provider and isinstance(meter_provider, MeterProvider):
         atexit.register(meter_provider.shutdown, METRICS_WITHIN * 1000)
     tracer_provider = trace.get_tracer_provider()
     if isinstance(tracer_provider, TracerProvider):
@@ -147,6 +146,31 @@ def _from_config_file(declared: ConfigFile, destination: str) -> SdkSetup:
             tracer_provider.add_span_processor(processor)
             atexit.register(processor.shutdown)
     return SdkSetup(destination, policy)
+
+
+def _configure_sdk(model: Any, place: str) -> None:
+    """Set the providers up, without the exporters that cannot be created.
+
+    The SDK stops at the first of them. Continue after it, which takes at most five calls.
+    """
+    from opentelemetry.configuration import configure_sdk  # noqa: PLC0415 - an extra of its own
+
+    def configure() -> bool:
+        configure_sdk(model)
+        return True
+
+    for _ in range(5):
+        if construct(place, configure):
+            return
+        if model.tracer_provider and not isinstance(trace.get_tracer_provider(), TracerProvider):
+            if model.tracer_provider.processors:  # our own processors need the provider
+                model.tracer_provider.processors = []
+            else:
+                model.tracer_provider = None
+        elif model.meter_provider and not has_meter_provider():
+            model.tracer_provider = model.meter_provider = None
+        else:
+            model.tracer_provider = model.meter_provider = model.logger_provider = None
 
 
 def _set_service_name(declared: ConfigFile, service_name: str) -> None:
@@ -179,7 +203,8 @@ def endpoint(signal: Signal = "TRACES") -> str | None:
 def _from_environment(service_name: str) -> SdkSetup:
     resource = _resource(service_name)
     spans, measures = _exporter_names("TRACES"), _exporter_names("METRICS")
-    readers = [_metric_reader(name) for name in measures or []]
+    made = (construct(name, partial(_metric_reader, name)) for name in measures or [])
+    readers = [reader for reader in made if reader is not None]
     # Create the meter provider first. Providers shut down in reverse order, and the metrics must
     # include spans dropped during shutdown.
     if readers and not has_meter_provider():
@@ -187,12 +212,56 @@ def _from_environment(service_name: str) -> SdkSetup:
     if spans is None:
         return _local_store(service_name)
     tracer_provider = TracerProvider(resource=resource)
+    created = []
     for name in spans:
-        tracer_provider.add_span_processor(BoundedSpanProcessor(_span_exporter(name), name))
+        exporter = construct(name, partial(_span_exporter, name))
+        if exporter is not None:
+            tracer_provider.add_span_processor(BoundedSpanProcessor(exporter, name))
+            created.append(name)
     trace.set_tracer_provider(tracer_provider)
     return SdkSetup(
-        ", ".join(_describe_exporter(name) for name in spans) or "nowhere: OTEL_TRACES_EXPORTER"
+        ", ".join(_describe_exporter(name) for name in created) or "nowhere: OTEL_TRACES_EXPORTER"
     )
+
+
+_REMEDIES: Final = {
+    "EADDRINUSE": (
+        "Each process needs a port of its own. Send metrics with OTEL_METRICS_EXPORTER=otlp, or "
+        "let LiveKit serve those of all jobs: examples/agent_prometheus.py."
+    ),
+    **dict.fromkeys(
+        ("EACCES", "EPERM", "EROFS", "ENOENT", "ENOTDIR", "EISDIR"),
+        "Name a file in a folder that this process can write.",
+    ),
+}
+
+
+def construct(name: str, make: Callable[[], T]) -> T | None:
+    """Return a new exporter. If its construction fails, log the remedy and return None.
+
+    Do not fail: a second job on the same machine may find the port of the first in use, and its
+    caller needs an agent. The text of an exception is not logged, because it may hold a key.
+
+    Raises:
+        UsageError: if the configuration is invalid, which is the same in each process.
+    """
+    try:
+        return make()
+    except (UsageError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith("opentelemetry.configuration"):
+            raise
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if isinstance(number, int) else type(error).__name__
+        logger.warning(
+            "exporter %s is left out, because it cannot be created (%s). Replies are not affected. "
+            "%s",
+            name,
+            reason,
+            _REMEDIES.get(errno.errorcode.get(number or 0, ""), "Check the exporter's settings."),
+        )
+        return None
 
 
 def _describe_exporter(name: str) -> str:

@@ -58,6 +58,9 @@ class Adapter:
 
     required_attributes: ClassVar[tuple[str, ...]] = ()
     """Private attributes of the session that it relies on."""
+    relied_methods: ClassVar[tuple[str, ...]] = ()
+    """Methods of the plugin's session whose behavior it relies on. If an unknown subclass overrides
+    one of them, the plain :class:`Adapter` takes its place."""
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
     """What its requests may do; their counters start at zero."""
     connection_losses = 0

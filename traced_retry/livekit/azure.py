@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
-from urllib.parse import urlsplit
 
 from azure.ai.voicelive.models import ClientEventResponseCancel
 
 from traced_retry.core.failure import Failure, failure
+from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import Call
 from traced_retry.livekit.openai import OpenAIAdapter, OpenAIRequest
@@ -44,15 +44,14 @@ class VoiceLiveAdapter(OpenAIAdapter):
     """What one session's server said, as far as its replies are concerned."""
 
     required_attributes: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_send")
+    relied_methods: ClassVar[tuple[str, ...]] = ("_send",)
     raw_event: ClassVar[str] = "azure_server_event_received"
 
     def target(self) -> Target:
-        """The server is in the model's options; where that has moved it is left out."""
+        """Return the provider and the server, which is in the model's private options."""
         model = self.session.realtime_model
-        endpoint = urlsplit(getattr(getattr(model, "_opts", None), "endpoint", None) or "")
-        port = endpoint.port or (443 if endpoint.scheme in ("https", "wss") else 80)
-        host = endpoint.hostname
-        return Target(PROVIDER, model.model, host, port if host else None)
+        server = host_and_port(getattr(getattr(model, "_opts", None), "endpoint", None))
+        return Target(PROVIDER, model.model, *server)
 
     def request(self, call: Call) -> VoiceLiveRequest:
         """One reply's request."""

@@ -8,12 +8,23 @@ handle, so that the old turn is gone, and the request is sent there (``restart``
 
 Facts (livekit-plugins-google 1.7.0 and 1.8.9, ``realtime/realtime_api.py``):
 
+* The plugin acts on each message in ``_handle_server_content`` and ``_handle_tool_calls``, after
+  ``_start_new_generation`` if there is no generation to add it to. It looks up all three on the
+  instance, so they can be replaced there.
+* A generation begins with the server's first sign of a turn. That may be a thought, or words of the
+  caller, which nobody hears. The turn may end without anything else (``turn_complete``).
+* A model with audio output speaks only what comes as audio. Text alone goes to the transcript.
+* If a request is sent while a generation is being spoken, the server may put its answer into that
+  generation, and the slot is not resolved. Or it ends that one first (``interrupted``).
+* ``generation_complete`` ends the words. ``turn_complete`` comes once the server thinks that the
+  client has played them, which may be minutes later.
 * ``_pending_generation_fut`` is the one slot for whoever waits; the next generation resolves what
   is in it, and is spoken as one of the server's own where it is empty. A time-out of 5.0 s and
   the end of a future each clear the slot, if that future is still in it.
 * A second ``generate_reply`` cancels the future in the slot. The end of a session does so too.
 * ``_mark_restart_needed`` has the session closed some turns of the event loop later. Until then
-  what is read from it counts: a late reply, and also a new resumption handle.
+  what is read from it counts: a late reply, which resolves what is in the slot by then, and also a
+  new resumption handle.
 * A session connected without a handle is told the chat context (function calls excepted), and
   then whatever is in ``_msg_ch``; the channel is renewed when a restart is marked.
 * No error reaches the future. A lost connection emits a recoverable ``error`` event, sleeps and
@@ -26,8 +37,9 @@ Facts (livekit-plugins-google 1.7.0 and 1.8.9, ``realtime/realtime_api.py``):
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 from livekit.agents import llm
 
@@ -35,6 +47,7 @@ from traced_retry import semconv
 from traced_retry.core.failure import Failure, Kind, failure
 from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
+from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
@@ -44,12 +57,16 @@ from traced_retry.livekit.adapter import (
     Replies,
     failure_from_event,
 )
+from traced_retry.livekit.single_slot import before
+from traced_retry.livekit.streams import Streams
 
 PLUGIN_TIMEOUT = 5.0
 SEND_WINDOW = PLUGIN_TIMEOUT - 0.05
 """Seconds until we listen instead of the plugin: before its own timer clears the slot."""
 LISTEN_WINDOW = 5.0
 
+_METHODS = ("_start_new_generation", "_handle_server_content", "_handle_tool_calls")
+"""Methods of the session that we replace."""
 _STATUS: dict[int, Kind] = {
     400: "invalid_request",
     401: "authentication",
@@ -60,6 +77,31 @@ _STATUS: dict[int, Kind] = {
     1007: "invalid_request",  # also what becomes of a bad API key
 }
 _CLOSE_CODES = range(1000, 5000)
+
+
+@dataclass
+class _Answer:
+    """The generation that answers a request, as far as the server has sent it."""
+
+    response_id: str
+    request: GoogleRequest
+    delivery: Delivery
+    caller_spoke: bool = False
+    """Whether its turn holds words of the caller, so that it may be the answer to them."""
+    interrupted: bool = False
+    tool_ran: bool = False
+    """Whether the server ran a tool of its own, such as a search."""
+    in_transcript: bool = False
+    """Whether text without sound has reached the agent's transcript."""
+    over: bool = False
+    """Whether the plugin has ended the generation."""
+    complete: bool = False
+    """Whether the server has ended the turn."""
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether another attempt can do no harm, if this one ends without output."""
+        return not (self.tool_ran or self.in_transcript)
 
 
 class GoogleAdapter(Adapter):
@@ -73,6 +115,8 @@ class GoogleAdapter(Adapter):
         "_active_session",
         "_session_error",
         "_current_generation",
+        "_mark_current_generation_done",
+        *_METHODS,
         "_msg_ch",
         "_send_client_event",
         "_in_user_activity",
@@ -85,32 +129,35 @@ class GoogleAdapter(Adapter):
         self.plugin: Any = session
         self.asked: GoogleRequest | None = None
         """The request with an attempt in progress, if any."""
-        self._discard_future: asyncio.Future[Generation] | None = None
-        """The future in the slot from a restart until the new connection. It discards replies from
-        the old connection."""
+        self._restarting = False
+        """Whether what is still read comes from a session that we have given up."""
         self._discarded_response: str | None = None
         self._renew_later = False
-        self._delivery: tuple[str, Delivery] | None = None
-        """The reply being spoken, if we asked for it, and its response id."""
-        session.on("generation_created", self._on_generation)
+        self._answer: _Answer | None = None
+        """The latest generation that we asked for."""
+        self._emit = session.emit
+        session.emit = self._emit_once  # type: ignore[method-assign]
         session.on("input_speech_stopped", self._on_generation_ended)
         session.on("metrics_collected", self._on_metrics)
         session.on("error", self._on_error)
+        if all(hasattr(session, name) for name in _METHODS):
+            self._replace_methods()
+
+    def _replace_methods(self) -> None:
+        self._start_new_generation = self.plugin._start_new_generation
+        self.plugin._start_new_generation = self._on_starting
+        before(self.session, "_handle_server_content", self._on_content)
+        before(self.session, "_handle_tool_calls", self._on_tool_calls)
 
     def target(self) -> Target:
         """``gcp.gemini`` or ``gcp.vertex_ai``; the server where the user named one."""
         model = self.session.realtime_model
         vertex = model.provider == "Vertex AI"
         options = getattr(getattr(model, "_opts", None), "http_options", None)
-        url = urlsplit(getattr(options, "base_url", None) or "")
-        if not url.hostname and not vertex:
-            url = urlsplit("https://generativelanguage.googleapis.com")
-        return Target(
-            "gcp.vertex_ai" if vertex else "gcp.gemini",
-            model.model,
-            url.hostname,
-            (url.port or 443) if url.hostname else None,
-        )
+        server = host_and_port(getattr(options, "base_url", None))
+        if server[0] is None and not vertex:
+            server = host_and_port("https://generativelanguage.googleapis.com")
+        return Target("gcp.vertex_ai" if vertex else "gcp.gemini", model.model, *server)
 
     def request(self, call: Call) -> GoogleRequest:
         """One reply's request."""
@@ -136,7 +183,7 @@ class GoogleAdapter(Adapter):
     def free(self) -> bool:
         """Whether no one waits for the next generation."""
         waiting = self.plugin._pending_generation_fut
-        return waiting is None or waiting is self._discard_future or waiting.done()
+        return waiting is None or waiting.done()
 
     def put(self, future: asyncio.Future[Generation] | None) -> None:
         """Have ``future`` resolved by the next generation."""
@@ -148,9 +195,17 @@ class GoogleAdapter(Adapter):
         plugin._session_resumption_handle = None
         self._withdraw()
         plugin._mark_restart_needed()
-        if self.free:
-            self._discard_future = asyncio.get_running_loop().create_future()
-            self.put(self._discard_future)
+        self._restarting = True
+        if self.asked is not None:  # Its request went to the old session.
+            what = "the session was restarted because of an earlier reply"
+            self.asked.lost = "restart"
+            lost = failure_from_event("connection_lost", what, ended_locally=True)
+            self.replies.report_failure(lost, only=self.asked)
+
+    def finish(self, answer: _Answer) -> None:
+        """End a generation whose end the server does not send, or the agent would wait for it."""
+        if not answer.over:
+            self.plugin._mark_current_generation_done()
 
     def interrupt(self) -> None:
         """What the plugin does, and not our hook: other replies are not meant."""
@@ -163,18 +218,23 @@ class GoogleAdapter(Adapter):
             self.renew()
 
     def _withdraw(self) -> None:
-        """Take requests for a reply out of the plugin's queue; the rest stays, in order.
+        """Take requests for a reply out of the plugin's queue; the rest stays, in order."""
+        for message in self._take_queue():
+            if not _is_request(message):
+                self.plugin._send_client_event(message)
 
-        A request may be queued in the moments between the loss of a connection and the event that
-        tells of it; it would be sent on the next one. Marking a restart then empties nothing.
-        """
-        queue, kept = self.plugin._msg_ch, []
-        while not queue.empty():
-            message = queue.recv_nowait()
-            if getattr(message, "turn_complete", None) is not True:
-                kept.append(message)
-        for message in kept:
+    def _request_is_queued(self) -> bool:
+        """Return whether a request waits to be sent on the next connection."""
+        queued = self._take_queue()
+        for message in queued:
             self.plugin._send_client_event(message)
+        return any(map(_is_request, queued))
+
+    def _take_queue(self) -> list[Any]:
+        queue, messages = self.plugin._msg_ch, []
+        while not queue.empty():
+            messages.append(queue.recv_nowait())
+        return messages
 
     # --- what the plugin says ------------------------------------------------------------------
 
@@ -184,33 +244,77 @@ class GoogleAdapter(Adapter):
                 self._on_connected()
 
     def _on_connected(self) -> None:
-        if self._discard_future is not None:
+        if self.plugin._session_should_close.is_set():
+            return  # A restart was marked meanwhile, so the plugin closes this connection as well.
+        if self._restarting:
             if self.plugin._session_resumption_handle is not None:
                 # The old session's last word, read after we had dropped its handle; this
                 # connection may have been made with it.
                 self.renew()
                 return
-            if self.plugin._pending_generation_fut is self._discard_future:
-                self.put(None)
-            self._discard_future = None
+            self._restarting = False
         # Right after this event the plugin makes the session the active one.
         asyncio.get_running_loop().call_soon(self.replies.wake)
 
-    def _on_generation(self, event: Generation) -> None:
-        with suppress_and_log("reading a generation event"):
-            if (
-                self._discard_future is not None
-                and self._discard_future.done()
-                and not self._discard_future.cancelled()
-            ):
-                self._discarded_response = event.response_id
-            elif event.user_initiated and event.response_id is not None:
-                # The plugin begins one with its first words (or a call, or the user's words).
-                delivery = Delivery()
-                delivery.mark_output()
-                self._delivery = (event.response_id, delivery)
+    def _on_starting(self) -> None:
+        """Keep what the old session says from whoever waits for the new one."""
+        if not self._restarting:
+            self._start_new_generation()
+            return
+        waiting = self.plugin._pending_generation_fut
+        self.put(asyncio.get_running_loop().create_future())  # Else the agent would speak it.
+        self._start_new_generation()
+        self.put(waiting)
 
-    def _on_generation_ended(self) -> None:
+    def _emit_once(self, event: Any, *args: Any) -> None:
+        if event == "generation_created":
+            with suppress_and_log("reading a generation event"):
+                if self._is_repetition(*args):
+                    return  # The agent has the first one, and its streams go on with this one.
+        self._emit(event, *args)
+
+    def _is_repetition(self, event: Generation) -> bool:
+        if self._restarting:
+            self._discarded_response = event.response_id
+        elif event.user_initiated and event.response_id is not None and self.asked is not None:
+            self._answer = _Answer(event.response_id, self.asked, Delivery())
+            return self.asked.has_streams
+        return False
+
+    def _on_content(self, content: Any) -> None:
+        generation = self.plugin._current_generation
+        if generation is None or generation._done:
+            return
+        parts = list(_parts(content))
+        spoken = _said(content, parts)
+        sound = any(getattr(part, "inline_data", None) for part in parts)
+        if spoken or sound:
+            self._on_output(generation)
+        answer = self.answer(generation.response_id)
+        if answer is None:
+            return
+        answer.delivery.mark_activity()
+        answer.caller_spoke |= bool(getattr(content.input_transcription, "text", None))
+        answer.interrupted |= bool(content.interrupted)
+        answer.tool_ran |= _ran_tool(content, parts)
+        if sound or (spoken and not self.session.realtime_model.capabilities.audio_output):
+            answer.request.heard(answer)
+        if content.generation_complete and answer.delivery.first_output:
+            answer.delivery.end()
+
+    def _on_tool_calls(self, tool_call: Any) -> None:
+        generation = self.plugin._current_generation
+        if generation is None or not tool_call.function_calls:
+            return
+        self._on_output(generation)
+        if (answer := self.answer(generation.response_id)) is not None:
+            answer.request.heard(answer)
+
+    def _on_output(self, generation: Any) -> None:
+        if self.asked is not None and self.asked.sent_during is generation:
+            self.asked.may_be_heard = True
+
+    def _on_generation_ended(self, _: object = None) -> None:
         with suppress_and_log("reading the end of a generation"):
             # Emitted as the first step of ending it, also before a next one begins.
             generation = self.plugin._current_generation
@@ -218,31 +322,43 @@ class GoogleAdapter(Adapter):
                 return
             if generation.response_id == self._discarded_response:
                 generation.output_text = ""  # else it becomes part of the chat context
-            delivery = self.delivery(generation.response_id)
-            if delivery is not None:
-                whole = generation._completed_timestamp or not generation.function_ch.empty()
-                lost = not whole and self.plugin._session_error is not None
-                what = "the connection was lost during the reply"
-                delivery.end(failure_from_event("connection_lost", what) if lost else None)
+            if (answer := self.answer(generation.response_id)) is not None:
+                answer.over = True
+                answer.in_transcript = bool(generation.output_text)
+                answer.complete = bool(
+                    generation._completed_timestamp or not generation.function_ch.empty()
+                )
+                self._end(answer)
             if self._renew_later:
                 self._renew_later = False
-                if self.free:
-                    self.renew()
+                self.renew()
             asyncio.get_running_loop().call_soon(self.replies.wake)
 
-    def delivery(self, response_id: str | None) -> Delivery | None:
-        """The delivery of that response, if it is the latest we asked for."""
-        if self._delivery is not None and self._delivery[0] == response_id:
-            return self._delivery[1]
-        return None
+    def _end(self, answer: _Answer) -> None:
+        delivery, failed = answer.delivery, None
+        lost = self.plugin._session_error is not None or not delivery.first_output
+        if not answer.complete and lost:
+            answer.request.lost = "send"
+            what = "the connection was lost during the reply"
+            failed = failure_from_event("connection_lost", what)
+        elif not (delivery.first_output or answer.interrupted):
+            what = "the turn held neither speech nor a tool call"
+            failed = failure_from_event("empty_response", what)
+        delivery.end(failed, cancelled=answer.interrupted)
+
+    def answer(self, response_id: str | None) -> _Answer | None:
+        """The answer with that response id, if it is the latest we asked for."""
+        found = self._answer
+        return found if found is not None and found.response_id == response_id else None
 
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         with suppress_and_log("reading an error event"):
             why = self.classify_event(event)
             if not event.recoverable:
                 self.replies.report_failure(why, "not_recoverable")
-            elif self.asked is not None:
-                self.asked.lost = True
+            elif self.asked is not None and not self._request_is_queued():
+                # A request that was made after the loss is sent on the next connection.
+                self.asked.lost = "send"
                 self.replies.report_failure(why, only=self.asked)
 
 
@@ -252,20 +368,34 @@ class GoogleRequest(PassthroughRequest):
     def __init__(self, adapter: GoogleAdapter, call: Call) -> None:
         super().__init__(call)
         self._adapter = adapter
-        self.lost = False
-        """Whether the connection was lost during the attempt, and the request with it."""
+        self.lost: semconv.Action | None = None
+        """The action that can follow, if the request was lost with its connection."""
+        self.sent_during: Any = None
+        """The generation that was being spoken when the request was sent."""
+        self.may_be_heard = False
+        """Whether that generation went on, so that it may hold the answer."""
         self._action: semconv.Action = "send"
         self._refused = False
         self._heard_by: asyncio.Future[Generation] | None = None
         """What listens, from when the attempt before was abandoned."""
+        self._answer: _Answer | None = None
+        """The generation that answers the current attempt."""
+        self._streams: Streams | None = None
+        """What the agent reads, from its first generation on."""
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether the agent has a generation for this reply."""
+        return self._streams is not None
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send it; or go on listening, in the place of the attempt before."""
-        self._action, self.lost = action, False
+        self._action, self.lost, self._answer = action, None, None
         attempt, self._heard_by = self._heard_by, None
         if attempt is None:
-            if self._adapter.free:
-                self._adapter.put(None)  # the plugin would warn that it cancels what is there
+            adapter = self._adapter
+            self.may_be_heard = False
+            self.sent_during = adapter.plugin._current_generation if adapter.speaking else None
             self._refused = True  # should it raise
             attempt = self.call()
             self._refused = attempt.done()
@@ -287,13 +417,25 @@ class GoogleRequest(PassthroughRequest):
         return super().explain(error)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """Send after a loss; after silence listen once, then as ``on_silence`` says."""
-        if self.lost:
-            return "send"
-        on_silence = self._adapter.replies.policy.on_silence
+        """Send after a loss; after silence listen once, then as ``on_silence`` says.
+
+        If the answer may have been heard or is being spoken, only listen.
+        """
+        answer, on_silence = self._answer, self._adapter.replies.policy.on_silence
+        if answer is not None:
+            if not answer.may_be_repeated:
+                return None
+            # After words of the caller, the empty turn may have been the answer to those. The
+            # answer to the request may follow, but not after a restart.
+            empty = why.kind == "empty_response" and not answer.caller_spoke
+            return self.lost or ("send" if empty else "restart")
+        if self.lost is not None:
+            return None if self.may_be_heard else self.lost
         if self._action != "listen" or on_silence == "listen" or self._adapter.speaking:
             return "listen"
-        return "send" if on_silence == "resend" else "restart"
+        if on_silence == "resend":
+            return "send"
+        return None if self.may_be_heard else "restart"
 
     def ready(self) -> bool:
         """Connected, and nobody else is being answered. To listen takes nothing."""
@@ -305,12 +447,16 @@ class GoogleRequest(PassthroughRequest):
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
         """Leave the slot to what follows, and the old turn behind where it might be answered."""
         self._close()
+        if self._answer is not None:
+            self._adapter.finish(self._answer)
+            if self._answer.complete and then != "restart":
+                return  # The server will say no more of it.
         if then == "listen":
             self._heard_by = asyncio.get_running_loop().create_future()
             self._adapter.put(self._heard_by)
         elif not self._refused:
             self._leave(attempt)
-            if then == "send" and not self.lost:
+            if then == "send" and self.lost is None:
                 pass  # on_silence="resend": the caller may hear both
             elif then is None:
                 self._adapter.silence()
@@ -332,8 +478,31 @@ class GoogleRequest(PassthroughRequest):
             self._adapter.silence()
 
     def delivery(self, result: Generation) -> Delivery | None:
-        """Watch the reply to its end: the connection may be lost in the middle of it."""
-        return self._adapter.delivery(result.response_id)
+        """Watch the reply to its end; before its first word another may go on with it."""
+        self._answer = answer = self._adapter.answer(result.response_id)
+        if answer is None:
+            return None
+        if self._streams is None:
+            self._streams = Streams(result)
+        else:
+            self._streams.switch_to(result)
+        if answer.delivery.first_output:
+            self._streams.commit()
+        return answer.delivery
+
+    def heard(self, answer: _Answer) -> None:
+        """There is output: no other generation may follow this one."""
+        answer.delivery.mark_output()
+        if self._answer is answer and self._streams is not None:
+            self._streams.commit()
+
+    def ended(self) -> None:
+        """End a generation that the server has left open, and the streams of an unheard one."""
+        answer = self._answer
+        if answer is not None and (failed := answer.delivery.failure) and failed.ended_locally:
+            self._adapter.finish(answer)
+        if self._streams is not None:
+            self._streams.close()
 
     def _leave(self, attempt: asyncio.Future[Generation]) -> None:
         if self._adapter.plugin._pending_generation_fut is attempt:
@@ -342,6 +511,32 @@ class GoogleRequest(PassthroughRequest):
     def _close(self) -> None:
         if self._adapter.asked is self:
             self._adapter.asked = None
+
+
+def _parts(content: Any) -> Iterator[Any]:
+    """Yield the parts of a message, without the model's thoughts."""
+    for part in getattr(content.model_turn, "parts", None) or ():
+        if not part.thought:
+            yield part
+
+
+def _said(content: Any, parts: list[Any]) -> bool:
+    """Return whether a message holds words of the model."""
+    transcript = getattr(content.output_transcription, "text", None)
+    return bool(transcript) or any(part.text for part in parts)
+
+
+def _ran_tool(content: Any, parts: list[Any]) -> bool:
+    """Return whether a message shows that the server ran a tool of its own."""
+    marks = ("grounding_metadata", "url_context_metadata")
+    code = ("executable_code", "code_execution_result")
+    return any(getattr(content, name, None) for name in marks) or any(
+        getattr(part, name, None) for part in parts for name in code
+    )
+
+
+def _is_request(message: Any) -> bool:
+    return getattr(message, "turn_complete", None) is True
 
 
 def _interrupts(plugin: Any) -> bool:

@@ -17,30 +17,57 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
-from livekit.agents import llm
+from livekit.agents import SpeechCreatedEvent, llm
 from livekit.agents import telemetry as livekit_telemetry
+from livekit.agents.voice import SpeechHandle
 from opentelemetry import metrics
 from opentelemetry import trace as otel_trace
 
 from traced_retry import semconv
-from traced_retry.core import supported
+from traced_retry.core import supported, switch
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import Failure, copy_error
 from traced_retry.core.guard import log_once, suppress_and_log
 from traced_retry.core.loop import FailedReply, Reply
-from traced_retry.core.policy import RetryPolicy
+from traced_retry.core.policy import RetryPolicy, check_policy
 from traced_retry.core.request import Request
+from traced_retry.core.sanitize import shown
 from traced_retry.core.telemetry import Target, Telemetry
-from traced_retry.livekit.adapter import Adapter, Generation, PassthroughRequest, failure_from_event
+from traced_retry.core.variables import warn_about_misspelt
+from traced_retry.errors import ArgumentError
+from traced_retry.livekit.adapter import (
+    Adapter,
+    Generation,
+    PassthroughRequest,
+    failure_from_event,
+    timeout_failure,
+)
 from traced_retry.livekit.registry import adapter_class
 from traced_retry.livekit.say import SayRequest, observed
-from traced_retry.livekit.speech import current_speech, record_error, when_interrupted
+from traced_retry.livekit.speech import (
+    agent_activity,
+    current_speech,
+    fail_speech,
+    is_closing,
+    note_request,
+    pending_speeches,
+    record_error,
+    watch_shutdown,
+    when_interrupted,
+)
 
 logger = logging.getLogger(semconv.SCOPE)
 
 OnExhausted = Callable[[FailedReply], "Awaitable[None] | None"]
+
+DRAIN_WITHIN: Final = 9.0
+"""Seconds after ``AgentSession.shutdown(drain=True)`` in which retries are allowed.
+
+LiveKit then waits for the pending replies. It kills a job's process that does not end within
+``shutdown_process_timeout`` of ``AgentServer`` and ``WorkerOptions``, which is 10 s by default
+(livekit-agents 1.7.0 to 1.8.9)."""
 
 _HOOK = "_traced_retry"
 """Name of the attribute that our hook leaves on what it is installed on."""
@@ -69,6 +96,26 @@ def _config(
     return _Config(policy or RetryPolicy.from_env(), telemetry, on_exhausted, may_retry)
 
 
+def check_arguments(policy: object, on_exhausted: object) -> None:
+    """Check the arguments of :func:`wrap`, and the variables, before anything is changed.
+
+    Raises:
+        PolicyError: if an environment variable is invalid.
+        SupportError: likewise.
+        ArgumentError: if an argument has a wrong type.
+    """
+    check_policy(policy)
+    if on_exhausted is not None and not callable(on_exhausted):
+        raise ArgumentError(
+            f"on_exhausted is {shown(on_exhausted)}; it must be a function of one FailedReply, "
+            "async or not"
+        )
+    warn_about_misspelt()
+    supported.choice()
+    if policy is None:
+        RetryPolicy.from_env()
+
+
 class SessionHook:
     """Our side of one session: its adapter, its open replies, and what ends them early."""
 
@@ -78,6 +125,7 @@ class SessionHook:
         # A session that brings a retry of its own around `_do_generate_reply` (the shape of
         # livekit/agents#6242) is called at that inner method: one loop, not two.
         inner = getattr(session, "_do_generate_reply", None)
+        self._plain_generate_reply = session.generate_reply
         self._generate_reply = session.generate_reply if inner is None else inner
         self._aclose = session.aclose
         self._interrupt = session.interrupt
@@ -88,9 +136,11 @@ class SessionHook:
         self._closed_by: tuple[Failure, semconv.StopReason] | None = None
         self._cooldown = SessionCooldown()
         self._checked = False
+        self._drained = False
+        self._stop_listening: Callable[[], object] = lambda: None
         self._adapter = adapter_class(session)(session, self)
         setattr(session, _HOOK, self)
-        session.generate_reply = self.generate_reply  # type: ignore[method-assign]
+        session.generate_reply = self._generate_reply_unless_off  # type: ignore[method-assign]
         session.aclose = self.aclose  # type: ignore[method-assign]
         session.interrupt = self.interrupt  # type: ignore[method-assign]
         if self._says:
@@ -107,19 +157,37 @@ class SessionHook:
 
     def generate_reply(self, **kwargs: Any) -> asyncio.Future[Generation]:
         """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
+        with suppress_and_log("looking for the speech"):
+            if (error := note_request()) is not None:
+                failed: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+                failed.set_exception(error)
+                failed.exception()  # Mark it as retrieved, because LiveKit may not wait for it.
+                return failed
         adapter = self._adapter_in_force()
         request = adapter.request(functools.partial(self._generate_reply, **kwargs))
         request.speech = current_speech()
+        policy = self._config.policy
+        with suppress_and_log("watching for the agent session's shutdown"):
+            if (activity := agent_activity(self._session)) is not None:
+                watch_shutdown(activity.session, self)
+        cooldown: SessionCooldown | None = self._cooldown
+        if type(adapter) is Adapter:
+            # Only observed, so neither a deadline nor another reply's retry-after of ours applies.
+            policy, cooldown = observed(policy), None
+        if self._drained:
+            policy = replace(policy, max_retries=0)
         return self._start(
             request,
-            self._config.policy,
+            policy,
             self._target,
-            cooldown=self._cooldown,
-            on_failed=self._schedule_callback if self._config.on_exhausted is not None else None,
+            cooldown=cooldown,
+            on_failed=self._on_failed(),
         )
 
     def say(self, *args: Any, **kwargs: Any) -> asyncio.Future[Generation]:
         """Have a text spoken, as the plugin's own ``say``, with a trace; it is sent once."""
+        if switch.is_off():
+            return self._say(*args, **kwargs)
         adapter = self._adapter_in_force()
         request = SayRequest(adapter, functools.partial(self._say, *args, **kwargs))
         target = replace(self._target, say=True)
@@ -170,7 +238,20 @@ class SessionHook:
             "session_closed", "the realtime session was closed", ended_locally=True
         )
         self._close_with(closed, "session_closed")
+        self._stop_listening()
         await self._aclose()
+
+    def drain(self) -> None:
+        """Allow retries for :data:`DRAIN_WITHIN` more seconds, because the agent session ends.
+
+        Without retries, a pending reply ends with the plugin's own time-out.
+        """
+        asyncio.get_running_loop().call_later(DRAIN_WITHIN, self._end_retries)
+
+    def _end_retries(self) -> None:
+        self._drained = True
+        for reply in list(self._open):
+            reply.end_retries(timeout_failure(DRAIN_WITHIN))
 
     # --- Replies, for the adapter --------------------------------------------------------------
 
@@ -197,6 +278,12 @@ class SessionHook:
                 reply.report_failure(copy_error(why), stop)
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _generate_reply_unless_off(self, **kwargs: Any) -> asyncio.Future[Generation]:
+        """Call the plugin's own method while traced-retry is switched off."""
+        if switch.is_off():
+            return self._plain_generate_reply(**kwargs)
+        return self.generate_reply(**kwargs)
 
     def _initialize_telemetry(self) -> None:
         """Have the session's metrics at their start, before its first reply."""
@@ -235,22 +322,61 @@ class SessionHook:
             with suppress_and_log("reading an error event"):
                 failure = replace(self._adapter.classify_event(event), recoverable=False)
                 self._close_with(failure, "not_recoverable")
+                # LiveKit's own handler, which closes the agent session, runs after this one.
+                asyncio.get_running_loop().call_soon(self._fail_speeches)
+
+    def _fail_speeches(self) -> None:
+        """Report the replies that LiveKit does not request any more, because the session died.
+
+        LiveKit interrupts them without an error: it closes the agent session, or a session that
+        falls back takes another model.
+        """
+        with suppress_and_log("reporting a fatal error to the agent"):
+            activity = agent_activity(self._session)
+            if activity is None:
+                return
+            for speech in pending_speeches(activity):
+                self._fail_speech(speech)
+            if is_closing(activity.session):
+                # LiveKit accepts further replies until it holds the agent session's lock.
+                activity.session.on("speech_created", self._on_speech_created)
+                self._stop_listening = functools.partial(
+                    activity.session.off, "speech_created", self._on_speech_created
+                )
+
+    def _on_speech_created(self, event: SpeechCreatedEvent) -> None:
+        if event.source == "generate_reply":
+            with suppress_and_log("reporting a fatal error to the agent"):
+                self._fail_speech(event.speech_handle)
+
+    def _fail_speech(self, speech: SpeechHandle) -> None:
+        assert self._closed_by is not None
+        failure, stop = self._closed_by
+        failure = copy_error(failure)
+        request = PassthroughRequest(self._generate_reply)
+        trace = self._config.telemetry.reply(self._target)
+        reply = Reply(request, self._config.policy, trace, on_failed=self._on_failed())
+        reply.fail_unsent(failure, stop)
+        fail_speech(speech, failure.error)
 
     def _close_with(self, why: Failure, stop: semconv.StopReason) -> None:
         if self._closed_by is None:
             self._closed_by = (why, stop)
         self.report_failure(why, stop)
 
-    def _ended(self, reply: Reply[Generation], unreported: BaseException | None) -> None:
+    def _ended(self, reply: Reply[Generation], error: BaseException | None) -> None:
         request = self._open.pop(reply, None)
         if request is None:
             return
         request.stop_watching()
         with suppress_and_log("recording the error on the speech"):
-            if unreported is not None and request.speech is not None:
-                record_error(request.speech, unreported)
+            if error is not None and request.speech is not None:
+                record_error(request.speech, error)
         with suppress_and_log("ending a request"):
             request.ended()
+
+    def _on_failed(self) -> Callable[[FailedReply], None] | None:
+        return None if self._config.on_exhausted is None else self._schedule_callback
 
     def _schedule_callback(self, failed: FailedReply) -> None:
         # Soon, not now: what asked for the reply is then told already, and may be asked anew.
@@ -302,20 +428,24 @@ def wrap(
             What it raises is logged once and changes nothing.
 
     Raises:
-        PolicyError: the environment holds a value that cannot be.
-        TypeError: ``model`` is no LiveKit realtime model.
+        PolicyError: if an environment variable is invalid.
+        TypeError: if ``model`` is not a LiveKit realtime model, or if another argument has a wrong
+            type.
     """
     if not isinstance(model, llm.RealtimeModel):
         raise TypeError(
             "wrap() takes a livekit.agents.llm.RealtimeModel, and this is a "
             f"{type(model).__name__}; the pipeline's LLM, STT and TTS retry by themselves"
         )
+    check_arguments(policy, on_exhausted)
     if hasattr(model.session, _HOOK):
         warnings.warn(
             f"{model.label} is wrapped already; the second wrap() does nothing",
             RuntimeWarning,
             stacklevel=2,
         )
+        return model
+    if switch.check():
         return model
     config = _config(policy, tracer_provider, meter_provider, on_exhausted)
     if isinstance(model, llm.RealtimeModelFallbackAdapter):
@@ -364,9 +494,10 @@ def instrument(
     model that was wrapped keeps the policy it was wrapped with.
 
     Raises:
-        PolicyError: the environment holds a value that cannot be.
+        PolicyError: if an environment variable is invalid.
+        TypeError: if an argument has a wrong type.
     """
-    global _original_init  # noqa: PLW0603 - there is one RealtimeSession class to instrument
+    check_arguments(policy, on_exhausted)
     if is_instrumented():
         warnings.warn(
             "LiveKit is instrumented already; the second instrument() does nothing",
@@ -374,7 +505,24 @@ def instrument(
             stacklevel=2,
         )
         return
-    config = _config(policy, tracer_provider, meter_provider, on_exhausted)
+    if switch.check():
+        return
+    _replace_init(_config(policy, tracer_provider, meter_provider, on_exhausted))
+
+
+def reinstrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) -> None:
+    """Use these arguments for sessions created from now on.
+
+    If an argument is invalid, raise as :func:`instrument` does, and change nothing.
+    """
+    check_arguments(policy, on_exhausted)
+    config = _config(policy, None, None, on_exhausted)
+    uninstrument()
+    _replace_init(config)
+
+
+def _replace_init(config: _Config) -> None:
+    global _original_init  # noqa: PLW0603 - there is one RealtimeSession class to instrument
     _original_init = original = llm.RealtimeSession.__init__
 
     @functools.wraps(original)
@@ -394,7 +542,11 @@ def is_instrumented() -> bool:
 
 
 def uninstrument() -> None:
-    """Undo :func:`instrument` for sessions created from now on; without it, do nothing."""
+    """Undo :func:`instrument`, and with it :func:`enable`, for sessions created from now on.
+
+    Sessions that exist, and models given to :func:`wrap`, keep retrying. Call
+    :func:`traced_retry.disable` to switch them off too. Without an :func:`instrument`, do nothing.
+    """
     global _original_init  # noqa: PLW0603
     if _original_init is not None:
         llm.RealtimeSession.__init__ = _original_init  # type: ignore[method-assign]

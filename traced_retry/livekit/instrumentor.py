@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``opentelemetry_instrumentor`` entry point: ``opentelemetry-instrument python agent.py``."""
+"""The ``opentelemetry_instrumentor`` entry point: ``opentelemetry-instrument python agent.py``.
+
+The module imports no LiveKit, because ``opentelemetry-instrument`` loads it in every process.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -13,9 +16,10 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
     BaseInstrumentor,
 )
 
+from traced_retry.core.guard import logger
 from traced_retry.core.policy import OnSilence, RetryPolicy, _budget
 from traced_retry.errors import UsageError
-from traced_retry.livekit.hook import instrument, uninstrument
+from traced_retry.livekit.first_use import at_first_use, is_imported
 
 
 class OptionsError(UsageError):
@@ -72,6 +76,8 @@ class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     configuration: ClassVar[type[RetryOptions]] = RetryOptions
     """What the SDK checks a declarative configuration file's options against."""
 
+    _cancel: Callable[[], bool] | None = None
+
     def instrumentation_dependencies(self) -> Collection[str]:
         """What must be installed for this to be loaded."""
         return ("livekit-agents >= 1.7.0",)
@@ -79,6 +85,9 @@ class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
     def instrument(self, **kwargs: Any) -> None:
         """Instrument, unless that was done. Under ``opentelemetry-instrument`` a configuration
         file does it first, and the loading of all instrumentors would then warn.
+
+        If the program has not imported LiveKit, wait until it uses LiveKit. An invalid variable is
+        then logged and not raised.
         """
         if not self.is_instrumented_by_opentelemetry:
             super().instrument(**kwargs)
@@ -88,7 +97,29 @@ class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         if options:
             kwargs["policy"] = RetryOptions(**options).policy()
         known = ("policy", "tracer_provider", "meter_provider", "on_exhausted")
-        instrument(**{name: kwargs[name] for name in known if name in kwargs})
+        given = {name: kwargs[name] for name in known if name in kwargs}
+        if is_imported():
+            from traced_retry.livekit.hook import instrument  # noqa: PLC0415 - it imports LiveKit
+
+            instrument(**given)
+        else:
+            self._cancel = at_first_use(lambda: _instrument_unless_done(given))
 
     def _uninstrument(self, **kwargs: Any) -> None:
-        uninstrument()
+        waited = self._cancel is not None and self._cancel()
+        self._cancel = None
+        if not waited:
+            from traced_retry.livekit.hook import uninstrument  # noqa: PLC0415 - as above
+
+            uninstrument()
+
+
+def _instrument_unless_done(given: dict[str, Any]) -> None:
+    from traced_retry.livekit import hook  # noqa: PLC0415 - it imports LiveKit
+
+    if hook.is_instrumented():  # by the program itself, with arguments of its own
+        return
+    try:
+        hook.instrument(**given)
+    except UsageError as error:
+        logger.error("replies are not retried: %s", error)

@@ -31,6 +31,7 @@ from traced_retry import semconv
 from traced_retry.core.failure import Failure, explain, failure, wait_in
 from traced_retry.core.guard import log_once, suppress_and_log
 from traced_retry.core.request import Delivery
+from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
 from traced_retry.livekit.adapter import (
     Adapter,
@@ -56,6 +57,13 @@ _OUTPUT = frozenset(
 """Events that let the agent hear something, or call a tool."""
 _LIMIT = "max_output_tokens"
 """Why a response is ``incomplete`` that reached the session's ``max_response_output_tokens``."""
+_SILENT = 8.0
+"""Seconds without an event after which a response that holds up a reply of ours is cancelled.
+
+A reasoning model may need several seconds for its first word.
+"""
+_UNANSWERED = 2.0
+"""Seconds after which a ``response.cancel`` without an answer counts as lost."""
 _REMEMBERED = 256
 """Abandoned ids kept per session, at most; the server answers a request or forgets it."""
 
@@ -66,6 +74,13 @@ class OpenAIAdapter(Adapter):
     required_attributes: ClassVar[tuple[str, ...]] = (
         "_response_created_futures",
         "_discarded_event_ids",
+    )
+    relied_methods: ClassVar[tuple[str, ...]] = (
+        "send_event",
+        "_run_ws",
+        "_handle_response_created",
+        "_handle_response_done",
+        "_handle_error",
     )
     raw_event: ClassVar[str] = "openai_server_event_received"
     """The session's event that carries each event of the server, before it is dealt with."""
@@ -83,6 +98,10 @@ class OpenAIAdapter(Adapter):
         """Requests sent and not yet answered."""
         self.active: set[str] = set()
         """Responses that the server has begun and not ended, by id."""
+        self._last_event = 0.0
+        """Time of the last event of a response, on the event loop's clock."""
+        self._watch: asyncio.TimerHandle | None = None
+        """Looks for silence of the active response, while a reply waits for its end."""
         self._abandoned: dict[str, None] = {}
         self._speaking: dict[str, OpenAIRequest] = {}
         """Whose responses have begun, by response id."""
@@ -95,25 +114,35 @@ class OpenAIAdapter(Adapter):
         session.on("error", self._on_error)
 
     def target(self) -> Target:
-        """The server is in the plugin's ``provider``, which is a host and port, not a name."""
+        """Return the provider and the server, which is in the model's private options."""
         model = self.session.realtime_model
-        # Without the user's name and password, should the URL hold them.
-        host, _, port = model.provider.rpartition("@")[2].partition(":")
-        named = "." in host or host == "localhost"
-        return Target(
-            _provider(model),
-            model.model,
-            host if named else None,
-            (int(port) if port.isdigit() else 443) if named else None,
-        )
+        server = host_and_port(getattr(getattr(model, "_opts", None), "base_url", None))
+        return Target(_provider(model), model.model, *server)
 
     def request(self, call: Call) -> OpenAIRequest:
         """One reply's request."""
         return OpenAIRequest(self, call)
 
     def ready(self) -> bool:
-        """The socket is up, and no response is active: a second one would be rejected."""
+        """Return whether the socket is up and no response is active.
+
+        The server rejects a request if a response is active. If that response has no event for
+        :data:`_SILENT` seconds, it is cancelled, so it holds replies up for a limited time.
+        """
+        if self.active and self._watch is None:
+            self._watch_active()
         return self.connected and not self.active
+
+    def _watch_active(self) -> None:
+        self._watch = None
+        loop = asyncio.get_running_loop()
+        remaining = self._last_event + _SILENT - loop.time()
+        if self.active and remaining > 0:
+            self._watch = loop.call_later(remaining, self._watch_active)
+            return
+        with suppress_and_log("cancelling a silent response"):
+            for response_id in self.active.difference(self._speaking):  # Ours have a deadline.
+                self.stop(response_id)
 
     def pending(self) -> set[str]:
         """Ids of the requests that the plugin waits for."""
@@ -129,9 +158,27 @@ class OpenAIAdapter(Adapter):
         self.session._discarded_event_ids.update(ids)  # type: ignore[attr-defined]
 
     def stop(self, response_id: str) -> None:
-        """Have the server end that response, and no other."""
+        """Have the server end that response, and no other.
+
+        If the server does not answer within :data:`_UNANSWERED` seconds, treat the response as
+        ended.
+        """
         cancel = ResponseCancelEvent(type="response.cancel", response_id=response_id)
         self.session.send_event(cancel)  # type: ignore[attr-defined]
+        asyncio.get_running_loop().call_later(_UNANSWERED, self._give_up_on, response_id)
+
+    def _give_up_on(self, response_id: str) -> None:
+        """End a response whose cancel got no answer."""
+        if response_id not in self.active:
+            return
+        with suppress_and_log("ending a response without an answer"):
+            self.active.discard(response_id)
+            # At max_session_duration the plugin waits for the end of its current generation before
+            # it renews the connection. If the connection was lost meanwhile, this end never comes.
+            close = getattr(self.session, "_close_current_generation", None)
+            if close is not None:
+                close("the server did not answer a cancel")
+            self.replies.wake()
 
     def announce_once(self, attempt: asyncio.Future[Generation]) -> None:
         """Keep ``generation_created`` of ``attempt`` back: the agent had one for this reply."""
@@ -155,7 +202,10 @@ class OpenAIAdapter(Adapter):
     def _on_server_event(self, kind: str, event: Mapping[str, Any]) -> None:
         if not self.connected:
             self._on_connected()
-        asker = self._speaking.get(text(event.get("response_id")))
+        response_id = text(event.get("response_id"))
+        if response_id in self.active:
+            self._last_event = asyncio.get_running_loop().time()
+        asker = self._asker_of(response_id, kind)
         if asker is not None and asker.delivered is not None:
             asker.delivered.mark_activity()
         if kind == "response.created":
@@ -170,11 +220,19 @@ class OpenAIAdapter(Adapter):
         elif kind == "input_audio_buffer.committed":
             self._unanswered_turns += 1
 
+    def _asker_of(self, response_id: str, kind: str) -> OpenAIRequest | None:
+        """Return the request that an event belongs to."""
+        if response_id not in self._speaking and kind in _OUTPUT and len(self._speaking) == 1:
+            # The plugin adds output with any id to its one generation, so it is heard there.
+            (response_id,) = self._speaking
+        return self._speaking.get(response_id)
+
     def _on_response_created(self, response: Mapping[str, Any]) -> None:
         # One at a time: the plugin knows only the latest. xAI's server leaves one in flight where
         # it begins another, and tells no end of it.
         response_id = text(response.get("id"))
         self.active = {response_id} if response_id else set()
+        self._last_event = asyncio.get_running_loop().time()
         left, self._speaking = self._speaking, {}
         for earlier in left.values():
             if earlier.delivered is not None:
@@ -214,6 +272,8 @@ class OpenAIAdapter(Adapter):
 
     def _on_response_done(self, response: Mapping[str, Any]) -> None:
         response_id = text(response.get("id"))
+        if len(self._speaking) == 1 and ("" in self._speaking or not response_id):
+            (response_id,) = self._speaking  # An id is missing, so only one response can be meant.
         self.active.discard(response_id)
         asker = self._speaking.pop(response_id, None)
         if asker is not None and asker.delivered is not None:
@@ -332,10 +392,12 @@ class OpenAIRequest(PassthroughRequest):
         """Return "send" if the id makes that safe.
 
         There is no id if a subclass of the plugin sends later than asked. An id is of no use if the
-        server does not echo it.
+        server does not echo it, be it once.
         """
-        if self._adapter.echoes is None and self.may_be_answered:
-            self._adapter.stop_sending_again()
+        if self.may_be_answered:
+            if self._adapter.echoes is None:
+                self._adapter.stop_sending_again()
+            return None
         return "send" if self.ids and self._adapter.echoes is not False else None
 
     def ready(self) -> bool:
@@ -389,8 +451,8 @@ class OpenAIRequest(PassthroughRequest):
         """End the response where it has begun and nobody will read it."""
         if attempt.cancelled() or attempt.exception() is not None:
             return
-        response_id = attempt.result().response_id
-        if response_id is not None and response_id in self._adapter.active:
+        response_id = text(attempt.result().response_id)
+        if response_id in self._adapter.active:
             self._adapter.stop(response_id)
 
     def _on_done(self, attempt: asyncio.Future[Generation]) -> None:

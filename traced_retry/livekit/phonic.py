@@ -76,9 +76,10 @@ class PhonicAdapter(SingleSlotAdapter):
         with suppress_and_log("seeing the conversation end"):
             self.die(self.dead or failure_from_event("connection_lost", "the conversation is over"))
 
-    def _on_closing(self, **_: bool) -> None:
+    def _on_closing(self, interrupted: bool) -> None:
         main: asyncio.Task[None] = self.session._main_atask  # type: ignore[attr-defined]
-        self.speaking.end(_cut_short() if asyncio.current_task() is main else None)
+        lost = _cut_short() if asyncio.current_task() is main else None
+        self.speaking.end(lost, interrupted=interrupted)
 
     def _on_generation(self, event: Generation) -> None:
         # Emitted after the slot was resolved: then somebody waited for it.

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any, Final
 
 from livekit.agents import llm
 
+from traced_retry.core.guard import log_once
 from traced_retry.livekit.adapter import Adapter
 
 ADAPTERS: Final = {
@@ -28,11 +30,35 @@ ADAPTERS: Final = {
 }
 
 
+TESTED: Final = ("livekit.plugins.xai.", "livekit.agents.inference.")
+"""Start of the modules whose subclasses of OpenAI's session are tested with its adapter."""
+
+
 def adapter_class(session: llm.RealtimeSession[Any]) -> type[Adapter]:
-    """The adapter for a session; :class:`Adapter`, which only observes, where none is known."""
+    """Return the adapter for a session.
+
+    It is :class:`Adapter`, which only observes, if the plugin is unknown, or if an unknown subclass
+    overrides a method that the plugin's adapter relies on.
+    """
+    derived: list[type] = []
     for cls in type(session).__mro__:
         if home := ADAPTERS.get(cls.__module__):
             module, _, name = home.partition(":")
             found: type[Adapter] = getattr(importlib.import_module(module), name)
-            return found
+            return found if _keeps(derived, found.relied_methods) else Adapter
+        if not cls.__module__.startswith(TESTED):
+            derived.append(cls)
     return Adapter
+
+
+def _keeps(derived: list[type], methods: tuple[str, ...]) -> bool:
+    """Return whether no class of ``derived`` overrides one of ``methods``. Log it otherwise."""
+    for cls in derived:
+        if overridden := [name for name in methods if name in vars(cls)]:
+            log_once(
+                f"{cls.__module__}.{cls.__qualname__} overrides {', '.join(overridden)} of a known "
+                "session: its replies are traced and never sent again",
+                logging.WARNING,
+            )
+            return False
+    return True

@@ -29,7 +29,10 @@ _NEVER: Final = 86_400.0
 
 
 def observed(policy: RetryPolicy) -> RetryPolicy:
-    """``policy`` without a time of ours, which a text that is streamed may take, and no budget."""
+    """Return ``policy`` without a limit of ours: no deadline, no attempt timeout, no budget.
+
+    It is for a text that may be streamed, and for plugins without an adapter.
+    """
     return replace(policy, deadline=_NEVER, attempt_timeout=None, budget=None)
 
 

@@ -27,6 +27,7 @@ from traced_retry.livekit.adapter import (
     Generation,
     PassthroughRequest,
     Replies,
+    failure_from_event,
     timeout_failure,
 )
 
@@ -44,6 +45,10 @@ class SlotDelivery:
     Ultravox's, Phonic's and AWS's plugins keep what they speak in ``_current_generation``, and None
     as soon as it is whole, or was cut because the caller spoke. That is looked at, its streams
     never are.
+
+    Ultravox's and Phonic's have the channels of sound, words and tool calls in it. A reply without
+    sound (without words, if the model has no audio output) and without a tool call has failed. It
+    is not requested again. AWS's channels change within a reply, so its output is not checked.
     """
 
     required_attributes: ClassVar[tuple[str, ...]] = ("_current_generation",)
@@ -52,12 +57,40 @@ class SlotDelivery:
         self._session: Any = session
         self._generation: Any = None
         self._open: list[tuple[Delivery, asyncio.TimerHandle]] = []
+        self._latest: Any = None
+        self._has_output = True
+        """Whether the latest generation has output, or need not have any."""
+        session.on("generation_created", self._on_generation)
+        session.on("input_speech_started", self._on_interrupted)
+
+    def _on_generation(self, _: Generation) -> None:
+        with suppress_and_log("watching a generation"):
+            audio = self._session.realtime_model.capabilities.audio_output
+            names = ("audio_ch" if audio else "text_ch", "function_ch")
+            self._latest = generation = self._session._current_generation
+            channels = [getattr(generation, name, None) for name in names]
+            self._has_output = None in channels
+            for channel in channels:
+                if channel is not None:
+                    channel.send_nowait = functools.partial(self._note, channel.send_nowait)
+
+    def _note(self, send: Callable[[Any], None], value: Any) -> None:
+        if value != "":  # Phonic's plugin ends a text with it.
+            self._has_output = True
+        send(value)
+
+    def _on_interrupted(self, _: object) -> None:
+        self._has_output = True  # The caller spoke first, so the reply owes nothing.
 
     def begin(self, result: Generation) -> Delivery | None:
-        """Watch the reply ``result``; None where it is over already."""
+        """Watch the reply ``result``. Return None if it is over, and had output."""
         generation = self._session._current_generation
         if generation is None or generation.message_ch is not result.message_stream:
-            return None
+            if self._has_output or self._latest.message_ch is not result.message_stream:
+                return None
+            delivery = Delivery()
+            delivery.end(_empty())
+            return delivery
         self._generation = generation
         delivery = Delivery()
         delivery.mark_output()  # It begins with its first words, so it is never sent again.
@@ -70,12 +103,21 @@ class SlotDelivery:
         if self._open and self._session._current_generation is not self._generation:
             self.end()
 
-    def end(self, why: Failure | None = None) -> None:
-        """It is whole, or was cut for the caller's sake; or it was cut short, and ``why``."""
+    def end(self, why: Failure | None = None, *, interrupted: bool = False) -> None:
+        """End the delivery. The reply is whole, was ``interrupted``, or was cut by ``why``."""
         ended, self._open, self._generation = self._open, [], None
+        self._has_output = self._has_output or interrupted
         for delivery, timer in ended:
             timer.cancel()
-            delivery.end(why)
+            if why is None and not self._has_output:
+                delivery.first_output_at = None  # Its beginning was taken for its first word.
+                delivery.end(_empty())
+            else:
+                delivery.end(why)
+
+
+def _empty() -> Failure:
+    return failure_from_event("empty_response", "the reply held neither speech nor a tool call")
 
 
 def before(session: llm.RealtimeSession[Any], method: str, callback: Callable[..., None]) -> None:

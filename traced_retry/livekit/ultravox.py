@@ -8,6 +8,8 @@ Facts (livekit-plugins-ultravox 1.8.9, ``realtime/realtime_model.py``):
 * Cancelling the slot's future makes the plugin send an empty immediate message. ``deferResponse``
   is lost on its way (a pydantic alias), so by the protocol it asks for *one more* reply. So we
   never cancel: to let go of a request is to empty the slot.
+* A tool call resolves no slot. If the reply holds nothing else, its request fails after 5 s, and
+  LiveKit runs the tool only then, because the speech that waits for the request comes first.
 * ``generation_created`` of a reply says ``user_initiated=False``, comes as early as the state
   ``thinking``, and makes the agent read the same streams a second time. So it tells nothing of
   whether a reply is heard, and a stream is never looked into; the raw events tell.
@@ -28,13 +30,14 @@ from typing import Any, ClassVar
 
 from livekit.agents import llm
 
-from traced_retry.core.failure import kind_of_status
+from traced_retry.core.failure import Failure, kind_of_status
 from traced_retry.core.guard import suppress_and_log
 from traced_retry.livekit.adapter import Generation, Replies, failure_from_event
-from traced_retry.livekit.single_slot import SingleSlotAdapter, SlotDelivery
+from traced_retry.livekit.single_slot import SingleSlotAdapter, SlotDelivery, before
 
 _STATUS = re.compile(r"HTTP (\d{3})\b")
 """The plugin tells why a call was refused only in words: ``HTTP 401: Unauthorized``."""
+_TOOL_CALL = "_handle_tool_invocation_event"
 
 
 class UltravoxAdapter(SingleSlotAdapter):
@@ -44,6 +47,7 @@ class UltravoxAdapter(SingleSlotAdapter):
         "_pending_generation_fut",
         "_pending_generation_epoch",
         "_msg_ch",
+        _TOOL_CALL,
         *SlotDelivery.required_attributes,
     )
     slot = "_pending_generation_fut"
@@ -53,7 +57,12 @@ class UltravoxAdapter(SingleSlotAdapter):
         super().__init__(session, replies)
         self._channel: Any = None
         """What the present call is sent."""
+        self._created: Generation | None = None
+        """The latest generation."""
         session.on("ultravox_server_event_received", self._on_server_event)
+        session.on("generation_created", self._on_generation)
+        if hasattr(session, _TOOL_CALL):
+            before(session, _TOOL_CALL, self._on_tool_call)
 
     def install(self, future: asyncio.Future[Generation] | None) -> None:
         """See the base class; the slot is resolved only where the epoch beside it is set."""
@@ -72,14 +81,39 @@ class UltravoxAdapter(SingleSlotAdapter):
             if event.get("state") == "speaking" or event.get("role") == "agent":
                 self.heard()
 
+    def _on_generation(self, event: Generation) -> None:
+        self._created = event
+
+    def _on_tool_call(self, _: object) -> None:
+        if self.session._current_generation is None:  # type: ignore[attr-defined]
+            self._created = None  # The plugin begins another one for the call.
+        asyncio.get_running_loop().call_soon(self._resolve_by_call)
+
+    def _resolve_by_call(self) -> None:
+        """Resolve the open request by a tool call, in the way the plugin does by a word."""
+        created, waiting = self._created, self.waiting
+        if created is None or waiting is None:
+            return
+        self.install(None)
+        waiting.set_result(
+            llm.GenerationCreatedEvent(
+                message_stream=created.message_stream,
+                function_stream=created.function_stream,
+                user_initiated=True,
+            )
+        )
+
     def on_error(self, event: llm.RealtimeModelError) -> None:
         """The call is lost, or was refused; where it could not be reached the plugin tries on."""
         self._cut()
         if event.recoverable:
             self.connected = False
-        elif status := _STATUS.search(str(event.error)):
-            # The hook stops at this event too, but cannot tell a wrong key from a lost call.
-            self.die(failure_from_event(kind_of_status(int(status[1])), "the call was refused"))
+
+    def classify_event(self, event: llm.RealtimeModelError) -> Failure:
+        """Classify an ``error`` event by the HTTP status in its text, if there is one."""
+        if status := _STATUS.search(str(event.error)):
+            return failure_from_event(kind_of_status(int(status[1])), "the call was refused")
+        return super().classify_event(event)
 
     def _cut(self) -> None:
         """The call is gone, and with it the rest of what it was saying."""

@@ -15,6 +15,9 @@ from typing import Any, Final, Literal
 
 import yaml
 
+from traced_retry import semconv
+from traced_retry.core.failure import finite
+from traced_retry.core.sanitize import is_url, shown
 from traced_retry.errors import UsageError
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -249,13 +252,21 @@ def _check(of: Thresholds) -> None:
     for name in ("min_replies", "min_lost", "few_lost_replies"):
         _at_least(name, getattr(of, name), 1)
     _at_least("many_providers.providers", of.many_providers_providers, 2)
-    if not (math.isfinite(of.storm_amplification) and of.storm_amplification > 1):
+    if (finite(of.storm_amplification) or 0) <= 1:
         raise ThresholdError(
-            f"storm.amplification is {of.storm_amplification}; it must be above 1, which is one "
-            "request per reply"
+            f"storm.amplification is {shown(of.storm_amplification)}; it must be above 1, which is "
+            "one request per reply"
         )
-    if not (math.isfinite(of.silence_seconds) and of.silence_seconds > 0):
-        raise ThresholdError(f"silence.seconds is {of.silence_seconds}; it must be above 0")
+    if (finite(of.silence_seconds) or 0) <= 0:
+        raise ThresholdError(f"silence.seconds is {shown(of.silence_seconds)}; it must be above 0")
+    if of.silence_seconds >= (largest := max(semconv.DURATION_BUCKETS)):
+        raise ThresholdError(
+            f"silence.seconds is {of.silence_seconds}; the alert would never fire, because the "
+            f"largest bucket of the histogram ends at {largest:g} s. Name less than that"
+        )
+    _url("grafana_url", of.grafana_url)
+    if of.runbook_url:
+        _url("runbook_url", of.runbook_url)
     _check_durations(of)
     try:
         re.compile(of.spans_job)
@@ -283,8 +294,8 @@ def _check_burn_rate(row: BurnRate, of: Thresholds) -> None:
         raise ThresholdError(
             f"burn_rates.severity is {row.severity!r}; it must be critical or warning"
         )
-    if not (math.isfinite(row.factor) and row.factor > 0):
-        raise ThresholdError(f"burn_rates.factor is {row.factor}; it must be above 0")
+    if (finite(row.factor) or 0) <= 0:
+        raise ThresholdError(f"burn_rates.factor is {shown(row.factor)}; it must be above 0")
     if row.factor * of.budget >= _EVERY:
         lowest = math.ceil((1 - _EVERY / row.factor) * 10000) / 100
         raise ThresholdError(
@@ -304,6 +315,13 @@ def _window(name: str, duration: str) -> None:
     if seconds(duration) < 5 * STEP:
         raise ThresholdError(
             f"{name} is {duration}; counts are five-minute ones, so it must be 5m or longer"
+        )
+
+
+def _url(name: str, value: str) -> None:
+    if not is_url(value) or any(c.isspace() or not c.isprintable() for c in value):
+        raise ThresholdError(
+            f"{name} is {shown(value)}; it must be a URL such as https://grafana.example"
         )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Final
 
-from traced_retry.report.model import Attempt, Reply, Wait
+from traced_retry.report.model import Attempt, Group, Reply, Wait
 from traced_retry.report.read import ReportError
 from traced_retry.report.sentence import note, overview, sentence, when
-from traced_retry.report.summary import LEGEND, summarize, table
+from traced_retry.report.summary import LEGEND, Summary, table
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #e4e7ec;
@@ -45,15 +45,29 @@ article p { margin: .2rem 0 .6rem; }
 .scale i { height: .6rem; min-width: 3px; border-radius: 2px; background: var(--soft); }
 .wait i { height: 0; border-top: 2px dotted var(--soft); border-radius: 0; background: none; }
 .wait { color: var(--soft); }
-.first_try i { background: var(--first_try); } .recovered i { background: var(--recovered); }
-.failed i { background: var(--failed); } .cut_short i { background: var(--cut_short); }
-.unknown i { background: var(--unknown); }
+.step.first_try i { background: var(--first_try); }
+.step.recovered i { background: var(--recovered); }
+.step.failed i { background: var(--failed); } .step.cut_short i { background: var(--cut_short); }
+.step.unknown i { background: var(--unknown); }
 b.first_try { color: var(--first_try); } b.recovered { color: var(--recovered); }
 b.failed { color: var(--failed); } b.cut_short { color: var(--cut_short); }
 b.unknown { color: var(--unknown); }
+.filters { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: 1rem 0; }
+.filters fieldset { border: 0; margin: 0; padding: 0; display: flex; flex-wrap: wrap;
+  gap: .2rem .8rem; }
+.filters legend { float: left; font-weight: 600; }
 @media (max-width: 40rem) { .step { grid-template-columns: 5.5rem 1fr 4.5rem; }
   .step > :nth-child(4) { grid-column: 2 / 4; } }
 """
+
+_GROUPS: Final[dict[Group, str]] = {
+    "first_try": "first try",
+    "recovered": "recovered",
+    "failed": "failed",
+    "cut_short": "cut short",
+    "unknown": "unknown",
+}
+"""The names of the groups, as in the table."""
 
 _HEAD: Final = f"""<!doctype html>
 <html lang="en">
@@ -67,7 +81,11 @@ _HEAD: Final = f"""<!doctype html>
 
 
 def write_html(
-    path: str | os.PathLike[str], replies: Sequence[Reply], *, unreadable_lines: int = 0
+    path: str | os.PathLike[str],
+    replies: Sequence[Reply],
+    summary: Summary | None = None,
+    *,
+    unreadable_lines: int = 0,
 ) -> None:
     """Write the report of ``replies`` as one HTML page.
 
@@ -76,14 +94,18 @@ def write_html(
     Args:
         path: the file to write.
         replies: the replies to show, in this order.
+        summary: the numbers of all replies, if ``replies`` are only some of them.
         unreadable_lines: the number of lines that could not be read.
 
     Raises:
         ReportError: if the file cannot be written.
     """
-    lines = [_HEAD, *_overview(replies, unreadable_lines)]
+    summary = summary or Summary(replies)
+    providers = {name: n for n, name in enumerate(sorted({reply.provider for reply in replies}))}
+    lines = [_HEAD, *_overview(summary, len(replies), unreadable_lines)]
+    lines.extend(_filters(replies, providers))
     for number, reply in enumerate(replies, 1):
-        lines.extend(_reply(number, reply))
+        lines.extend(_reply(number, reply, providers[reply.provider]))
     try:
         with open(path, "w", encoding="utf-8", opener=_private) as file:
             file.write("\n".join(lines) + "\n")
@@ -97,26 +119,61 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _overview(replies: Sequence[Reply], unreadable_lines: int) -> Iterator[str]:
-    yield f'<p class="soft">{escape(overview(replies, unreadable_lines=unreadable_lines))}</p>'
-    head, *rows = table(summarize(replies))
+def _overview(summary: Summary, shown: int, unreadable_lines: int) -> Iterator[str]:
+    text = overview(summary, shown=shown, unreadable_lines=unreadable_lines)
+    yield f'<p class="soft">{escape(text)}</p>'
+    head, *rows = table(summary.rows())
     yield '<div class="scroll"><table class="sum"><thead>'
-    yield _row("th", head)
+    yield _row("th", [f"{name} (s)" if name.startswith("added") else name for name in head])
     yield "</thead><tbody>"
     yield from (_row("td", row) for row in rows)
     yield "</tbody></table></div>"
     yield f'<p class="soft">{escape(LEGEND)}</p>'
 
 
+def _filters(replies: Sequence[Reply], providers: dict[str, int]) -> Iterator[str]:
+    """Yield the choices of outcome and provider. They need no script: a style rule hides the rest.
+
+    A choice with one option is left out.
+    """
+    groups = [g for g in _GROUPS if any(reply.group == g for reply in replies)]
+    outcomes = {f"g-{group}": (_GROUPS[group], group) for group in groups}
+    by_provider = {f"p-{n}": (name, f"p{n}") for name, n in providers.items()}
+    chosen = [
+        (title, name, options)
+        for title, name, options in (
+            ("Outcome", "outcome", outcomes),
+            ("Provider", "provider", by_provider),
+        )
+        if len(options) > 1
+    ]
+    if not chosen:
+        return
+    yield "<style>"
+    for _, _, options in chosen:
+        for mark, (_, kind) in options.items():
+            yield f"body:has(#{mark}:checked) article:not(.{kind}) {{ display: none; }}"
+    yield '</style><form class="filters">'
+    for title, name, options in chosen:
+        yield f"<fieldset><legend>{title}&nbsp;</legend>"
+        yield f'<label><input type="radio" name="{name}" checked> all</label>'
+        for mark, (label, _) in options.items():
+            radio = f'<input type="radio" name="{name}" id="{mark}">'
+            yield f"<label>{radio} {escape(label)}</label>"
+        yield "</fieldset>"
+    yield "</form>"
+
+
 def _row(cell: str, texts: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<{cell}>{escape(text)}</{cell}>" for text in texts) + "</tr>"
 
 
-def _reply(number: int, reply: Reply) -> Iterator[str]:
+def _reply(number: int, reply: Reply, provider: int) -> Iterator[str]:
     port = f":{reply.server_port}" if reply.server_port else ""
     facts = (reply.model, reply.server_address and reply.server_address + port, when(reply.start))
     say = "say: " if reply.say else ""
-    yield f"<article><h2><span>{number}. {say}{escape(reply.provider)}</span>"
+    yield f'<article class="{reply.group} p{provider}">'
+    yield f"<h2><span>{number}. {say}{escape(reply.provider)}</span>"
     yield f'<b class="{reply.group}">{escape(reply.outcome or "incomplete")}</b>'
     yield f"<code>{escape(reply.trace_id)}</code></h2>"
     yield f'<div class="soft">{escape(", ".join(fact for fact in facts if fact))}</div>'

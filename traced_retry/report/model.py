@@ -31,7 +31,7 @@ _NOTHING: Final = 0.001
 """Seconds. A shorter wait is not shown."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One attempt. Times are Unix seconds."""
 
@@ -80,7 +80,7 @@ class Wait:
     """The planned duration, shorter than ``seconds`` if a reconnect made the wait longer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
     """One reply, or one ``say``, from the call to its outcome. Times are Unix seconds."""
 
@@ -95,6 +95,8 @@ class Reply:
     model: str | None = None
     server_address: str | None = None
     server_port: int | None = None
+    service: str | None = None
+    """``service.name`` of the process that ran the agent."""
     outcome: str | None = None
     """None if the reply's span is missing: the process was killed, or the span was sampled out."""
     stop_reason: str | None = None

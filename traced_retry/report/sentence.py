@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
 from traced_retry import semconv
 from traced_retry.core.failure import CODES, KNOWN_ERROR_TYPES, RECOVERABLE
-from traced_retry.report.model import Attempt, Reply, Wait
+from traced_retry.report.model import Attempt, Group, Reply, Wait
+from traced_retry.report.summary import Summary
 
 _TIMES: Final = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 _LATE: Final = 0.1
@@ -43,16 +43,22 @@ def note(step: Attempt | Wait) -> str:
     return heard.get(step.result, step.result or "")
 
 
-def overview(replies: Sequence[Reply], *, unreadable_lines: int = 0) -> str:
-    """Count the replies, the ``say`` calls and the unreadable lines, and give the period."""
-    if not replies:
+def overview(summary: Summary, *, shown: int | None = None, unreadable_lines: int = 0) -> str:
+    """Count the replies, the ``say`` calls and the unreadable lines, and give the period.
+
+    Args:
+        summary: the numbers of all replies.
+        shown: the number of replies above, if only the newest are shown.
+        unreadable_lines: the number of lines that could not be read.
+    """
+    if not summary.replies:
         return "No replies."
-    began, ended = min(r.start for r in replies), max(r.end for r in replies)
-    said = [reply for reply in replies if reply.say]
-    asked = _count(len(replies) - len(said), "reply", "replies")
-    text = f"{asked}, {when(began)} to {when(ended)} UTC."
-    if said:
-        text += f" {_said(said)}"
+    asked = _count(summary.replies - summary.said.total(), "reply", "replies")
+    text = f"{asked}, {when(summary.began)} to {when(summary.ended)} UTC."
+    if summary.said:
+        text += f" {_said(summary.said)}"
+    if shown is not None and shown < summary.replies:
+        text += f" Shown: the newest {shown}." if shown else " Shown: the summary."
     if unreadable_lines:
         lines = _count(unreadable_lines, "torn line", "torn lines")
         text += f" {lines} left out: a process was killed."
@@ -69,12 +75,20 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
 
 
-def _said(said: Sequence[Reply]) -> str:
+def _said(groups: Mapping[Group, int]) -> str:
     """``say: 12 spoken, 1 failed.``"""
-    words = {"first_try": "spoken", "cut_short": "cut short"}
-    groups = Counter(words.get(reply.group, reply.group) for reply in said)
-    order = ("spoken", "failed", "cut short", "unknown")
-    counts = [f"{groups[word]} {word}" for word in order if groups[word] or word == "spoken"]
+    words: tuple[tuple[Group, str], ...] = (
+        ("first_try", "spoken"),
+        ("recovered", "recovered"),
+        ("failed", "failed"),
+        ("cut_short", "cut short"),
+        ("unknown", "unknown"),
+    )
+    counts = [
+        f"{groups.get(group, 0)} {word}"
+        for group, word in words
+        if groups.get(group) or group == "first_try"
+    ]
     return f"say: {', '.join(counts)}."
 
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from traced_retry import semconv
-from traced_retry.report.model import Reply
+from traced_retry.report.model import Group, Reply
 
 LEGEND: Final = (
     "first try: heard without a retry. cut short: interrupted by the caller or superseded by the "
@@ -40,13 +41,73 @@ class ProviderSummary:
     the replies that took more than one attempt. None where there are none."""
 
 
+class Summary:
+    """The numbers of replies. Memory holds no reply, and one number per retried reply.
+
+    Args:
+        replies: the first replies to count.
+    """
+
+    def __init__(self, replies: Iterable[Reply] = ()) -> None:
+        self.replies = 0
+        """Replies and ``say`` calls."""
+        self.said: Counter[Group] = Counter()
+        """The ``say`` calls by their group."""
+        self.began = math.inf
+        """Start of the first reply, in Unix seconds."""
+        self.ended = -math.inf
+        """End of the last reply, in Unix seconds."""
+        self._providers: dict[str, _Counts] = {}
+        for reply in replies:
+            self.add(reply)
+
+    def add(self, reply: Reply) -> None:
+        """Count one reply."""
+        self.replies += 1
+        self.began, self.ended = min(self.began, reply.start), max(self.ended, reply.end)
+        if reply.say:
+            self.said[reply.group] += 1
+            return
+        counts = self._providers.get(reply.provider)
+        if counts is None:
+            counts = self._providers[reply.provider] = _Counts()
+        counts.groups[reply.group] += 1
+        counts.retries += reply.retries
+        if (added := reply.silence_added) is not None:
+            counts.silences.append(added)
+
+    def rows(self) -> list[ProviderSummary]:
+        """Return one summary per provider, in order of name. ``say`` calls are excluded."""
+        return [self._row(name, counts) for name, counts in sorted(self._providers.items())]
+
+    def _row(self, provider: str, counts: _Counts) -> ProviderSummary:
+        groups = counts.groups
+        return ProviderSummary(
+            provider=provider,
+            replies=groups.total(),
+            first_try=groups["first_try"],
+            recovered=groups["recovered"],
+            failed=groups["failed"],
+            cut_short=groups["cut_short"],
+            unknown=groups["unknown"],
+            retries=counts.retries,
+            silence_added_p50=percentile(counts.silences, 50),
+            silence_added_p95=percentile(counts.silences, 95),
+        )
+
+
+class _Counts:
+    """The numbers of one provider."""
+
+    def __init__(self) -> None:
+        self.groups: Counter[Group] = Counter()
+        self.retries = 0
+        self.silences = array("d")
+
+
 def summarize(replies: Iterable[Reply]) -> list[ProviderSummary]:
     """Return one summary per provider, in order of name. ``say`` calls are excluded."""
-    by_provider: dict[str, list[Reply]] = {}
-    for reply in replies:
-        if not reply.say:
-            by_provider.setdefault(reply.provider, []).append(reply)
-    return [_summary(name, by_provider[name]) for name in sorted(by_provider)]
+    return Summary(replies).rows()
 
 
 def table(rows: Sequence[ProviderSummary]) -> list[list[str]]:
@@ -78,6 +139,7 @@ def as_dict(reply: Reply) -> dict[str, Any]:
     """Return ``reply`` as a dict for ``json.dumps``. ``outcome`` is None if unknown."""
     return {
         "operation": semconv.SPAN_SAY if reply.say else semconv.SPAN_REPLY,
+        "service": reply.service,
         "provider": reply.provider,
         "model": reply.model,
         "outcome": reply.outcome,
@@ -88,21 +150,3 @@ def as_dict(reply: Reply) -> dict[str, Any]:
         "error_type": reply.error_type,
         "codes": list(reply.codes),
     }
-
-
-def _summary(provider: str, replies: list[Reply]) -> ProviderSummary:
-    groups = Counter(reply.group for reply in replies)
-    added = [reply.silence_added for reply in replies]
-    silences = [seconds for seconds in added if seconds is not None]
-    return ProviderSummary(
-        provider=provider,
-        replies=len(replies),
-        first_try=groups["first_try"],
-        recovered=groups["recovered"],
-        failed=groups["failed"],
-        cut_short=groups["cut_short"],
-        unknown=groups["unknown"],
-        retries=sum(reply.retries for reply in replies),
-        silence_added_p50=percentile(silences, 50),
-        silence_added_p95=percentile(silences, 95),
-    )

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from traced_retry.report.model import Attempt, Group, Reply, Wait
 from traced_retry.report.sentence import note, overview, sentence
-from traced_retry.report.summary import LEGEND, summarize, table
+from traced_retry.report.summary import LEGEND, Summary, table
 
 STYLE_OF: Final[dict[Group, str]] = {
     "first_try": "green",
@@ -35,6 +35,8 @@ _BAR: Final = (24, 60)
 """Least and most columns of the time scale."""
 _NAME: Final = 24
 _ROOMY: Final = 100
+_NARROW: Final = 80
+"""Below this width, trace ids and notes have lines of their own, so that they are not cut."""
 _RULE: Final = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 """A rule below the headings, and nothing else."""
 
@@ -56,18 +58,25 @@ class _Glyphs:
         return glyphs
 
 
-def render(console: Console, replies: Sequence[Reply], *, unreadable_lines: int = 0) -> None:
+def render(
+    console: Console,
+    replies: Sequence[Reply],
+    summary: Summary | None = None,
+    *,
+    unreadable_lines: int = 0,
+) -> None:
     """Print the report of ``replies`` on ``console``.
 
     Args:
         console: where to, and how wide.
         replies: as :func:`traced_retry.report.read` gives them.
+        summary: the numbers of all replies, if ``replies`` are only some of them.
         unreadable_lines: the number of lines that could not be read.
     """
     page = _Page(console, replies)
     for number, reply in enumerate(replies, 1):
         page.reply(number, reply)
-    page.summary(unreadable_lines)
+    page.summary(summary or Summary(replies), unreadable_lines)
 
 
 class _Page:
@@ -83,6 +92,7 @@ class _Page:
         least, most = _BAR
         self._bar = max(1, min(least, free), min(most, free - widest))
         self._note = max(0, free - self._bar)
+        self._narrow = console.width < _NARROW
 
     def line(self, text: Text) -> None:
         """Print ``text``, cut at the width of the console."""
@@ -93,7 +103,7 @@ class _Page:
         """Print header, sentence and waterfall."""
         style = STYLE_OF[reply.group]
         outcome = self._fit(reply.outcome or "incomplete", 15)
-        trace_id = self._fit(reply.trace_id, 32)
+        trace_id = "" if self._narrow else self._fit(reply.trace_id, 32)
         target = f"{reply.provider}/{reply.model}" if reply.model else reply.provider
         target = f"say: {target}" if reply.say else target
         left = f"{number:>{_INDENT - 1}} "
@@ -104,8 +114,9 @@ class _Page:
         self.line(
             Text.assemble(left, (target, "bold"), "  ", styled_outcome, gap, (trace_id, "dim"))
         )
-        for part in self._wrapped(sentence(reply), self._console.width - _INDENT):
-            self.line(Text.assemble(" " * _INDENT, part))
+        if self._narrow:
+            self._indented(reply.trace_id, "dim")
+        self._indented(sentence(reply))
         for step in reply.steps:
             self._step(reply, step)
         self.line(Text())
@@ -127,9 +138,11 @@ class _Page:
                 " " * (self._bar - left - length),
                 (f"{step.seconds:>{_SECONDS - 2}.2f} s", quiet),
                 "  ",
-                (self._remark(step), style),
+                ("" if self._narrow else self._remark(step), style),
             )
         )
+        if self._narrow and (text := note(step)):
+            self._indented(text, style)
 
     def _remark(self, step: Attempt | Wait) -> str:
         """Return the note, and shorten its error code before its decision."""
@@ -137,14 +150,13 @@ class _Page:
         room = max(0, self._note - len(arrow + decision))
         return self._fit(self._fit(code, room) + arrow + decision, self._note)
 
-    def summary(self, unreadable_lines: int) -> None:
+    def summary(self, summary: Summary, unreadable_lines: int) -> None:
         """Print number and period of the replies, and one row per provider."""
-        for part in self._wrapped(
-            overview(self._replies, unreadable_lines=unreadable_lines), self._console.width
-        ):
+        text = overview(summary, shown=len(self._replies), unreadable_lines=unreadable_lines)
+        for part in self._wrapped(text, self._console.width):
             self.line(part)
         self.line(Text())
-        head, *rows = table(summarize(self._replies))
+        head, *rows = table(summary.rows())
         gap = 1 if self._console.width >= _ROOMY else 0
         grid = Table(
             box=_RULE, show_edge=False, pad_edge=False, padding=(0, gap), header_style="bold"
@@ -159,6 +171,12 @@ class _Page:
         for part in self._wrapped(LEGEND, min(self._console.width, 80)):
             part.stylize("dim")
             self.line(part)
+
+    def _indented(self, text: str, style: str = "") -> None:
+        """Print ``text`` in as many lines as it needs."""
+        for part in self._wrapped(text, self._console.width - _INDENT):
+            part.stylize(style)
+            self.line(Text.assemble(" " * _INDENT, part))
 
     def _wrapped(self, text: str, width: int) -> Iterable[Text]:
         return Text(self._writable(text)).wrap(self._console, max(10, width))

@@ -186,42 +186,9 @@ class AWSSimulator(Simulator):
             if not waiter.done():
                 waiter.set_exception(RuntimeError("the simulator was closed"))
 
-    @contextlib.contextmanager
-    def redirected(self) -> Iterator[None]:
-        """While open, what the real plugin connects comes here, with made-up credentials.
-
-        It replaces module attributes of the plugin, so it is for one simulator at a time. A
-        session keeps its transport: it stays redirected afterwards.
-
-        Raises:
-            RuntimeError: the plugin is not there, or does not have what is to be replaced.
-        """
-        try:
-            from livekit.plugins.aws.experimental.realtime import (  # noqa: PLC0415 - optional
-                realtime_model as plugin,
-            )
-        except ImportError as error:
-            raise RuntimeError(
-                "the AWS simulator needs Python 3.12 and livekit-plugins-aws[realtime]"
-            ) from error
-        stand_ins: dict[str, Callable[[Any], Any]] = {
-            "_BedrockRuntimeConfig": lambda real: _Config(real, self.url),
-            "AWSCRTHTTPClient": partial(_trusting, ca=self.ca),
-            "_get_credentials_resolver": lambda _: _Credentials,
-        }
-        if missing := [name for name in stand_ins if not hasattr(plugin, name)]:
-            raise RuntimeError(
-                f"livekit-plugins-aws has no {', '.join(missing)} any more, so it cannot be "
-                "pointed at the simulator; look for a newer traced-retry"
-            )
-        real = {name: getattr(plugin, name) for name in stand_ins}
-        for name, stand_in in stand_ins.items():
-            setattr(plugin, name, stand_in(real[name]))
-        try:
-            yield
-        finally:
-            for name, value in real.items():
-                setattr(plugin, name, value)
+    def redirected(self) -> contextlib.AbstractContextManager[None]:
+        """While open, connect the real plugin to this server: see :func:`redirected`."""
+        return redirected(self.url, self.ca)
 
     # For the clients:
 
@@ -251,6 +218,48 @@ class AWSSimulator(Simulator):
         if word == "connected":
             return lambda: any(client.streams for client in self._clients)
         return super()._named(word)
+
+
+@contextlib.contextmanager
+def redirected(url: str, ca: bytes) -> Iterator[None]:
+    """While open, connect the real plugin to the simulator at ``url``, with made-up credentials.
+
+    The function replaces module attributes of the plugin, so it is for one simulator at a time. A
+    session keeps its transport: it stays redirected afterwards.
+
+    Args:
+        url: the simulator's.
+        ca: the certificate, PEM, that vouches for the simulator's own.
+
+    Raises:
+        RuntimeError: if the plugin is missing, or lacks an attribute to replace.
+    """
+    try:
+        from livekit.plugins.aws.experimental.realtime import (  # noqa: PLC0415 - optional
+            realtime_model as plugin,
+        )
+    except ImportError as error:
+        raise RuntimeError(
+            "the AWS simulator needs Python 3.12 and livekit-plugins-aws[realtime]"
+        ) from error
+    stand_ins: dict[str, Callable[[Any], Any]] = {
+        "_BedrockRuntimeConfig": lambda real: _Config(real, url),
+        "AWSCRTHTTPClient": partial(_trusting, ca=ca),
+        "_get_credentials_resolver": lambda _: _Credentials,
+    }
+    if missing := [name for name in stand_ins if not hasattr(plugin, name)]:
+        raise RuntimeError(
+            f"livekit-plugins-aws has no {', '.join(missing)} any more, so it cannot be "
+            "pointed at the simulator; look for a newer traced-retry"
+        )
+    real = {name: getattr(plugin, name) for name in stand_ins}
+    for name, stand_in in stand_ins.items():
+        setattr(plugin, name, stand_in(real[name]))
+    try:
+        yield
+    finally:
+        for name, value in real.items():
+            setattr(plugin, name, value)
 
 
 class _Client(asyncio.Protocol):

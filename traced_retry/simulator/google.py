@@ -51,7 +51,16 @@ class GoogleSimulator(Simulator):
 
     ``error:CODE`` closes the connection with that code where it is one of WebSocket's (1011, 1008,
     1000, 1007, ...), else sends it in a message as Gemini does with 429. ``incomplete`` ends the
-    turn without a word. ``unauthorized`` is taken by the next connection attempt.
+    turn without a word, and ``empty`` does so after a thought. ``stalled`` thinks and never ends.
+    ``unauthorized`` is taken by the next connection attempt.
+
+    Args:
+        script: a parsed script, or its text.
+        host: 127.0.0.1, and no other.
+        port: 0 picks a free one.
+        on_event: called with "received" or "sent" and each JSON event; must not raise.
+        interrupts: end the present answer (``interrupted``) if another turn comes. Otherwise the
+            answer to that turn goes on in the present one. Gemini has done both.
 
     Attributes:
         contexts: per request, all that the model had before it: turns resumed, replayed or new,
@@ -62,7 +71,8 @@ class GoogleSimulator(Simulator):
     path = "/ws/google.ai.generativelanguage.{version}.GenerativeService.BidiGenerateContent"
     faults = frozenset(
         {
-            *("ok", "late", "slow", "silence", "tool", "incomplete", "malformed"),
+            *("ok", "late", "slow", "silence", "tool", "malformed"),
+            *("incomplete", "empty", "stalled"),
             *("error", "rate_limit", "quota", "unauthorized", "drop_before", "drop_during"),
         }
     )
@@ -74,12 +84,16 @@ class GoogleSimulator(Simulator):
         host: str = "127.0.0.1",
         port: int = 0,
         on_event: OnEvent | None = None,
+        interrupts: bool = False,
     ) -> None:
         super().__init__(script, host=host, port=port, on_event=on_event)
+        self.interrupts = interrupts
         self.contexts: list[list[Turn]] = []
         self.handles: list[str | None] = []
         self.conversations: dict[str, _Conversation] = {}
         authority = trustme.CA()
+        self.ca = authority.cert_pem.bytes()
+        """The certificate, PEM, that vouches for the server's own."""
         self.server_ssl = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert(host).configure_cert(self.server_ssl)
         self.client_ssl = ssl.create_default_context()
@@ -152,6 +166,8 @@ class _GoogleConnection(Connection):
         self.server.contexts.append(list(self.conversation.context))
         self.server.wake()
         await self.give_handle()
+        if self.speaking is not None and self.server.interrupts:
+            await self.end_interrupted()
         await self.answer(request, fault)
 
     async def answer(self, request: Request, fault: Fault) -> None:  # noqa: C901, PLR0912 - a table
@@ -173,6 +189,12 @@ class _GoogleConnection(Connection):
             case "incomplete":
                 await self.content(generationComplete=True)
                 await self.content(turnComplete=True)
+            case "empty":
+                await self.think()
+                await self.content(generationComplete=True)
+                await self.content(turnComplete=True)
+            case "stalled":
+                await self.think()
             case "malformed":
                 await self.ws.send_str("{this is not JSON")
             case "rate_limit":
@@ -198,10 +220,13 @@ class _GoogleConnection(Connection):
         open_requests = list(self.conversation.unanswered)
         if open_requests or self.speaking:
             self.conversation.unanswered.clear()
-            self.speaking = None
             self.server.cancels.append(None)
-            await self.content(interrupted=True)
-            await self.content(turnComplete=True)
+            await self.end_interrupted()
+
+    async def end_interrupted(self) -> None:
+        self.speaking = None
+        await self.content(interrupted=True)
+        await self.content(turnComplete=True)
 
     def owe(self, request: Request, seconds: float = 0.0) -> None:
         """Have the request answered in so long, on whatever connection it then is."""
@@ -231,6 +256,9 @@ class _GoogleConnection(Connection):
 
     async def say(self, text: str) -> None:
         await self.content(modelTurn={"role": "model", "parts": [{"text": text}]})
+
+    async def think(self) -> None:
+        await self.content(modelTurn={"parts": [{"text": "Let me think.", "thought": True}]})
 
     async def content(self, **what: Any) -> None:
         await self.send({"serverContent": what})

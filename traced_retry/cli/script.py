@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``traced-retry script``: the stored spans of an incident as a fault script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from traced_retry.report import Reply, ReplyStream, ReportError, Selection
+from traced_retry.report.read import order
+
+
+def script(
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="OTLP-JSON files, folders of them, or - for the standard input."),
+    ],
+    *,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            help="The trace id of the call, or its first digits; default: the newest call in which "
+            "a reply was retried or lost."
+        ),
+    ] = None,
+) -> None:
+    """Print the fault script that makes a simulator do what the provider did in one call."""
+    from traced_retry.testing.incident import SIMULATOR_OF, incident_script  # noqa: PLC0415
+
+    selection = Selection(trace=None if trace is None else trace.strip().lower())
+    replies = _incident(sorted(ReplyStream(files, selection), key=order))
+    if not replies:
+        wanted = f"trace {trace}" if trace else "a reply that was retried or lost"
+        raise ReportError(f"there is no {wanted} in the spans")
+    found = incident_script(replies)
+    provider = SIMULATOR_OF[replies[0].provider]
+    typer.echo(str(found))
+    typer.echo(f"Play it with: traced-retry simulate {provider} --script '{found}'", err=True)
+
+
+def _incident(replies: list[Reply]) -> list[Reply]:
+    """Return the replies of the newest call in which a reply was retried or lost."""
+    troubled = [r for r in replies if r.retries or r.group == "failed"] or replies[-1:]
+    return [r for r in replies if troubled and r.trace_id == troubled[-1].trace_id]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``traced-retry simulate``: a provider on 127.0.0.1 that fails on a script."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from traced_retry.errors import UsageError, install_command
+
+if TYPE_CHECKING:
+    from traced_retry.simulator import Simulator
+
+
+def _known_providers() -> str:
+    try:
+        from traced_retry.simulator import PROVIDERS  # noqa: PLC0415
+    except ModuleNotFoundError:
+        return "openai, and others"
+    return ", ".join(PROVIDERS)
+
+
+def simulate_epilog() -> str:
+    """Return the end of the command's help: the elements of a script."""
+    try:
+        from traced_retry.simulator.script import describe_faults  # noqa: PLC0415
+    except ModuleNotFoundError:
+        faults = f"The list needs aiohttp: {install_command('simulator')}"
+    else:
+        faults = describe_faults()
+    head = "\b\nElements of a script, separated by commas. The last one repeats forever:\n"
+    return head + faults
+
+
+def simulate(
+    provider: Annotated[
+        str, typer.Argument(help=f"Whose protocol to speak: {_known_providers()}.")
+    ],
+    *,
+    script: Annotated[
+        str, typer.Option(help='What to do to each request, such as "rate_limit,late:3,ok".')
+    ] = "ok",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 picks a free one.")
+    ] = 0,
+    faults: Annotated[
+        bool, typer.Option("--faults", help="List the faults of this protocol, and exit.")
+    ] = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the certificate authority of google and aws; default: one in the "
+            "system's folder for temporary files."
+        ),
+    ] = None,
+) -> None:
+    """Serve a provider's protocol on 127.0.0.1 and fail on a script, for your own agent's tests.
+
+    The command prints the lines of Python that create a model of LiveKit's plugin for this server.
+    """
+    from traced_retry.simulator import PROVIDERS, describe_faults, simulator  # noqa: PLC0415
+
+    if provider not in PROVIDERS:
+        raise typer.BadParameter(
+            f"{provider!r} is not simulated; known: {', '.join(PROVIDERS)}", param_hint="PROVIDER"
+        )
+    kind = simulator(provider)
+    if faults:
+        known: Collection[str] = kind.faults
+        typer.echo(describe_faults(known))
+        return
+    server = kind(script, port=port)
+    try:
+        asyncio.run(_serve(provider, server, ca))
+    except KeyboardInterrupt:
+        done, asked = len(server.completed), len(server.requests)
+        typer.echo(f"{asked} requests, {done} answered in full, {len(server.cancels)} cancelled")
+    except OSError as error:
+        raise typer.BadParameter(
+            f"127.0.0.1:{port} cannot be listened on ({error.strerror}); --port 0 picks a free one"
+        ) from None
+
+
+async def _serve(provider: str, server: Simulator, ca: Path | None) -> None:
+    from traced_retry.simulator.reach import WITH_TLS, constructor  # noqa: PLC0415
+
+    async with server:
+        if provider in WITH_TLS:
+            port = server.url.rpartition(":")[2]
+            ca = ca or Path(tempfile.gettempdir()) / f"traced-retry-{provider}-{port}.pem"
+            _write(ca, server.ca)  # type: ignore[attr-defined]
+        typer.echo(f"{provider} on {server.url}, script {server.script}; Ctrl-C ends it")
+        typer.echo(constructor(provider, server, ca))
+        typer.echo("")
+        for number in itertools.count(1):
+            await server.wait_for(lambda number=number: len(server.requests) >= number)  # type: ignore[misc]
+            request = server.requests[number - 1]
+            typer.echo(f"request {request.number}: {request.fault or 'rejected, one is active'}")
+
+
+def _write(path: Path, certificate: bytes) -> None:
+    try:
+        path.write_bytes(certificate)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}): name another file with --ca"
+        ) from None
