@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 from support.recorder import Recorder
 
-from traced_retry.core import guard
+from traced_retry.core import guard, switch
 from traced_retry.testing.clock import VirtualClockLoop
 
 
@@ -18,6 +19,10 @@ def pytest_asyncio_loop_factories(config, item):
         return {"real": asyncio.new_event_loop}
     return {"virtual": VirtualClockLoop}
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts background jobs so. The programs that tests interrupt would ignore it, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = [
     "test_fleet.py",
@@ -72,5 +77,7 @@ def recorder():
 def fresh_guard():
     """What is logged once per process is logged once per test."""
     guard._logged.clear()
+    switch.switch_on()
     yield
     guard._logged.clear()
+    switch.switch_on()

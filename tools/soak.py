@@ -128,7 +128,6 @@ def script_for(provider: str, rng: random.Random) -> str:
         if fault.partition(":")[0] in known and provider in NAMED_ONLY.get(fault, {provider})
     }
     faults = rng.choices(list(weights), list(weights.values()), k=2 * REPLIES)
-    # A refusal that comes with no request would meet only the next connection.
     return ",".join(f.format(seconds=round(rng.uniform(0.1, 13), 1)) for f in [*faults, "ok"])
 
 

@@ -54,7 +54,7 @@ class TestLogOnce:
         assert [logging.ERROR, logging.WARNING] == [r.levelno for r in caplog.records]
         assert ["traced_retry"] * 2 == [r.name for r in caplog.records]
 
-    def test_filter_that_raises_is_harmless(self):
+    def test_filter_that_raises_changes_nothing(self):
         """A filter of the user may fail, and the reply goes on."""
         logger = logging.getLogger("traced_retry")
         logger.addFilter(fail_on := lambda _: fail(RuntimeError()))

@@ -20,7 +20,9 @@ def test_help_explains_each_field(cls):
     text = pydoc.plain(pydoc.render_doc(cls))
     names = [f.name for f in dataclasses.fields(cls)]
 
-    assert names == re.findall(r"^ \|      (\w+): ", text.split("Raises:")[0], re.MULTILINE)
+    found = re.findall(r"^ \|      (\w+): ", text.split("Raises:")[0], re.MULTILINE)
+    # Python 3.13 repeats the text below, for methods without one of their own.
+    assert names == found[: len(names)]
 
 
 @pytest.mark.parametrize("cls", [traced_retry.RetryPolicy, traced_retry.Failure])

@@ -26,6 +26,7 @@ def turn_off(how, monkeypatch):
         traced_retry.disable()
     else:
         monkeypatch.setenv("TRACED_RETRY_DISABLED", "True")
+        switch.switch_on()
 
 
 @pytest.mark.parametrize("how", ["call", "variable"])

@@ -668,6 +668,7 @@ async def test_session_that_exists_is_switched_off(start_conversation, recorder,
         traced_retry.disable()
     else:
         monkeypatch.setenv("TRACED_RETRY_DISABLED", "true")
+        switch.switch_on()
     try:
         assert await conversation.reply() is not None
     finally:

@@ -72,19 +72,19 @@ class TestNotImplemented:
             attempt["traced_retry.decision"],
         )
 
-    async def test_agent_handle_ends_at_once_without_error(self, talk, recorder):
-        """LiveKit does not catch the exception: the handle ends at once without an error."""
+    async def test_agent_handle_ends_at_once_with_the_error(self, talk, recorder):
+        """LiveKit alone does not catch the exception, so its handle ends without an error."""
         began = asyncio.get_running_loop().time()
 
         error = await talk.reply()
 
         assert began == asyncio.get_running_loop().time()
-        assert None is error
+        assert isinstance(error, NotImplementedError)
         assert [] == talk.heard
         assert ["not_recoverable"] == [r["traced_retry.outcome"] for r in recorder.replies]
 
-    async def test_agent_without_us_sees_same_result(self, bare):
-        """Without traced-retry the agent sees the same result."""
+    async def test_agent_without_us_sees_no_error(self, bare):
+        """Without traced-retry the reply is lost without a sign."""
         error = await bare.reply()
 
         assert None is error

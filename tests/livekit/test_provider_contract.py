@@ -327,3 +327,30 @@ async def test_plugin_alone_loses_late_reply(start_conversation):
 
     assert isinstance(error, llm.RealtimeError)
     assert [] == talk.heard
+
+
+FATAL = {
+    "openai": ["quota", "malformed", "unauthorized"],
+    "xai": ["quota"],
+    "voicelive": ["quota"],
+    "google": ["quota", "unauthorized"],
+    "ultravox": ["quota", "drop_before"],
+    "phonic": ["unauthorized", "drop_before"],
+    "aws": ["unauthorized"],
+}
+
+
+@scripts(FATAL)
+async def test_attempt_that_ends_with_its_session_is_not_recoverable(
+    script, start_conversation, recorder
+):
+    """Alerts filter by ``recoverable``, so a lost session must not look like a passing fault."""
+    talk = await start_conversation(script)
+    await talk.reply(instructions="SECRET")
+    await talk.settle()
+
+    assert [("not_recoverable", "not_recoverable")] == ended(recorder)
+    last = recorder.attempts[-1]
+    assert (False, "stop") == (last[semconv.RECOVERABLE], last[semconv.DECISION])
+    counted = recorder.counted(semconv.METRIC_ATTEMPTS, semconv.RECOVERABLE)
+    assert 1 == counted[False]

@@ -322,16 +322,17 @@ class TestMissingEcho:
         assert ["reply 3"] == talk.heard
 
 
+def broken(*_):
+    """Stand for a method of ours with a mistake in it."""
+    raise KeyError("SECRET of ours")
+
+
 class TestOwnFault:
     @pytest.mark.parametrize("method", ["explain", "next_action", "ready"])
     async def test_fault_in_adapter_is_raised_as_realtime_error(
         self, method, start_conversation, recorder, monkeypatch, caplog
     ):
         """The agent gets the cause, the log has the place without text, and no future is open."""
-
-        def broken(*_):
-            raise KeyError("SECRET of ours")
-
         talk = await start_conversation("error:server_error,ok")
         monkeypatch.setattr(OpenAIRequest, method, broken)
 
@@ -351,10 +352,6 @@ class TestOwnFault:
         self, start_conversation, recorder, monkeypatch
     ):
         """The generation is valid, so the agent gets it."""
-
-        def broken(*_):
-            raise KeyError("SECRET of ours")
-
         talk = await start_conversation("ok")
         monkeypatch.setattr(OpenAIRequest, "delivery", broken)
 

@@ -112,6 +112,16 @@ async def given():
     await agent.close()
 
 
+async def cut_message(generation, streams):
+    """End a generation with a message in progress, and return the next one."""
+    generation.begin_message()
+    await turns()
+    generation.end()
+    second = Generation()
+    streams.switch_to(second.event)
+    return second
+
+
 class TestWhenAllIsWell:
     async def test_first_word_is_relayed_in_same_turn(self):
         """The relay costs no turn of the event loop."""
@@ -192,11 +202,7 @@ class TestAnother:
     async def test_open_message_ends_empty_if_next_only_calls_tool(self, given):
         """The next generation only calls a tool, so the message ends empty."""
         generation, streams, agent = given
-        generation.begin_message()
-        await turns()
-        generation.end()
-        second = Generation()
-        streams.switch_to(second.event)
+        second = await cut_message(generation, streams)
         await turns()
         streams.commit()
         second.functions.send_nowait("call")
@@ -281,11 +287,7 @@ class TestAudio:
     async def test_sound_stream_ends_if_next_only_calls_tool(self, given):
         """An open message without sound ends, so the agent does not wait for it."""
         generation, streams, agent = given
-        generation.begin_message()
-        await turns()
-        generation.end()
-        second = Generation()
-        streams.switch_to(second.event)
+        second = await cut_message(generation, streams)
         streams.commit()
         second.end()
         await turns()

@@ -18,6 +18,12 @@ import asyncio, pytest, traced_retry
 from livekit.agents import Agent, AgentSession
 from livekit.plugins import openai
 """
+TEST = f"""{HEAD}import aiohttp
+
+@pytest.mark.asyncio
+@pytest.mark.virtual_clock
+async def test_agent(realtime_server, retry_spans):
+"""
 SESSION = """
     async with realtime_server("rate_limit:3,ok") as server, aiohttp.ClientSession() as http:
         model = openai.realtime.RealtimeModel(
@@ -54,14 +60,7 @@ def user_tests(tmp_path):
 def test_server_spans_and_virtual_clock(user_tests):
     """A test waits for a rate limit of 3 s on the virtual clock, and reads the traced reply."""
     output = user_tests(
-        HEAD
-        + """
-import aiohttp
-
-@pytest.mark.asyncio
-@pytest.mark.virtual_clock
-async def test_agent(realtime_server, retry_spans):
-"""
+        TEST
         + SESSION
         + """
     (reply,) = retry_spans
@@ -139,13 +138,8 @@ def test_without_the_plugin_the_eleventh_retry_is_refused(user_tests):
 def test_spans_of_enable(user_tests):
     """An agent that calls ``enable()`` is traced into the fixture, and no store is written."""
     output = user_tests(
-        HEAD
-        + """
-import aiohttp
-
-@pytest.mark.asyncio
-@pytest.mark.virtual_clock
-async def test_agent(realtime_server, retry_spans):
+        TEST
+        + """\
     assert "the global tracer provider" == traced_retry.enable().destination
 """
         + SESSION.replace("traced_retry.wrap(model)", "model")

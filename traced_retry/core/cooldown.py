@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from traced_retry.core.failure import MAX_RETRY_AFTER, Failure
+from traced_retry.core.failure import Failure
 
 
 class SessionCooldown:
@@ -18,6 +18,5 @@ class SessionCooldown:
 
     def update(self, failure: Failure, now: float) -> None:
         """Extend the cooldown if ``failure`` asks for a later time than the current one."""
-        until = now + min(failure.retry_after or 0.0, MAX_RETRY_AFTER)
-        if failure.retry_after and until > self.until:
-            self.until, self.failure = until, failure
+        if failure.wait and now + failure.wait > self.until:
+            self.until, self.failure = now + failure.wait, failure

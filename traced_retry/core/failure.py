@@ -176,6 +176,11 @@ class Failure:
     ended_locally: bool = False
 
     @property
+    def wait(self) -> float:
+        """Seconds of :attr:`retry_after` that are honored: at most :data:`MAX_RETRY_AFTER`."""
+        return min(self.retry_after or 0.0, MAX_RETRY_AFTER)
+
+    @property
     def error_type(self) -> str:
         """The low-cardinality ``error.type``, the same on span and metric.
 

@@ -274,9 +274,10 @@ class Reply(Driver, Generic[T]):
         """Make the next attempt."""
         self._number += 1
         began, limit = self._loop.time(), self._deadline
-        for seconds in (self._policy.attempt_timeout, self._request.limit(action)):
-            if seconds is not None:
-                limit = min(limit, began + seconds)
+        if (seconds := self._policy.attempt_timeout) is not None:
+            limit = min(limit, began + seconds)
+        if (seconds := self._request.limit(action)) is not None:
+            limit = min(limit, began + seconds)
         attempt: Attempt[T] = Attempt(self._number, action, delay, began, limit)
         if self._forced_stop is None:
             self._reported = None
@@ -520,6 +521,9 @@ class Reply(Driver, Generic[T]):
         """End the reply as failed, and raise the error to the agent if it has no reply yet."""
         if self._ended:
             return
+        if stop == "not_recoverable" and failure.recoverable:
+            # The session is over, so no further attempt can succeed, whatever the kind of failure.
+            failure = replace(failure, recoverable=False)
         if self._attempt is not None:
             self._fail_attempt(self._attempt, failure, None, 0.0)
         self._record_failure(failure)
@@ -544,7 +548,8 @@ class Reply(Driver, Generic[T]):
         first_output_at: float | None = None,
     ) -> None:
         self._ended = True
-        self._cancel_timer()
+        if self._timer is not None:
+            self._cancel_timer()
         at = self._loop.time() if first_output_at is None else first_output_at
         self._trace.end(stop, at - self._began, failure)
         if stop in ("superseded", "interrupted"):

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, get_args
 import backoff
 
 from traced_retry.core.budget import RetryBudget, process_budget
-from traced_retry.core.failure import MAX_RETRY_AFTER, Failure, finite
+from traced_retry.core.failure import Failure, finite
 from traced_retry.core.sanitize import shown
 from traced_retry.errors import ArgumentError, UsageError
 
@@ -163,9 +163,7 @@ class Delays:
 
     def next(self, failure: Failure) -> float:
         """The wait before the next attempt: jittered, but never less than ``retry_after``."""
-        return max(
-            self._jitter(next(self._bounds)), min(failure.retry_after or 0.0, MAX_RETRY_AFTER)
-        )
+        return max(self._jitter(next(self._bounds)), failure.wait)
 
 
 def _boolean(text: str) -> bool:

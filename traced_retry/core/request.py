@@ -151,14 +151,12 @@ class CallRequest(Generic[T]):
 
     def explain(self, error: BaseException) -> Failure:
         """Classify by the default table. An exception that ``on`` excludes is final."""
-        why = explain(error)
-        return why if isinstance(error, self._on) else replace(why, recoverable=False)
+        return self._limit(explain(error))
 
     def timed_out(self, seconds: float) -> Failure:
         """A ``TimeoutError`` of ours."""
         error = TimeoutError(f"no answer within {seconds:.1f} s")
-        why = failure(error, "timeout", ended_locally=True)
-        return why if isinstance(error, self._on) else replace(why, recoverable=False)
+        return self._limit(failure(error, "timeout", ended_locally=True))
 
     def internal_failure(self, error: BaseException) -> Failure:
         """Return ``error`` as it is, classified by the default table."""
@@ -180,6 +178,10 @@ class CallRequest(Generic[T]):
     def cancel(self, attempt: asyncio.Future[T]) -> None:
         """Carry the caller's cancel inward."""
         attempt.cancel()
+
+    def _limit(self, why: Failure) -> Failure:
+        """Return ``why``, which is final if ``on`` excludes its exception."""
+        return why if isinstance(why.error, self._on) else replace(why, recoverable=False)
 
     def delivery(self, result: T) -> None:
         """A call that has returned is all there is."""

@@ -11,7 +11,8 @@ from traced_retry.errors import UsageError
 
 VARIABLE: Final = "TRACED_RETRY_DISABLED"
 
-_off = False
+_off: bool | None = None
+"""None until the variable is read. It is read once, because that takes a microsecond."""
 
 
 class SwitchError(UsageError):
@@ -35,12 +36,15 @@ def disable() -> None:
 def switch_on() -> None:
     """Undo :func:`disable`. The variable stays valid."""
     global _off  # noqa: PLW0603
-    _off = False
+    _off = None
 
 
 def is_off() -> bool:
     """Return whether traced-retry is switched off, by the call or by the variable."""
-    return _off or _by_variable()
+    global _off  # noqa: PLW0603
+    if _off is None:
+        _off = _by_variable()
+    return _off
 
 
 def check() -> bool:

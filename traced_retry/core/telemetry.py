@@ -394,9 +394,9 @@ class ReplyTrace:
         finally:
             self._span.end(self._unix(self._began + seconds))
 
-    def _unix(self, at: float) -> int:
-        """Return the Unix time in ns of the event loop's time ``at``."""
-        return self._started + round((at - self._began) * 1e9)
+    def _unix(self, at: float) -> int | None:
+        """Return the Unix time in ns of the event loop's time ``at``, or None without a span."""
+        return self._started + round((at - self._began) * 1e9) if self._live else None
 
     def _end_attributes(
         self,

@@ -20,7 +20,7 @@ from traced_retry.core.failure import Failure, Kind, explain, failure
 from traced_retry.core.policy import RetryPolicy
 from traced_retry.core.request import CallRequest, Delivery, Request
 from traced_retry.core.telemetry import Target
-from traced_retry.livekit.events import read_error
+from traced_retry.livekit.events import ProviderError, read_error
 
 Generation = llm.GenerationCreatedEvent
 Call = Callable[[], "asyncio.Future[Generation]"]
@@ -203,9 +203,17 @@ def failure_from_event(
     return failure(error, kind, code=code, ended_locally=ended_locally, retry_after=retry_after)
 
 
+def empty_failure(what: str) -> Failure:
+    """Return the failure of ``what`` (a reply, a response or a turn), which had no output."""
+    return failure_from_event("empty_response", f"the {what} held neither speech nor a tool call")
+
+
 def failure_from_error(source: object, what: str, reason: object = None) -> Failure:
     """Return the failure for the error object of an event, whatever types its fields have."""
-    found = read_error(source, reason)
+    return _failure_from(read_error(source, reason), what)
+
+
+def _failure_from(found: ProviderError, what: str) -> Failure:
     wait = found.retry_after if found.kind in ("rate_limit", "overloaded") else None
     return failure_from_event(found.kind, what, found.code, retry_after=wait)
 
@@ -214,8 +222,9 @@ def classify_event(event: llm.RealtimeModelError) -> Failure:
     """Classify a session's ``error`` event by the provider's code or an HTTP status."""
     what, error = "the realtime session failed", event.error
     body = getattr(error, "body", None)
-    if not isinstance(body, str) and read_error(body).kind != "unknown":
-        return failure_from_error(body, what)
+    reported = read_error(None if isinstance(body, str) else body)
+    if reported.kind != "unknown":
+        return _failure_from(reported, what)
     source: BaseException | None = error
     while source is not None:  # A plugin's error may wrap its SDK's, which wraps HTTP's.
         found = explain(source)
@@ -223,7 +232,7 @@ def classify_event(event: llm.RealtimeModelError) -> Failure:
             return failure_from_event(found.kind, what, retry_after=found.retry_after)
         source = source.__cause__
     kind: Kind = "connection_lost" if isinstance(error, APIConnectionError) else "unknown"
-    return failure_from_event(kind, what, None if isinstance(body, str) else read_error(body).code)
+    return failure_from_event(kind, what, reported.code)
 
 
 def plain_provider(provider: str) -> str:

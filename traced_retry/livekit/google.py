@@ -55,6 +55,7 @@ from traced_retry.livekit.adapter import (
     Generation,
     PassthroughRequest,
     Replies,
+    empty_failure,
     failure_from_event,
 )
 from traced_retry.livekit.single_slot import before
@@ -342,8 +343,7 @@ class GoogleAdapter(Adapter):
             what = "the connection was lost during the reply"
             failed = failure_from_event("connection_lost", what)
         elif not (delivery.first_output or answer.interrupted):
-            what = "the turn held neither speech nor a tool call"
-            failed = failure_from_event("empty_response", what)
+            failed = empty_failure("turn")
         delivery.end(failed, cancelled=answer.interrupted)
 
     def answer(self, response_id: str | None) -> _Answer | None:

@@ -320,8 +320,7 @@ class SessionHook:
     def _on_error(self, event: llm.RealtimeModelError) -> None:
         if not event.recoverable:
             with suppress_and_log("reading an error event"):
-                failure = replace(self._adapter.classify_event(event), recoverable=False)
-                self._close_with(failure, "not_recoverable")
+                self._close_with(self._adapter.classify_event(event), "not_recoverable")
                 # LiveKit's own handler, which closes the agent session, runs after this one.
                 asyncio.get_running_loop().call_soon(self._fail_speeches)
 

@@ -39,6 +39,7 @@ from traced_retry.livekit.adapter import (
     Generation,
     PassthroughRequest,
     Replies,
+    empty_failure,
     failure_from_error,
     failure_from_event,
     timeout_failure,
@@ -241,15 +242,15 @@ class OpenAIAdapter(Adapter):
         asker = next((request for request in self.open if asked_by in request.ids), None)
         if asker is not None:
             self.echoes = True
-        elif self._unanswered_turns:
+            self._speaking[response_id] = asker
+            asker.delivered = Delivery()
+            return
+        if self._unanswered_turns:
             self._unanswered_turns -= 1  # The server answers the caller by itself.
         elif asked_by not in self._abandoned:
             for request in self.open:
                 request.may_be_answered = True
-        if asker is not None:
-            self._speaking[response_id] = asker
-            asker.delivered = Delivery()
-        elif asked_by in self._abandoned:
+        if asked_by in self._abandoned:
             # The plugin looks at its own set right after this event, and a reconnect emptied it.
             del self._abandoned[asked_by]
             self.session._discarded_event_ids.add(asked_by)  # type: ignore[attr-defined]
@@ -485,7 +486,7 @@ def _why_empty(response: Mapping[str, Any]) -> Failure | None:
             part.get(name) for part in parts for name in ("text", "transcript", "audio")
         ):
             return None
-    return failure_from_event("empty_response", "the response held neither speech nor a tool call")
+    return empty_failure("response")
 
 
 def _provider(model: llm.RealtimeModel) -> str:

@@ -27,7 +27,7 @@ from traced_retry.livekit.adapter import (
     Generation,
     PassthroughRequest,
     Replies,
-    failure_from_event,
+    empty_failure,
     timeout_failure,
 )
 
@@ -89,7 +89,7 @@ class SlotDelivery:
             if self._has_output or self._latest.message_ch is not result.message_stream:
                 return None
             delivery = Delivery()
-            delivery.end(_empty())
+            delivery.end(empty_failure("reply"))
             return delivery
         self._generation = generation
         delivery = Delivery()
@@ -111,13 +111,9 @@ class SlotDelivery:
             timer.cancel()
             if why is None and not self._has_output:
                 delivery.first_output_at = None  # Its beginning was taken for its first word.
-                delivery.end(_empty())
+                delivery.end(empty_failure("reply"))
             else:
                 delivery.end(why)
-
-
-def _empty() -> Failure:
-    return failure_from_event("empty_response", "the reply held neither speech nor a tool call")
 
 
 def before(session: llm.RealtimeSession[Any], method: str, callback: Callable[..., None]) -> None:
