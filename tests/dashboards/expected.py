@@ -18,12 +18,19 @@ from traced_retry.semconv import ACTIONS, DURATION_BUCKETS
 BUSY = 0.6
 """Seconds that a busy machine may add to what takes no time."""
 OVERVIEW, ONE = "overview.json", "provider.json"
+LOST = ("exhausted", "not_recoverable")
 
 UNTOLD = {
     (OVERVIEW, "Alerts"): "which alerts fire is test_alerts.py's and test_end_to_end.py's",
     (ONE, "Alerts"): "which alerts fire is test_alerts.py's and test_end_to_end.py's",
-    (ONE, "Exhausted"): "a list of traces: test_jaeger_searches_find_failed_replies compares it",
-    (ONE, "Refused"): "a list of traces: test_jaeger_searches_find_failed_replies compares it",
+    (
+        ONE,
+        "Exhausted replies",
+    ): "a list of traces: test_jaeger_searches_find_failed_replies compares it",
+    (
+        ONE,
+        "Refused replies",
+    ): "a list of traces: test_jaeger_searches_find_failed_replies compares it",
     (ONE, "Lost replies"): "a list of traces from Tempo, which is not here: never run",
 }
 """Panels without a row, and why."""
@@ -172,6 +179,11 @@ class Fleet:
         """How many ended so."""
         return sum(reply.outcome in outcomes for reply in self.replies)
 
+    @property
+    def heard(self):
+        """The seconds of the replies that were heard."""
+        return [reply.seconds for reply in self.replies if reply.outcome not in LOST]
+
     def requests(self):
         """How many were sent."""
         return sum(reply.requests for reply in self.replies)
@@ -226,16 +238,16 @@ class Panels:
         settled = len(of.replies)
         whole = {
             "Replies": count(settled),
-            "Heard at first try": share(of.of("succeeded"), settled),
+            "Succeeded at first attempt": share(of.of("succeeded"), settled),
             "Recovered by retry": share(of.of("recovered"), settled),
-            "Lost": share(of.of("exhausted", "not_recoverable"), settled),
+            "Lost": share(of.of(*LOST), settled),
             "Requests per reply": share(of.requests(), settled),
-            "Silence, p95": quantile(0.95, [reply.seconds for reply in of.replies]),
+            "Time to first output, p95": quantile(0.95, of.heard),
         }
         for panel, known in whole.items():
             yield _row(board, panel, who, self.ask.one(board, panel, **where), known)
         worst = max(
-            fleet.of("exhausted") / len(fleet.replies)
+            fleet.of(*LOST) / len(fleet.replies)
             for name, fleet in self.each.items()
             if who in ("all", name)
         )
@@ -249,14 +261,14 @@ class Panels:
             yield _row(board, panel, series, found.get(outcome, 0), count(of.of(outcome)))
 
     def _exhausted(self, board):
-        panel = "Exhausted in the last hour"
+        panel = "Lost in the last hour"
         for name in self.each:
             of = self.each[name]
-            known = share(of.of("exhausted"), len(of.replies))
+            known = share(of.of(*LOST), len(of.replies))
             yield _row(board, panel, name, self.ask.one(board, panel, provider=name), known)
         critical = max(r.factor for r in self.shipped.burn_rates if r.severity == "critical")
         warning = min(r.factor for r in self.shipped.burn_rates if r.severity == "warning")
-        for number, factor, series in ((1, critical, "pages"), (2, warning, "ticket")):
+        for number, factor, series in ((1, critical, "page"), (2, warning, "ticket")):
             value = self.ask.one(board, panel, number)
             yield _row(
                 board, panel, series, value, exactly(round(factor * self.shipped.budget, 10))
@@ -267,7 +279,7 @@ class Panels:
         found = self.ask.total(board, "Failed attempts by code", "error_type", **where)
         for code, number in sorted(Counter(a.code for a in of.failed).items()):
             yield _row(board, "Failed attempts by code", who + code, found[code], count(number))
-        panel = "Why no further attempt was made"
+        panel = "Replies by stop reason"
         found = self.ask.total(board, panel, "traced_retry_stop_reason", **where)
         for reason, outcome in (
             ("max_attempts", "exhausted"),
@@ -278,25 +290,29 @@ class Panels:
     def _times(self, board, of, **where):
         who = f"{where['provider']} " if where else ""
         silences = [reply.seconds for reply in of.replies]
+        failures = [reply.seconds for reply in of.replies if reply.outcome in LOST]
         attempts = [attempt.seconds for attempt in of.attempts]
         waits = [0.0] * of.waits
         for panel, heat, seconds in (
-            ("Silence before a reply", "Silence, all replies", silences),
-            ("One attempt", "One attempt, all of them", attempts),
-            ("Wait before a retry", "Waits, all of them", waits),
+            ("Time to first output", "Time to first output (distribution)", of.heard),
+            ("Time to failure", None, failures),
+            ("Attempt duration", "Attempt duration (distribution)", attempts),
+            ("Backoff delay", "Backoff delay (distribution)", waits),
         ):
             for number, q in enumerate((0.5, 0.95, 0.99)):
                 value = self.ask.one(board, panel, number, whole=True, **where)
                 yield _row(board, panel, f"{who}p{q * 100:.0f}", value, quantile(q, seconds))
+            if heat is None:
+                continue
             found = self.ask.now(board, heat, "le", whole=True, **where)
             below = {float(le.replace("+Inf", "inf")): value for le, value in found.items()}
             for bound in (2.0, 5.0, float("inf")):
                 known = count(sum(second < bound for second in seconds))
                 yield _row(board, heat, f"{who}up to {bound:g} s", below[bound], known)
-        panel = "Silence before a reply"
+        panel = "Time to first output"
         value = self.ask.one(board, panel, 3)
         yield _row(board, panel, "objective, p95", value, exactly(self.shipped.silence_seconds))
-        panel = "Where the silence comes from"
+        panel = "Mean reply duration by part"
         mean = sum(silences) / len(silences)
         value = self.ask.one(board, panel, 0, whole=True, **where)
         known = between(0.9 * mean, 1.1 * mean + BUSY / 2, f"{mean:.2f} s")
@@ -308,7 +324,7 @@ class Panels:
 
     def _dots(self, board, of, **where):
         who = f"{where['provider']} " if where else ""
-        panel = "Replies that were not a clean success, each dot a trace"
+        panel = "Recovered and lost replies, with traces"
         found = self.ask.total(board, panel, "traced_retry_outcome", **where)
         for outcome in ("recovered", "exhausted", "not_recoverable"):
             number = count(of.of(outcome))
@@ -325,20 +341,20 @@ class Panels:
         left = self.ask.now(board, panel, "gen_ai_provider_name")
         known = between(3, 3.5, "5, less 2 retries")
         yield _row(board, panel, "openai", left["openai"], known)
-        panel = "Replies under way"
+        panel = "In-flight replies"
         for name, value in sorted(self.ask.now(board, panel, "gen_ai_provider_name").items()):
             yield _row(board, panel, name, value, exactly(0))
-        panel = "Heard after their failure was told"
+        panel = "Late replies"
         for name, value in sorted(self.ask.total(board, panel, "gen_ai_provider_name").items()):
             yield _row(board, panel, name, value, count(0))
-        panel = "Counts can be read"
+        panel = "Scrape targets up"
         for job, value in sorted(self.ask.now(board, panel, "job").items()):
             yield _row(board, panel, job, value, exactly(1))
 
     def _ratios(self):
         ratios = {
             "Retries per reply": lambda of: difference(of.waits, len(of.replies)),
-            "Is retrying helping?": lambda of: share(
+            "Retry success rate": lambda of: share(
                 of.of("recovered"), of.of("recovered", "exhausted")
             ),
             "Requests per reply, by provider": lambda of: share(of.requests(), len(of.replies)),
@@ -351,7 +367,7 @@ class Panels:
         yield _row(OVERVIEW, panel, "ticket", self.ask.one(OVERVIEW, panel, 1), limit)
 
     def _codes(self):
-        panel = "Could a retry mend it?"
+        panel = "Failed attempts by recoverability"
         found = self.ask.total(OVERVIEW, panel, "traced_retry_recoverable")
         failed = self.every.failed
         never = sum(attempt.code == NOT_RECOVERABLE for attempt in failed)
@@ -372,13 +388,13 @@ class Panels:
         panel = "Burn rate by window"
         found = self.ask.now(ONE, panel, "window", provider=provider)
         for window in ("1h", "6h", "1d", "3d"):  # six minutes and more, here: all of it
-            known = share(of.of("exhausted") / len(of.replies), self.shipped.budget)
+            known = share(of.of(*LOST) / len(of.replies), self.shipped.budget)
             yield _row(ONE, panel, f"{provider} {window}", found[window], known)
 
     def _models(self, of, provider):
         numbers = {
-            "Replies, by model": len(of.replies),
-            "Lost, by model": of.of("exhausted", "not_recoverable"),
+            "Replies by model": len(of.replies),
+            "Lost by model": of.of(*LOST),
         }
         for panel, number in numbers.items():
             found = self.ask.total(ONE, panel, "gen_ai_request_model", provider=provider)
@@ -393,10 +409,18 @@ class Panels:
             number = count(sum(attempt.action == action for attempt in of.failed))
             yield _row(ONE, panel, f"{provider} {action}", found[action], number)
         labels = ("error_type", "traced_retry_recoverable")
-        found = self.ask.now(ONE, "Codes", *labels, provider=provider)
+        found = self.ask.now(
+            ONE, "Failed attempts by code and recoverability", *labels, provider=provider
+        )
         for code, number in sorted(Counter(attempt.code for attempt in of.failed).items()):
             series = f"{code} {'false' if code == NOT_RECOVERABLE else 'true'}"
-            yield _row(ONE, "Codes", f"{provider} {series}", found[series], count(number))
+            yield _row(
+                ONE,
+                "Failed attempts by code and recoverability",
+                f"{provider} {series}",
+                found[series],
+                count(number),
+            )
 
 
 def _row(board, panel, series, value, known):

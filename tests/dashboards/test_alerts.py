@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each alert by promtool: it fires, does not, resolves; little traffic, none, never a failure.
+"""Each alert by promtool: it fires, does not fire, and resolves.
 
-What goes in are the counters that spanmetrics or the agents make, so the recording rules are part
-of what is tested. One sample and one evaluation a minute.
+The input is the counters that spanmetrics or the agents make, so the recording rules are tested as
+well. There is one sample and one evaluation a minute.
 """
 
 from __future__ import annotations
@@ -129,108 +129,186 @@ def links(section, provider=P):
     }
 
 
-def burn(severity, long, short, description, **labels):
-    """The burn-rate alert as promtool expects it."""
-    return {
-        "exp_labels": {
-            "severity": severity,
-            "long": long,
-            "short": short,
-            "gen_ai_provider_name": P,
-            **labels,
-        },
-        "exp_annotations": {
-            "summary": "Callers hear nothing: too many replies are exhausted.",
-            "description": description,
-            **links(1),
-        },
-    }
+def firing(name, **labels):
+    """Return the query that counts the firing alerts of that name by severity and window."""
+    matchers = {"alertname": name, "alertstate": "firing", **labels}
+    selector = ", ".join(f'{label}="{value}"' for label, value in matchers.items())
+    return f"count by (severity, long) (ALERTS{{{selector}}})"
 
 
-def lost(share, long, short, gone):
-    """The burn-rate alert's description."""
-    return (
-        f"{share} of the replies asked of openai in the last {long} were lost after every retry, "
-        f"and it goes on in the last {short}; 1 % of them may be. At this rate, or a faster one, "
-        f"thirty days' error budget is gone in {gone}."
-    )
+def alerts_of(*severities_and_windows):
+    """Return the result that promtool expects of :func:`firing`: one alert of each pair."""
+    return [
+        {"labels": f'{{severity="{severity}", long="{long}"}}', "value": 1}
+        for severity, long in severities_and_windows
+    ]
 
 
-FAST = burn("critical", "1h", "5m", lost("40%", "1h", "5m", "2 days"))
-SLOW = burn("critical", "6h", "30m", lost("40%", "6h", "30m", "5 days"))
+OUTAGE, HOUR, SIX_HOURS = ("critical", "5m"), ("critical", "1h"), ("critical", "6h")
 
 
-class TestBurn:
-    NAME = "TracedRetryExhaustionBurn"
-    OURS = f'alertname="{NAME}"'
+class TestRepliesLost:
+    NAME = "TracedRetryRepliesLost"
 
-    def test_burn_pages_by_short_then_by_both_windows(self, promtool):
-        """Four in ten are lost: after two minutes by the short pair, after fifteen by both."""
+    def _alert(self, severity, long, short, summary, description, **labels):
+        return {
+            "exp_labels": {
+                "severity": severity,
+                "long": long,
+                "short": short,
+                "gen_ai_provider_name": P,
+                **labels,
+            },
+            "exp_annotations": {"summary": summary, "description": description, **links(1)},
+        }
+
+    def test_texts_name_shares_counts_and_code(self, promtool):
+        """Four in ten replies are lost: the outage, the hour and six hours each have their text."""
+        failed = attempts("send", "0+4x60", traced_retry_result="failed", error_type="server_error")
+        burns = "Realtime replies burn too much error budget."
         promtool(
-            [calls("succeeded", "0+6x60"), calls("exhausted", "0+4x60", "deadline")],
+            [calls("succeeded", "0+6x60"), calls("exhausted", "0+4x60", "deadline"), failed],
             alerts=[
-                ("2m", self.NAME, []),
-                ("8m", self.NAME, [FAST]),
-                ("30m", self.NAME, [FAST, SLOW]),
-            ],
-        )
-
-    def test_burn_resolves_after_loss_ends(self, promtool):
-        """Twenty minutes of loss: ten minutes later the fast page is over, after an hour both."""
-        promtool(
-            [calls("succeeded", "0+60x200"), calls("exhausted", "0+40x20 800+0x180", "deadline")],
-            alerts=[("20m", self.NAME, [FAST, SLOW])],
-            expressions=[
-                ("31m", self._firing("1h"), []),
-                ("31m", self._firing("6h"), [{"labels": '{long="6h"}', "value": 1}]),
-                ("61m", self._firing("6h"), []),
-            ],
-        )
-
-    def _firing(self, long):
-        return (
-            f'count by (long) (ALERTS{{alertstate="firing", severity="critical", long="{long}"}})'
-        )
-
-    @pytest.mark.parametrize(("lost", "fires"), [(2, False), (4, True)])
-    def test_slow_burn_is_a_ticket(self, promtool, lost, fires):
-        """Four lost of a hundred are a ticket after an hour; two, only after three."""
-        promtool(
-            [calls("succeeded", f"0+{100 - lost}x160"), calls("exhausted", f"0+{lost}x160")],
-            expressions=[
                 (
-                    "2h",
-                    f'count by (severity, long) (ALERTS{{alertstate="firing", {self.OURS}}})',
-                    [{"labels": '{severity="warning", long="1d"}', "value": 1}] if fires else [],
+                    "30m",
+                    self.NAME,
+                    [
+                        self._alert(
+                            "critical",
+                            "5m",
+                            "5m",
+                            "Many realtime replies are lost.",
+                            "openai lost 40% of its replies in the last 5m (limit: 30 %). "
+                            "Lost: 20 of 50 replies. Most frequent error code: server_error.",
+                        ),
+                        self._alert(
+                            "critical",
+                            "1h",
+                            "5m",
+                            burns,
+                            "openai lost 40% of its replies in the last 1h (objective: at most "
+                            "1 %). At this rate the 30-day error budget is used up in 4 days. "
+                            "Lost: 109 of 272 replies. Most frequent error code: server_error.",
+                        ),
+                        self._alert(
+                            "critical",
+                            "6h",
+                            "30m",
+                            burns,
+                            "openai lost 40% of its replies in the last 6h (objective: at most "
+                            "1 %). At this rate the 30-day error budget is used up in 5 days. "
+                            "Lost: 109 of 272 replies. Most frequent error code: server_error.",
+                        ),
+                        self._alert(
+                            "warning",
+                            "3h",
+                            "30m",
+                            "Realtime replies burn their error budget slowly.",
+                            "openai lost 40% of its replies in the last 3h (objective: at most "
+                            "1 %). At this rate the 30-day error budget is used up in 10 days. "
+                            "Lost: 109 of 272 replies. Most frequent error code: server_error.",
+                        ),
+                    ],
                 )
             ],
         )
 
-    def test_loss_within_objective_fires_nothing(self, promtool):
-        """One in two hundred is lost: half of what may be. Never an alert."""
+    @pytest.mark.parametrize(
+        ("outcome", "stop"),
+        [
+            ("exhausted", "deadline"),
+            ("not_recoverable", "output_started"),
+            ("not_recoverable", "not_recoverable"),
+        ],
+    )
+    def test_every_kind_of_loss_pages(self, promtool, outcome, stop):
+        """Exhausted replies, refused ones and those that broke off page within eight minutes."""
+        promtool(
+            [calls("succeeded", "0+6x60"), calls(outcome, "0+4x60", stop)],
+            expressions=[("8m", firing(self.NAME), alerts_of(OUTAGE, HOUR))],
+        )
+
+    def test_closed_session_is_no_loss(self, promtool):
+        """Replies whose session was closed have the same outcome and do not count."""
+        promtool(
+            [
+                calls("succeeded", "0+6x60"),
+                calls("not_recoverable", "0+40x60", "session_closed"),
+            ],
+            alerts=[("30m", self.NAME, [])],
+        )
+
+    def test_alerts_resolve_after_loss_ends(self, promtool):
+        """After 20 minutes of loss, the short windows end within 15 minutes, and all in an hour."""
+        promtool(
+            [calls("succeeded", "0+60x200"), calls("exhausted", "0+40x20 800+0x180", "deadline")],
+            expressions=[
+                (
+                    "21m",
+                    firing(self.NAME),
+                    alerts_of(OUTAGE, HOUR, SIX_HOURS, ("warning", "3h")),
+                ),
+                ("36m", firing(self.NAME, severity="critical"), alerts_of(SIX_HOURS)),
+                ("66m", firing(self.NAME, severity="critical"), []),
+            ],
+        )
+
+    def test_alert_fires_through_a_short_recovery(self, promtool):
+        """A loss that pauses for five minutes is one notification: the page does not resolve."""
+        name = f'ALERTS{{alertstate="firing", alertname="{self.NAME}", long="5m"}}'
+        promtool(
+            [
+                calls("succeeded", "0+10x90"),
+                calls("exhausted", "0+10x20 200+0x5 210+10x60", "deadline"),
+            ],
+            expressions=[
+                (
+                    "60m",
+                    f"sum(changes(({name} or vector(0))[50m:1m]))",
+                    [{"labels": "{}", "value": 0}],
+                )
+            ],
+        )
+
+    @pytest.mark.parametrize(("lost", "fires"), [(2, False), (4, True)])
+    def test_slow_burn_is_a_ticket(self, promtool, lost, fires):
+        """Four lost in a hundred open a ticket after two hours, two in a hundred do not."""
+        promtool(
+            [calls("succeeded", f"0+{100 - lost}x160"), calls("exhausted", f"0+{lost}x160")],
+            expressions=[
+                (
+                    "150m",
+                    firing(self.NAME),
+                    alerts_of(("warning", "1d"), ("warning", "3h")) if fires else [],
+                )
+            ],
+        )
+
+    def test_loss_within_objective_fires_no_alert(self, promtool):
+        """One lost reply in two hundred is half of the allowed loss."""
         promtool(
             [calls("succeeded", "0+199x300"), calls("exhausted", "0+1x300")],
             alerts=[("30m", self.NAME, []), ("290m", self.NAME, [])],
         )
 
-    def test_little_traffic_fires_nothing(self, promtool):
-        """Three of three lost in an hour: no ratio that says anything, so no page."""
+    def test_losses_of_one_call_fire_no_page(self, promtool):
+        """Nine lost replies of nine are fewer than a page needs."""
         promtool(
-            [calls("succeeded", "0x90"), calls("exhausted", "0 0 1 1 1 2 2 2 3x80")],
+            [calls("succeeded", "0x90"), calls("exhausted", "0 1 2 3 4 5 6 7 8 9x80")],
             alerts=[(at, self.NAME, []) for at in ("6m", "10m", "30m")],
         )
 
-    def test_no_traffic_fires_nothing(self, promtool):
-        """Nothing asked: no ratio, no alert, and no NaN."""
+    def test_no_traffic_fires_no_alert(self, promtool):
+        """Without a reply there is no ratio, no alert and no NaN."""
         promtool(
             [calls("succeeded", "50x90"), calls("exhausted", "50x90")],
             alerts=[("60m", self.NAME, [])],
-            expressions=[("60m", "provider:traced_retry_exhausted:ratio_rate1h", [])],
+            expressions=[("60m", "provider:traced_retry_lost:ratio_rate1h", [])],
         )
 
     def test_provider_without_failure_has_ratio_zero(self, promtool):
-        """Its ratio is 0, not absent."""
-        series = "provider:traced_retry_exhausted:ratio_rate1h"
+        """The ratio is 0 and not absent."""
+        series = "provider:traced_retry_lost:ratio_rate1h"
         promtool(
             [calls("succeeded", "0+5x60")],
             alerts=[("50m", self.NAME, [])],
@@ -240,8 +318,8 @@ class TestBurn:
         )
 
     def test_interrupted_replies_do_not_dilute_ratio(self, promtool):
-        """Callers who hear nothing speak: their interruptions are not successes."""
-        series = "provider:traced_retry_exhausted:ratio_rate1h"
+        """Interruptions are not successes: callers who hear no reply speak again."""
+        series = "provider:traced_retry_lost:ratio_rate1h"
         promtool(
             [
                 calls("succeeded", "0+6x60"),
@@ -258,7 +336,7 @@ class TestBurn:
         )
 
     def test_counts_of_short_lived_agents_fire_too(self, promtool):
-        """The same from processes that count for themselves and live for ten minutes each."""
+        """Processes that count for themselves and live for ten minutes each lead to the page."""
         series = []
         for number in range(6):
             before, after = "_x" + str(10 * number), " _x60"
@@ -267,16 +345,30 @@ class TestBurn:
                 own_calls("succeeded", f"{lead}0+6x9{after}", f"p{number}"),
                 own_calls("exhausted", f"{lead}0+4x9{after}", f"p{number}"),
             ]
-        promtool(series, alerts=[("30m", self.NAME, [FAST, SLOW])])
+        promtool(
+            series,
+            expressions=[
+                (
+                    "30m",
+                    firing(self.NAME, severity="critical"),
+                    alerts_of(OUTAGE, HOUR, SIX_HOURS),
+                )
+            ],
+        )
 
     def test_alert_names_environment_that_fails(self, promtool):
-        """Of a provider's environments it names the one that fails, and so does its link."""
+        """Text and link name the failing environment of a provider, and its counts only."""
         of = {"deployment_environment_name": "eu prod"}
-        link = links(1)["dashboard_url"] + "&var-environment=eu+prod"
-        alert = {
-            "exp_labels": {**FAST["exp_labels"], **of},
-            "exp_annotations": {**FAST["exp_annotations"], "dashboard_url": link},
-        }
+        alert = self._alert(
+            "critical",
+            "5m",
+            "5m",
+            "Many realtime replies are lost.",
+            "openai in eu prod lost 40% of its replies in the last 5m (limit: 30 %). "
+            "Lost: 16 of 40 replies.",
+            **of,
+        )
+        alert["exp_annotations"]["dashboard_url"] += "&var-environment=eu+prod"
         promtool(
             [
                 calls("succeeded", "0+6x60", **of),
@@ -284,58 +376,58 @@ class TestBurn:
                 calls("succeeded", "0+90x60", deployment_environment_name="test"),
                 calls("succeeded", "0+90x60"),
             ],
-            alerts=[("8m", self.NAME, [alert])],
+            alerts=[("4m", self.NAME, [alert])],
         )
 
 
-class TestRepliesExhausted:
-    NAME = "TracedRetryRepliesExhausted"
+class TestFewRepliesLost:
+    NAME = "TracedRetryFewRepliesLost"
 
     def _alert(self, count):
         return {
             "exp_labels": {"severity": "warning", "gen_ai_provider_name": P},
             "exp_annotations": {
-                "summary": "Replies were lost after every retry; there are too few for a ratio.",
-                "description": f"{count} replies asked of openai were exhausted in the last 1h: "
-                "callers heard nothing.",
+                "summary": "A few realtime replies were lost.",
+                "description": f"openai lost {count} replies in the last 1h. That may be one call: "
+                "a page needs 10 lost replies.",
                 **links(2),
             },
         }
 
-    def test_fires_where_traffic_is_little_and_resolves(self, promtool):
-        """Three of three lost: a ticket although no ratio says anything; over after they are."""
+    def test_fires_with_little_traffic_and_resolves(self, promtool):
+        """Three of three lost replies open a ticket that ends an hour after them."""
         promtool(
-            [calls("exhausted", "0 0 1 1 1 2 2 2 3x80", "deadline")],
-            alerts=[("12m", self.NAME, [self._alert(3)]), ("75m", self.NAME, [])],
+            [calls("exhausted", "0 0 1 1 1 2 2 2 3x90", "deadline")],
+            alerts=[("20m", self.NAME, [self._alert(3)]), ("80m", self.NAME, [])],
         )
 
-    def test_two_failures_fire_nothing(self, promtool):
-        """Below the threshold nothing is said."""
+    def test_two_lost_replies_fire_no_alert(self, promtool):
+        """Two lost replies are below the threshold."""
         promtool(
             [calls("exhausted", "0 0 1 1 1 2x80", "deadline")],
             alerts=[(f"{m}m", self.NAME, []) for m in (5, 10, 12)],
         )
 
-    def test_three_failures_in_much_traffic_fire_nothing(self, promtool):
-        """Three lost among a hundred replies in an hour: the ratio's business, not this one's."""
+    def test_three_failures_in_much_traffic_fire_no_alert(self, promtool):
+        """Three lost replies of a hundred in an hour are below the share."""
         promtool(
-            [calls("exhausted", "0 0 1 1 1 2 2 2 3x80"), calls("succeeded", "0+10x90")],
+            [calls("exhausted", "0 0 0 1 1 1 2 2 2 3x80"), calls("succeeded", "0+20x90")],
             alerts=[(f"{m}m", self.NAME, []) for m in (5, 10, 15, 30)],
         )
 
     def test_stop_reasons_are_added_up(self, promtool):
-        """Whatever ended them, three are three."""
+        """Three losses with three stop reasons are three losses."""
         promtool(
             [
                 calls("exhausted", "0 0 1x80", "deadline"),
                 calls("exhausted", "0 0 1x80", "budget"),
-                calls("exhausted", "0 0 1x80", "max_attempts"),
+                calls("not_recoverable", "0 0 1x80", "output_started"),
             ],
-            alerts=[("9m", self.NAME, [self._alert(3)])],
+            alerts=[("12m", self.NAME, [self._alert(3)])],
         )
 
-    def test_no_traffic_fires_nothing(self, promtool):
-        """Nothing asked, nothing said."""
+    def test_no_traffic_fires_no_alert(self, promtool):
+        """Old losses do not fire."""
         promtool([calls("exhausted", "7x60")], alerts=[("30m", self.NAME, [])])
 
 
@@ -343,13 +435,13 @@ class TestNotRecoverable:
     NAME = "TracedRetryNotRecoverable"
     REFUSED = ("not_recoverable", "not_recoverable")
 
-    def _alert(self, count, codes):
+    def _alert(self, count, code, where=""):
         return {
             "exp_labels": {"severity": "critical", "gen_ai_provider_name": P},
             "exp_annotations": {
-                "summary": "A provider refuses replies for good: no retry helps.",
-                "description": f"{count} replies asked of openai in the last 5m were refused as "
-                f"not recoverable. Codes, the most frequent first: {codes}.",
+                "summary": "A provider refuses realtime replies.",
+                "description": f"openai{where} refused {count} replies in the last 5m. A retry "
+                f"cannot fix the cause. Most frequent error code: {code}.",
                 **links(3),
             },
         }
@@ -369,18 +461,18 @@ class TestNotRecoverable:
         ]
 
     def test_fires_at_once_and_resolves(self, promtool):
-        """A key has expired: a page within two minutes of the third; over when the key is new."""
+        """An expired key pages two minutes after the tenth refusal, and ends after the fix."""
         promtool(
-            [*self._refuse("0 2 5 5x60"), calls("succeeded", "0 0 0 0+10x60")],
+            [*self._refuse("0 6 12 12x60"), calls("succeeded", "0 0 0 0+30x60")],
             alerts=[
                 ("1m", self.NAME, []),
-                ("3m", self.NAME, [self._alert(5, "invalid_api_key")]),
-                ("12m", self.NAME, []),
+                ("3m", self.NAME, [self._alert(12, "invalid_api_key")]),
+                ("25m", self.NAME, []),
             ],
         )
 
-    def test_alert_names_most_frequent_codes_first(self, promtool):
-        """The most frequent first."""
+    def test_alert_names_most_frequent_code(self, promtool):
+        """Of two codes, the text has the more frequent one."""
         other = attempts(
             "send",
             "0+1x60",
@@ -390,17 +482,17 @@ class TestNotRecoverable:
         )
         promtool(
             [*self._refuse("0+4x60"), other],
-            alerts=[("20m", self.NAME, [self._alert(20, "invalid_api_key insufficient_quota")])],
+            alerts=[("20m", self.NAME, [self._alert(20, "invalid_api_key")])],
         )
 
-    def test_alert_names_codes_of_its_environment_only(self, promtool):
-        """And not those of another one."""
-        alert = self._alert(20, "invalid_api_key")
+    def test_alert_names_code_of_its_environment_only(self, promtool):
+        """A more frequent code of another environment is not in the text."""
+        alert = self._alert(20, "invalid_api_key", " in eu")
         alert["exp_labels"]["deployment_environment_name"] = "eu"
         alert["exp_annotations"]["dashboard_url"] += "&var-environment=eu"
         elsewhere = attempts(
             "send",
-            "0+4x60",
+            "0+40x60",
             traced_retry_result="failed",
             error_type="insufficient_quota",
             traced_retry_recoverable="false",
@@ -412,15 +504,15 @@ class TestNotRecoverable:
         )
 
     def test_small_share_fires_nothing(self, promtool):
-        """One bad request among twenty pages nobody."""
+        """Three invalid requests in sixty do not page."""
         promtool(
-            [*self._refuse("0+1x60"), calls("succeeded", "0+19x60")],
+            [*self._refuse("0+3x60"), calls("succeeded", "0+57x60")],
             alerts=[("30m", self.NAME, [])],
         )
 
-    def test_two_refusals_fire_nothing(self, promtool):
-        """Two refused are no page, even if they are all."""
-        promtool(self._refuse("0 1 2x60"), alerts=[(f"{m}m", self.NAME, []) for m in (2, 4, 8)])
+    def test_refusals_of_one_call_fire_no_page(self, promtool):
+        """Nine refusals do not page, even if they are all replies."""
+        promtool(self._refuse("0 3 6 9x60"), alerts=[(f"{m}m", self.NAME, []) for m in (2, 4, 8)])
 
     def test_closed_session_is_no_refusal(self, promtool):
         """Replies whose session was closed have the same outcome, and another reason."""
@@ -452,9 +544,9 @@ class TestManyProviders:
         alert = {
             "exp_labels": {"severity": "critical"},
             "exp_annotations": {
-                "summary": "Several providers fail at once.",
-                "description": "10 providers lose replies at the same time: look for what they "
-                "share (network, DNS, a proxy, a deployment of the agents) before any one of them.",
+                "summary": "Several providers lose realtime replies.",
+                "description": "10 providers lose replies at the same time. Look first for a cause "
+                "that they share: network, DNS, a proxy, a deployment of the agents.",
                 **links(4, None),
             },
         }
@@ -486,9 +578,9 @@ class TestManyProviders:
         alert = {
             "exp_labels": {"severity": "critical", "deployment_environment_name": "eu"},
             "exp_annotations": {
-                "summary": "Several providers fail at once.",
-                "description": "3 providers lose replies at the same time: look for what they "
-                "share (network, DNS, a proxy, a deployment of the agents) before any one of them.",
+                "summary": "Several providers lose realtime replies.",
+                "description": "3 providers in eu lose replies at the same time. Look first for a "
+                "cause that they share: network, DNS, a proxy, a deployment of the agents.",
                 **links(4, None),
             },
         }
@@ -525,8 +617,9 @@ class TestStorm:
         alert = {
             "exp_labels": {"severity": "warning", "gen_ai_provider_name": P},
             "exp_annotations": {
-                "summary": "Retries multiply the requests sent to a provider.",
-                "description": "2.00 requests per reply go to openai; without failures it is one.",
+                "summary": "Retries multiply the requests to a provider.",
+                "description": "openai got 2.00 requests per reply in the last 10m (limit: 1.5). "
+                "Most frequent error code: server_error.",
                 **links(5),
             },
         }
@@ -534,7 +627,12 @@ class TestStorm:
             [
                 calls("recovered", "0+10x80"),
                 attempts("send", "0+10x80", traced_retry_result="succeeded"),
-                attempts("send", "0+10x30 300x50", traced_retry_result="failed"),
+                attempts(
+                    "send",
+                    "0+10x30 300x50",
+                    traced_retry_result="failed",
+                    error_type="server_error",
+                ),
             ],
             alerts=[("4m", self.NAME, []), ("25m", self.NAME, [alert]), ("60m", self.NAME, [])],
         )
@@ -566,9 +664,9 @@ class TestSilence:
         alert = {
             "exp_labels": {"severity": "warning", "gen_ai_provider_name": P},
             "exp_annotations": {
-                "summary": "Callers wait too long for a reply.",
-                "description": "One reply of openai in 20 begins only after 6.2 s of silence or "
-                "more; the objective is 3 s.",
+                "summary": "Realtime replies start too late.",
+                "description": "95th percentile of the time to first output of openai is 6.2 s in "
+                "the last 10m (objective: 3 s).",
                 **links(6),
             },
         }
@@ -598,6 +696,19 @@ class TestSilence:
             alerts=[("40m", self.NAME, [])],
         )
 
+    def test_refusals_do_not_hide_slow_replies(self, promtool):
+        """Immediate refusals of nine in ten replies do not improve the percentile of the heard."""
+        slow = {"3": "0x60", "7.5": "0+4x60", "+Inf": "0+4x60"}
+        promtool(
+            [
+                calls("succeeded", "0+4x60"),
+                calls("not_recoverable", "0+36x60", "not_recoverable"),
+                *silence(slow),
+                *silence(dict.fromkeys(slow, "0+36x60"), "not_recoverable"),
+            ],
+            expressions=[("40m", f"count({firing(self.NAME)})", [{"labels": "{}", "value": 1}])],
+        )
+
     def test_interrupted_reply_is_not_slow(self, promtool):
         """A reply that the caller interrupted after seven seconds is no slow reply."""
         promtool(
@@ -623,69 +734,232 @@ class TestSilence:
 
 class TestTelemetryAbsent:
     NAME = "TracedRetryTelemetryAbsent"
+    JOB = "traced-retry-spans"
 
-    def _alert(self, cause, description, **labels):
+    def _alert(self, cause, description, environment=None):
+        of = {"deployment_environment_name": environment} if environment else {}
+        link = links(7, None)
+        if environment:
+            link["dashboard_url"] += f"?var-environment={environment}"
         return {
-            "exp_labels": {"severity": "critical", "cause": cause, **labels},
+            "exp_labels": {"severity": "critical", "cause": cause, **of},
             "exp_annotations": {
-                "summary": "Nobody counts replies: their failure would page no one.",
+                "summary": "Reply metrics are missing.",
                 "description": description,
-                **links(7, None),
+                **link,
             },
         }
 
-    def test_failed_scrape_fires_until_it_works(self, promtool):
-        """The connector is down for a quarter of an hour; then it is back."""
-        alert = self._alert(
+    def _down(self):
+        return self._alert(
             "counts_down",
-            "Prometheus cannot scrape traced-retry-spans, where replies are counted from spans.",
-            job="traced-retry-spans",
-        )
-        promtool(
-            [_series("up", "1x5 0x30 1x30", job="traced-retry-spans", instance="a")],
-            alerts=[("10m", self.NAME, []), ("30m", self.NAME, [alert]), ("50m", self.NAME, [])],
+            "No target of job traced-retry-spans is up, so no replies are counted from spans.",
         )
 
-    def test_agents_without_new_counts_fire(self, promtool):
-        """Four jobs run; the counts are there and stand still. Then replies come in."""
-        alert = self._alert(
-            "agents_silent", "4 agent jobs run, and not one reply of theirs was counted."
-        )
+    @pytest.mark.parametrize("values", ["1x5 0x30 1x30", "1x5 _x30 1x30"], ids=["down", "vanished"])
+    def test_dead_scrape_target_pages_until_it_is_back(self, promtool, values):
+        """All Collectors are down, or gone from discovery, for half an hour."""
         promtool(
-            [
-                _series("lk_agents_active_job_count", "4x120", job="workers"),
-                calls("succeeded", "9x60 9+4x60"),
+            [_series("up", values, instance=instance, job=self.JOB) for instance in "ab"],
+            alerts=[
+                ("4m", self.NAME, []),
+                ("16m", self.NAME, [self._down()]),
+                ("50m", self.NAME, []),
             ],
-            alerts=[("14m", self.NAME, []), ("40m", self.NAME, [alert]), ("90m", self.NAME, [])],
         )
 
-    def test_agents_without_series_fire(self, promtool):
-        """Likewise where the series are not even there."""
-        alert = self._alert(
-            "agents_silent", "4 agent jobs run, and not one reply of theirs was counted."
-        )
+    def test_job_of_another_name_pages(self, promtool):
+        """A healthy job of another name is no source of counts."""
         promtool(
-            [_series("lk_agents_active_job_count", "4x120", job="workers")],
-            alerts=[("40m", self.NAME, [alert])],
+            [_series("up", "1x60", job="otel-collector", instance="a")],
+            alerts=[("30m", self.NAME, [self._down()])],
         )
 
-    def test_no_agents_fire_nothing(self, promtool):
-        """No job runs: that nothing is counted is as it should be."""
+    def _jobs(self, values, **labels):
+        return _series("lk_agents_active_job_count", values, job="workers", **labels)
+
+    def _silent(self, environment=None):
+        where = f" in {environment}" if environment else ""
+        return self._alert(
+            "agents_silent",
+            f"4 agent jobs run{where}, and no reply of theirs was counted in the last 15m.",
+            environment,
+        )
+
+    def _up(self):
+        return _series("up", "1x120", instance="a", job=self.JOB)
+
+    def test_agents_without_new_counts_page(self, promtool):
+        """Jobs run while the counters stand still. Then replies come in."""
+        promtool(
+            [self._up(), self._jobs("4x120"), calls("succeeded", "9x60 9+4x60")],
+            alerts=[
+                ("4m", self.NAME, []),
+                ("40m", self.NAME, [self._silent()]),
+                ("90m", self.NAME, []),
+            ],
+        )
+
+    def test_agents_without_series_page(self, promtool):
+        """Jobs run, and there is no counter at all."""
+        promtool([self._up(), self._jobs("4x120")], alerts=[("40m", self.NAME, [self._silent()])])
+
+    def test_silent_environment_pages_beside_a_busy_one(self, promtool):
+        """Production is silent while staging counts replies."""
+        of = {"deployment_environment_name": "production"}
+        staging = {"deployment_environment_name": "staging"}
         promtool(
             [
-                _series("lk_agents_active_job_count", "0x120", job="workers"),
-                calls("succeeded", "9x120"),
-                _series("up", "1x120", job="traced-retry-spans", instance="a"),
+                self._up(),
+                self._jobs("4x120", **of),
+                self._jobs("4x120", **staging),
+                calls("succeeded", "0+1x120", **staging),
+            ],
+            alerts=[("40m", self.NAME, [self._silent("production")])],
+        )
+
+    def test_worker_without_environment_is_compared_with_all_replies(self, promtool):
+        """A worker that is scraped without the label does not page if any replies are counted."""
+        promtool(
+            [
+                self._up(),
+                self._jobs("4x120"),
+                calls("succeeded", "0+1x120", deployment_environment_name="production"),
             ],
             alerts=[("90m", self.NAME, [])],
+        )
+
+    def test_no_agents_fire_no_alert(self, promtool):
+        """Without a job there are no replies to count."""
+        promtool(
+            [self._up(), self._jobs("0x120"), calls("succeeded", "9x120")],
+            alerts=[("90m", self.NAME, [])],
+        )
+
+
+class TestTelemetryDegraded:
+    NAME = "TracedRetryTelemetryDegraded"
+
+    def _alert(self, cause, description, **labels):
+        return {
+            "exp_labels": {"severity": "warning", "cause": cause, **labels},
+            "exp_annotations": {
+                "summary": "A part of the telemetry is lost.",
+                "description": description,
+                **links(8, None),
+            },
+        }
+
+    def test_one_collector_of_five_is_a_ticket(self, promtool):
+        """One target of five is down for half an hour: a ticket, no page, and its end."""
+        job = {"job": "traced-retry-spans"}
+        alert = self._alert(
+            "some_counts_down",
+            "1 targets of job traced-retry-spans are down. The others are up. Replies that pass "
+            "through the targets that are down are not counted.",
+            **job,
+        )
+        promtool(
+            [
+                _series("up", "1x5 0x30 1x60", instance="a", **job),
+                *(_series("up", "1x90", instance=instance, **job) for instance in "bcde"),
+            ],
+            alerts=[
+                ("10m", self.NAME, []),
+                ("25m", self.NAME, [alert]),
+                ("25m", TestTelemetryAbsent.NAME, []),
+                ("50m", self.NAME, []),
+            ],
+        )
+
+    def test_traffic_that_stops_in_one_environment_is_a_ticket(self, promtool):
+        """Production's counters stand still after an hour of traffic, and staging goes on."""
+        of = {"deployment_environment_name": "production"}
+        alert = self._alert(
+            "traffic_stopped",
+            "No reply was counted in production in the last 15m, after 488 in the hour before. "
+            "Either the traffic ended, or the agents send no telemetry.",
+            **of,
+        )
+        alert["exp_annotations"]["dashboard_url"] += "?var-environment=production"
+        promtool(
+            [
+                calls("succeeded", "0+10x70 700x60", **of),
+                calls("succeeded", "0+1x130", deployment_environment_name="staging"),
+            ],
+            alerts=[("80m", self.NAME, []), ("100m", self.NAME, [alert])],
+        )
+
+    def test_little_traffic_that_stops_fires_no_alert(self, promtool):
+        """Two replies a minute may pause for a quarter of an hour."""
+        promtool(
+            [calls("succeeded", "0+2x70 140x60")],
+            alerts=[(f"{m}m", self.NAME, []) for m in (80, 95, 110)],
+        )
+
+    @pytest.mark.parametrize(
+        ("metric", "cause", "what"),
+        [
+            ("otelcol_receiver_refused_spans", "refused", "refused"),
+            ("otelcol_receiver_refused_metric_points", "refused", "refused"),
+            ("otelcol_exporter_send_failed_spans", "send_failed", "could not send"),
+            ("otelcol_exporter_send_failed_metric_points", "send_failed", "could not send"),
+            ("otelcol_exporter_enqueue_failed_spans", "send_failed", "could not send"),
+        ],
+    )
+    def test_lost_items_of_the_collector_are_a_ticket(self, promtool, metric, cause, what):
+        """Forty items are lost in a minute, and the ticket ends after the window."""
+        alert = self._alert(
+            cause,
+            f"The Collector of job collector {what} 40 spans or data points in the last 10m.",
+            job="collector",
+        )
+        promtool(
+            [_series(metric, "0x5 40x60", job="collector", instance="a")],
+            alerts=[("4m", self.NAME, []), ("12m", self.NAME, [alert]), ("40m", self.NAME, [])],
+        )
+
+    def test_full_queue_is_a_ticket(self, promtool):
+        """A queue that is 90 % full for more than five minutes opens a ticket."""
+        alert = self._alert(
+            "queue_full",
+            "The queue of exporter otlp_grpc of job collector is 90% full. A full queue drops "
+            "spans or data points.",
+            job="collector",
+            exporter="otlp_grpc",
+        )
+        of = {"job": "collector", "instance": "a", "exporter": "otlp_grpc", "data_type": "traces"}
+        promtool(
+            [
+                _series("otelcol_exporter_queue_size", "0x5 900x20 0x60", **of),
+                _series("otelcol_exporter_queue_capacity", "1000x90", **of),
+            ],
+            alerts=[("9m", self.NAME, []), ("15m", self.NAME, [alert]), ("45m", self.NAME, [])],
         )
 
 
 class TestSpansDropped:
     NAME = "TracedRetrySpansDropped"
 
-    def test_fires_and_resolves(self, promtool):
-        """Seven spans of one process found the queue full; ten minutes later it is over."""
+    def _dropped(self, values):
+        return _series(
+            "traced_retry_export_dropped_total",
+            values,
+            job="agent",
+            instance="a",
+            traced_retry_exporter="otlp",
+            traced_retry_drop_reason="queue_full",
+        )
+
+    def _counted(self, each):
+        """Return that many replies a minute with one attempt each."""
+        return [
+            calls("succeeded", f"0+{each}x60"),
+            attempts("send", f"0+{each}x60", traced_retry_result="succeeded"),
+        ]
+
+    def test_share_of_dropped_spans_is_a_ticket(self, promtool):
+        """One span in eleven finds the queue full; ten minutes later the ticket ends."""
         alert = {
             "exp_labels": {
                 "severity": "warning",
@@ -693,33 +967,54 @@ class TestSpansDropped:
                 "traced_retry_drop_reason": "queue_full",
             },
             "exp_annotations": {
-                "summary": "Spans were dropped: traces have gaps, and counts from spans are too "
-                "low.",
-                "description": "7 spans were dropped in the last 10m by the exporter otlp, "
-                "because: queue_full.",
-                **links(8, None),
+                "summary": "Spans are dropped.",
+                "description": "Exporter otlp dropped 9.091% of the spans of the last 10m "
+                "(queue_full). Traces have gaps, and counts from spans are too low.",
+                **links(9, None),
             },
         }
         promtool(
-            [
-                _series(
-                    "traced_retry_export_dropped_total",
-                    "0 0 7x60",
-                    job="agent",
-                    instance="a",
-                    traced_retry_exporter="otlp",
-                    traced_retry_drop_reason="queue_full",
-                )
-            ],
-            alerts=[("10m", self.NAME, [alert]), ("30m", self.NAME, [])],
+            [self._dropped("0x20 2+2x19 40x40"), *self._counted(10)],
+            alerts=[("10m", self.NAME, []), ("38m", self.NAME, [alert]), ("60m", self.NAME, [])],
         )
 
-    def test_no_dropped_spans_fire_nothing(self, promtool):
-        """Zero is zero."""
+    def test_all_spans_dropped_is_a_ticket(self, promtool):
+        """Without a counted reply the share is 100 %."""
         promtool(
-            [_series("traced_retry_export_dropped_total", "0x60", job="agent", instance="a")],
-            alerts=[("30m", self.NAME, [])],
+            [self._dropped("0 0 7x60")],
+            expressions=[
+                (
+                    "10m",
+                    f'count(ALERTS{{alertname="{self.NAME}", alertstate="firing"}})',
+                    [{"labels": "{}", "value": 1}],
+                )
+            ],
         )
+
+    def test_small_share_fires_no_alert(self, promtool):
+        """Seven spans of thousands are below 1 %."""
+        promtool(
+            [self._dropped("0x10 7x60"), *self._counted(100)],
+            alerts=[("15m", self.NAME, []), ("30m", self.NAME, [])],
+        )
+
+    def test_no_dropped_spans_fire_no_alert(self, promtool):
+        """A counter at zero does not fire."""
+        promtool([self._dropped("0x60")], alerts=[("30m", self.NAME, [])])
+
+
+def test_watchdog_always_fires(promtool):
+    """The watchdog fires without any series."""
+    alert = {
+        "exp_labels": {"severity": "none"},
+        "exp_annotations": {
+            "summary": "Alerting works.",
+            "description": "This alert always fires. Route it to a service that notifies you if "
+            "it stops.",
+            **links(10, None),
+        },
+    }
+    promtool([_series("up", "1x10")], alerts=[("0m", "TracedRetryWatchdog", [alert])])
 
 
 def test_both_rollups_have_same_sum(promtool):

@@ -21,13 +21,20 @@ pytest.importorskip("opentelemetry.exporter.prometheus")
 SCRAPED = {
     "up": promql.TARGET,
     "lk_agents_active_job_count": {*promql.TARGET, "nodename"},
+    **{
+        f"otelcol_{name}_{items}": {*promql.TARGET, "receiver", "exporter"}
+        for name in ("receiver_refused", "exporter_send_failed", "exporter_enqueue_failed")
+        for items in ("spans", "metric_points")
+    },
+    "otelcol_exporter_queue_size": {*promql.TARGET, "exporter", "data_type"},
+    "otelcol_exporter_queue_capacity": {*promql.TARGET, "exporter", "data_type"},
     "ALERTS": {
         *promql.TARGET,
         *("alertname", "alertstate", "severity", "long", "short", "cause"),
         *("gen_ai_provider_name", promql.ENVIRONMENT),
     },
 }
-"""What Prometheus itself and LiveKit's worker have."""
+"""Series of Prometheus itself, of LiveKit's worker and of the Collector about itself."""
 
 NOT_CHARTED = {
     semconv.SERVER_ADDRESS: "on the trace; one provider has one address, or as many as regions",

@@ -104,7 +104,7 @@ def paging(tmp_path):
     ]
     shipped["scrape_configs"] = [
         {
-            "job_name": "livekit-workers",
+            "job_name": "traced-retry-spans",
             "static_configs": [{"targets": [f"127.0.0.1:{traffic.port}"]}],
         }
     ]
@@ -159,7 +159,9 @@ def suppressed(manager):
 def test_one_provider_fails(paging):
     """One page for it, its ticket held back, none for its neighbour, resolved when over."""
     traffic, hook, prometheus, manager = paging
-    page = json.dumps({"alertname": alerts.BURN, "gen_ai_provider_name": "openai"}, sort_keys=True)
+    page = json.dumps(
+        {"alertname": alerts.LOST_REPLIES, "gen_ai_provider_name": "openai"}, sort_keys=True
+    )
     healthy = {"openai": (None, 0.4), "gcp.gemini": (None, 0.4)}
     traffic.go(healthy, every=0.1)
     replies = f'sum(sum_over_time({alerts.REPLIES}{{gen_ai_provider_name="openai"}}[1m]))'
@@ -167,22 +169,26 @@ def test_one_provider_fails(paging):
     traffic.go({**healthy, "openai": ("deadline", 20.0)}, every=0.1)
 
     until(lambda: hook.groups("/page", "firing"), 60, "the page")
-    until(lambda: (alerts.SLOW, "openai") in suppressed(manager), 60, "the ticket's inhibition")
+    until(
+        lambda: (alerts.LOST_REPLIES, "openai") in suppressed(manager),
+        60,
+        "the ticket's inhibition",
+    )
     both = '{alertstate="firing", severity="critical", gen_ai_provider_name="openai"}'
-    until(lambda: value(prometheus, f"count(ALERTS{both})") == 2, 60, "the long windows")
+    until(lambda: value(prometheus, f"count(ALERTS{both})") == 3, 60, "the long windows")
     first = hook.groups("/page", "firing")[page][0]
 
     assert {"openai"} == {a["labels"]["gen_ai_provider_name"] for a in first["alerts"]}
-    assert "% of the replies asked of openai" in first["alerts"][0]["annotations"]["description"]
+    assert "% of its replies in the last" in first["alerts"][0]["annotations"]["description"]
     assert first["alerts"][0]["annotations"]["dashboard_url"].endswith("var-provider=openai")
 
     traffic.go(healthy, every=0.1)
     until(lambda: page in hook.groups("/page", "resolved"), 120, "the page's end")
 
     assert {page} == set(hook.groups("/page", "firing"))
-    # The slow form of the same alert may be a ticket by now: budget is spent, page or not.
-    assert set() == {t for t in hook.groups("/ticket", "firing") if alerts.BURN not in t}
-    assert (alerts.BURN, "gcp.gemini") not in firing(prometheus)
+    # The slow form of the same alert may be a ticket by now, because its budget is spent.
+    assert set() == {t for t in hook.groups("/ticket", "firing") if alerts.LOST_REPLIES not in t}
+    assert (alerts.LOST_REPLIES, "gcp.gemini") not in firing(prometheus)
 
 
 def test_several_providers_fail(paging):
@@ -193,12 +199,16 @@ def test_several_providers_fail(paging):
 
     until(lambda: hook.groups("/page", "firing"), 60, "the page")
     until(
-        lambda: {(alerts.BURN, p) for p in providers} <= suppressed(manager), 60, "the inhibition"
+        lambda: {(alerts.LOST_REPLIES, p) for p in providers} <= suppressed(manager),
+        60,
+        "the inhibition",
     )
     settled = time.monotonic() + 6
     until(lambda: time.monotonic() > settled, 10, "three group intervals")
 
-    assert [json.dumps({"alertname": alerts.MANY})] == list(hook.groups("/page", "firing"))
+    # A busy machine may miss scrapes for five seconds, which are five minutes here.
+    pages = [page for page in hook.groups("/page", "firing") if alerts.ABSENT not in page]
+    assert [json.dumps({"alertname": alerts.MANY})] == pages
 
 
 def test_page_arrives_while_group_of_another_environment_is_open(tmp_path):
@@ -210,7 +220,7 @@ def test_page_arrives_while_group_of_another_environment_is_open(tmp_path):
 
     def fire(environment):
         labels = {
-            "alertname": alerts.BURN,
+            "alertname": alerts.LOST_REPLIES,
             "gen_ai_provider_name": "openai",
             "severity": "critical",
             "deployment_environment_name": environment,

@@ -112,6 +112,7 @@ class TestWrite:
         options = {
             "--objective": 99.5,
             "--min-replies": 7,
+            "--min-lost": 4,
             "--silence": 2.5,
             "--grafana-url": "https://grafana.example/",
             "--runbook-url": "https://wiki.example/r",
@@ -120,13 +121,19 @@ class TestWrite:
         assert 0 == done.returncode, done.stderr
         written = (tmp_path / "prometheus/alerts.yaml").read_text()
 
-        assert "> 14.4 * 0.005" in written
-        assert ">= 7" in written
+        assert "> 8 * 0.005" in written
+        assert "> 6.5" in written
+        assert "> 3.5" in written
         assert "vector(2.5)" in written
         assert "https://grafana.example/d/traced-retry-provider" in written
-        assert "https://wiki.example/r#tracedretryexhaustionburn" in written
+        assert "https://wiki.example/r#tracedretryreplieslost" in written
         again = config.read(tmp_path / "config.yaml")
-        assert (99.5, 7, 2.5) == (again.objective, again.min_replies, again.silence_seconds)
+        assert (99.5, 7, 4, 2.5) == (
+            again.objective,
+            again.min_replies,
+            again.min_lost,
+            again.silence_seconds,
+        )
         assert done.stdout == run("write", tmp_path, "--config", tmp_path / "config.yaml").stdout
 
     def test_rules_written_with_any_threshold_are_well_formed(self, tmp_path):
@@ -140,14 +147,33 @@ class TestWrite:
         )
         assert 0 == done.returncode, done.stderr
 
-    @pytest.mark.parametrize("objective", [90, 93.06])
+    def test_preset_reaches_rules_and_config(self, tmp_path):
+        """The preset's objective and burn rates are in the rules and in the written config."""
+        done = run("write", tmp_path, "--preset", "99.5")
+        assert 0 == done.returncode, done.stderr
+        again = config.read(tmp_path / "config.yaml")
+
+        assert "> 14.4 * 0.005" in (tmp_path / "prometheus/alerts.yaml").read_text()
+        assert config.preset("99.5") == {
+            "objective": again.objective,
+            "burn_rates": again.burn_rates,
+        }
+
+    def test_unknown_preset_is_refused(self, tmp_path):
+        """The message lists the presets."""
+        done = run("write", tmp_path / "d", "--preset", "98")
+
+        assert 2 == done.returncode
+        assert "unknown preset '98': expected 99 or 99.5" in done.stderr
+
+    @pytest.mark.parametrize("objective", [80, 87.5])
     def test_threshold_that_can_never_fire_is_refused(self, objective, tmp_path):
         """It says why, and what would do."""
         done = run("write", tmp_path / "d", "--objective", objective)
 
         assert 2 == done.returncode
-        assert f"at an objective of {objective:g} % the alert with factor 14.4 never" in done.stderr
-        assert "Name an objective above 93.07 %" in done.stderr
+        assert f"at an objective of {objective:g} % the alert with factor 8 never" in done.stderr
+        assert "Name an objective above 87.52 %" in done.stderr
         assert not (tmp_path / "d").exists()
 
     @pytest.mark.parametrize(
@@ -156,6 +182,7 @@ class TestWrite:
             ("--objective", 100, "objective is 100.0; it must be a percent above 0 and below 100"),
             ("--objective", "nan", "objective is nan"),
             ("--min-replies", 0, "min_replies is 0; it must be 1 or more"),
+            ("--min-lost", 0, "min_lost is 0; it must be 1 or more"),
             ("--silence", 0, "silence.seconds is 0.0; it must be above 0"),
             ("--silence", "inf", "silence.seconds is inf; it must be above 0"),
             ("--silence", 30, "silence.seconds is 30.0; the alert would never fire"),
@@ -234,6 +261,9 @@ class TestConfig:
             ({"silence__window": 10}, "silence_window is 10; it must be text"),
             ({"silence__quantile": 1.0}, "silence.quantile is 1.0"),
             ({"many_providers__providers": 1}, "must be 2 or more"),
+            ({"outage__share": 1.5}, "outage.share is 1.5"),
+            ({"keep_firing_for": "5"}, "'5' is no duration"),
+            ({"spans_job": "("}, "spans_job is '('; it must be a regular expression"),
             ({"burn_rates": []}, "it must be a list of at least one"),
             ({"burn_rates__0__factor": 200}, "the alert with factor 200 never"),
             ({"burn_rates__0__factor": 0}, "burn_rates.factor is 0; it must be above 0"),
@@ -250,7 +280,7 @@ class TestConfig:
     def test_config_without_page_is_refused(self):
         """Only tickets: refused."""
         rows = [row for row in self.change()["burn_rates"] if row["severity"] == "warning"]
-        with pytest.raises(UsageError, match="nothing would ever page"):
+        with pytest.raises(UsageError, match="no row of burn_rates is critical"):
             config.parse(self.change(burn_rates=rows), "config.yaml")
 
     @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b"])

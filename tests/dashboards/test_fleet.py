@@ -155,7 +155,7 @@ QUERIES = [
     for target in panel.get("targets", [])
     if "expr" in target
 ]
-SPANS_ONLY = ("Lost, by model", "Replies, by model")
+SPANS_ONLY = ("Lost by model", "Replies by model")
 """Titles of the panels that need counts from spans, as their descriptions say."""
 
 
@@ -284,7 +284,7 @@ def test_replies_counted_both_ways_count_once(rows):
     assert abs(found["Replies"].value - float(found["Replies"].true)) <= 0.15 * float(
         found["Replies"].true
     )
-    assert found["Silence, p95"].fits
+    assert found["Time to first output, p95"].fits
 
 
 @pytest.mark.parametrize("path", ALL)

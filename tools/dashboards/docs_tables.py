@@ -58,31 +58,56 @@ def alert_rows(of: Thresholds) -> Iterator[list[str]]:
 
 
 def _when(alert: alerts.Alert, of: Thresholds) -> str:
-    if alert.alert == alerts.BURN:
+    enough = f"and at least {of.min_lost} of them"
+    if alert.alert == alerts.LOST_REPLIES and alert.labels["long"] == alert.labels["short"]:
+        share = of.outage_share * 100
+        return f"more than {share:.4g} % of the replies lost in {of.outage_window}, {enough}"
+    if alert.alert == alerts.LOST_REPLIES:
         row = next(r for r in of.burn_rates if (r.long, r.short) == tuple(alert.labels.values()))
         return (
-            f"more than {row.factor * of.budget * 100:.4g} % of the replies exhausted in "
-            f"{row.long}, and still in {row.short}: {row.factor:g} times what the objective allows"
+            f"more than {row.factor * of.budget * 100:.4g} % of the replies lost in {row.long}, "
+            f"{enough}, and still in {row.short}: {row.factor:g} times the allowed rate"
         )
-    if alert.alert == alerts.ABSENT:
+    if alert.alert in (alerts.ABSENT, alerts.DEGRADED):
         return {
-            "counts_down": f"the counts from spans ({of.spans_job}) cannot be scraped",
-            "agents_silent": "agents run and no reply is counted",
+            "counts_down": f"no target of the job with the counts from spans ({of.spans_job}) is "
+            "up",
+            "agents_silent": "agents run in an environment, and no reply is counted there in "
+            f"{of.telemetry_ticket_for}",
+            "some_counts_down": "some targets of that job are down, others are up",
+            "traffic_stopped": f"an environment with {10 * of.min_replies} replies in an hour has "
+            f"none in {of.telemetry_ticket_for}",
+            "refused": "the Collector refused spans or data points",
+            "send_failed": "the Collector could not send spans or data points",
+            "queue_full": "a queue of the Collector is over 80 % full",
         }[alert.labels["cause"]]
     return {
-        alerts.EXHAUSTED: f"{of.exhausted_replies} exhausted in {of.exhausted_window} of fewer "
-        f"than {of.min_replies} replies, where no ratio says anything",
-        alerts.NOT_RECOVERABLE: f"{of.not_recoverable_replies} replies, and "
-        f"{of.not_recoverable_share * 100:.4g} % of all, refused for good in "
+        alerts.FEW_LOST: f"{of.few_lost_replies} to {of.min_lost - 1} replies lost in "
+        f"{of.few_lost_window}, and more than {of.few_lost_share * 100:.4g} % of all",
+        alerts.NOT_RECOVERABLE: f"{of.min_lost} replies, and "
+        f"{of.not_recoverable_share * 100:.4g} % of all, refused in "
         f"{of.not_recoverable_window}: a key, a quota",
-        alerts.MANY: f"{of.many_providers_providers} providers at once; their own pages are held "
+        alerts.MANY: f"{of.many_providers_providers} providers at once; this page holds theirs "
         "back",
         alerts.STORM: f"more than {of.storm_amplification:g} requests per reply in "
         f"{of.storm_window}",
-        alerts.SLOW: f"the {of.silence_quantile * 100:g}th percentile of the silence before a "
-        f"reply above {of.silence_seconds:g} s in {of.silence_window}",
-        alerts.SPANS_DROPPED: "spans were not delivered",
+        alerts.SLOW: f"{of.silence_quantile * 100:g}th percentile of the time to first output "
+        f"above {of.silence_seconds:g} s in {of.silence_window}",
+        alerts.SPANS_DROPPED: f"more than {of.spans_dropped_share * 100:.4g} % of the spans "
+        f"dropped in {of.spans_dropped_window}",
+        alerts.WATCHDOG: "always, for a dead man's switch",
     }[alert.alert]
+
+
+def incident_rows(incidents: Path) -> Iterator[list[str]]:
+    """Yield each incident with the minute of its first notice."""
+    yield ["incident", "first notice"]
+    for each in yaml.safe_load(incidents.read_text("utf-8")):
+        page, ticket = each["page"], each["ticket"]
+        notices = [f"page at minute {page}"] if page else []
+        if ticket and not (page and page <= ticket):
+            notices.append(f"ticket at minute {ticket}")
+        yield [each["incident"], ", ".join(notices) or "none within 4 h"]
 
 
 # --- series and panels ----------------------------------------------------------------------------
@@ -186,6 +211,7 @@ def tables(dashboards: Path) -> dict[str, Rows]:
     return {
         **telemetry_tables.tables(),
         "alerts": list(alert_rows(config.read(dashboards / "config.yaml"))),
+        "incidents": list(incident_rows(Path(__file__).with_name("incidents.yaml"))),
         "series": list(series(dashboards)),
         "panels": list(panels(boards)),
     }

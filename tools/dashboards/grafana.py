@@ -42,7 +42,8 @@ MODEL: Final = label(semconv.MODEL)
 
 REPLIES: Final = alerts.REPLIES
 ATTEMPTS: Final = alerts.ATTEMPTS
-SILENCE: Final = alerts.SILENCE
+FIRST_OUTPUT: Final = alerts.FIRST_OUTPUT
+FAILURE_TIME: Final = alerts.FAILURE_TIME
 ATTEMPT_SECONDS: Final = "provider:traced_retry_attempt_duration_seconds_bucket:increase1m"
 DELAY: Final = "provider:traced_retry_delay_seconds_bucket:increase1m"
 
@@ -57,28 +58,28 @@ RANGE: Final = "$__range"
 
 
 def rolled(series: str) -> str:
-    """The series as it is for the time chosen: of each minute, or of ten."""
+    """Return the series with one sample a minute, or one in ten minutes for a long time."""
     return series.replace("increase1m", "increase$rollup")
 
 
 def count(series: str, *matchers: str, by: str = "", over: str = EITHER) -> str:
-    """How many in each interval, or in the whole time chosen."""
+    """Return the count in each interval, or in the whole selected time."""
     selector = ", ".join((CHOSEN, *matchers))
     return f"sum by ({by}) (sum_over_time({rolled(series)}{{{selector}}}[{over}]))"
 
 
 def per_minute(series: str, *matchers: str, by: str = "") -> str:
-    """How many a minute."""
+    """Return the count per minute."""
     return f"{count(series, *matchers, by=by)} * 60000 / $__rate_interval_ms"
 
 
 def share(part: str, whole: str) -> str:
-    """A ratio; 0 where the part was never seen, nothing where the whole is nothing."""
+    """Return a ratio. It is 0 without a part, and has no value without a whole."""
     return f"({part} or 0 * {whole}) / ({whole} > 0)"
 
 
 def of_replies(outcome: str, by: str = "", over: str = EITHER) -> str:
-    """The share of replies that ended so, of those that could be heard or fail."""
+    """Return the share of replies with that outcome, of those that could be heard or lost."""
     settled = count(REPLIES, alerts.SETTLED, by=by, over=over)
     return share(
         count(REPLIES, f'{OUTCOME}=~"{outcome}"', alerts.SETTLED, by=by, over=over), settled
@@ -86,22 +87,22 @@ def of_replies(outcome: str, by: str = "", over: str = EITHER) -> str:
 
 
 def quantile(q: float, series: str, by: str = "", over: str = EITHER) -> str:
-    """A quantile of a histogram's seconds."""
+    """Return a quantile of a histogram of seconds."""
     labels = ", ".join(filter(None, ("le", by)))
     return f"histogram_quantile({q}, {count(series, by=labels, over=over)})"
 
 
 def sent_per_reply(by: str = "", over: str = EITHER) -> str:
-    """Requests that went out for each reply asked."""
+    """Return the requests sent per reply."""
     sent = count(ATTEMPTS, f'{ACTION}!="listen"', by=by, over=over)
     return f"{sent} / ({count(REPLIES, by=by, over=over)} > 0)"
 
 
-LOST: Final = "exhausted|not_recoverable"
+LOST: Final = alerts.LOST_OUTCOMES
 
 
 def glance() -> tuple[Panel, ...]:
-    """What is to be known within ten seconds."""
+    """Return the tiles of the first row."""
 
     def number(title: str, about: str, expr: str, unit: str, **more: object) -> Panel:
         settings = {"decimals": 1, "none": NO_REPLY, "width": 3, "height": 5, **more}
@@ -109,12 +110,13 @@ def glance() -> tuple[Panel, ...]:
 
     firing = (
         f'count(max by (alertname, {PROVIDER}) (ALERTS{{alertname=~"TracedRetry.*", '
-        f'alertstate="firing", {ENVIRONMENT}=~"$environment|"}})) or vector(0)'
+        f'severity=~"critical|warning", alertstate="firing", {ENVIRONMENT}=~"$environment|"}}))'
+        " or vector(0)"
     )
     return (
         number(
             "Alerts",
-            "Alerts that fire now, of whichever provider, and those of no environment.",
+            "Alerts that fire now, for all providers. Alerts without an environment are included.",
             firing,
             "short",
             decimals=0,
@@ -123,51 +125,49 @@ def glance() -> tuple[Panel, ...]:
         ),
         number(
             "Replies",
-            "Replies that agents asked for in the time chosen, however they ended.",
+            "Number of replies in the selected time, with every outcome.",
             count(REPLIES, over=RANGE),
             "short",
             decimals=0,
         ),
         number(
-            "Heard at first try",
-            "Of the replies that could be heard or fail: those that needed no retry. Replies that "
-            "the caller interrupted, that a newer request replaced, or whose call ended first are "
-            "left out.",
+            "Succeeded at first attempt",
+            "Share of replies that needed no retry. Replies that were interrupted or superseded, "
+            "or whose session was closed, do not count.",
             of_replies("succeeded", over=RANGE),
             "percentunit",
         ),
         number(
             "Recovered by retry",
-            "Of the same replies: those the caller heard only because they were asked again.",
+            "Share of the same replies that the caller heard because of a retry.",
             of_replies("recovered", over=RANGE),
             "percentunit",
         ),
         number(
             "Lost",
-            "Of the same replies: those the caller never heard. The three add up to all.",
+            "Share of the same replies that the caller did not hear, or only in part. This share "
+            "and the two before it add up to 100 %.",
             of_replies(LOST, over=RANGE),
             "percentunit",
             decimals=2,
         ),
         number(
             "Burn rate",
-            "How many times faster than the objective allows replies are exhausted, of the worst "
-            "provider in the last hour. 1 is just what may be; at 14.4 somebody is paged.",
+            "Lost replies of the worst provider in the last hour, as a multiple of the rate that "
+            "the objective allows. Above 1 the error budget shrinks faster than planned.",
             f"max({hour_ratio()}) / scalar(1 - max({alerts.OBJECTIVE}))",
             "short",
             steps=((0, "green"), (1, "yellow"), (6, "red")),
         ),
         number(
-            "Silence, p95",
-            "Nineteen replies in twenty began, or failed, sooner than this after they were asked "
-            "for: the silence callers heard.",
-            quantile(0.95, SILENCE, over=RANGE),
+            "Time to first output, p95",
+            "Time within which 95 % of the heard replies started. Lost replies do not count.",
+            quantile(0.95, FIRST_OUTPUT, over=RANGE),
             "s",
         ),
         number(
             "Requests per reply",
-            "Requests sent for each reply asked. 1 without failures; what is above is load that "
-            "retries add.",
+            "Requests sent per reply. Without failures it is 1. Retries add the rest.",
             sent_per_reply(over=RANGE),
             "short",
             decimals=2,
@@ -176,19 +176,19 @@ def glance() -> tuple[Panel, ...]:
 
 
 def hour_ratio() -> str:
-    """The share of exhausted replies in the last hour, per provider."""
-    return of_replies("exhausted", by=PROVIDER, over="1h")
+    """Return the share of lost replies in the last hour, per provider."""
+    return of_replies(LOST, by=PROVIDER, over="1h")
 
 
-def exhaustion() -> Panel:
-    """The ratio that pages, and where it does."""
+def lost() -> Panel:
+    """Return the ratio that pages, with its limits."""
     return Panel(
-        "Exhausted in the last hour",
-        "Share of replies lost after every retry, in the hour before each moment. Above the upper "
-        "line, and still so in the last minutes, somebody is paged.",
+        "Lost in the last hour",
+        "Share of lost replies in the hour before each moment. Above the line named page the "
+        "hour's alert fires, if the last five minutes are above it as well.",
         (
             Query(hour_ratio(), f"{{{{{PROVIDER}}}}}"),
-            Query(f'max({alerts.THRESHOLD}{{severity="critical"}})', "pages", dashed="red"),
+            Query(f'max({alerts.THRESHOLD}{{severity="critical"}})', "page", dashed="red"),
             Query(f'min({alerts.THRESHOLD}{{severity="warning"}})', "ticket", dashed="yellow"),
         ),
         "percentunit",
@@ -198,7 +198,7 @@ def exhaustion() -> Panel:
 
 
 def codes(by: str, legend: str, title: str, about: str, *matchers: str, width: int = 8) -> Panel:
-    """Failed attempts, stacked."""
+    """Return the failed attempts, stacked."""
     return Panel(
         title,
         about,
@@ -211,11 +211,12 @@ def codes(by: str, legend: str, title: str, about: str, *matchers: str, width: i
 
 
 def stop_reasons(width: int = 8) -> Panel:
-    """Why replies ended unheard."""
+    """Return the replies without an answer, by stop reason."""
     return Panel(
-        "Why no further attempt was made",
-        "Replies that were not heard, by what ended them: out of attempts, of time or of budget, "
-        "not safe to ask again, refused, or called off by the caller or the provider.",
+        "Replies by stop reason",
+        "Replies a minute that were not heard, by the reason why no further attempt was made: "
+        "attempts, time or budget used up, a retry was unsafe, the provider refused, or the caller "
+        "or the provider ended the reply.",
         (Query(per_minute(REPLIES, f'{STOP}!=""', by=STOP), f"{{{{{STOP}}}}}"),),
         "cpm",
         "every reply was heard",
@@ -225,12 +226,12 @@ def stop_reasons(width: int = 8) -> Panel:
 
 
 def outcomes(**more: object) -> Panel:
-    """Replies by how they ended."""
+    """Return the replies by outcome."""
     settings = {"stacked": True, "none": NO_REPLY, **more}
     return Panel(
         settings.pop("title", "Replies by outcome"),  # type: ignore[arg-type]
-        "Replies a minute by how they ended. Green was heard at once, yellow after a retry, red "
-        "never; blue and purple were called off by the caller or the provider.",
+        "Replies a minute by outcome. Green succeeded, yellow recovered after a retry, red was "
+        "lost. Blue was interrupted by the caller, purple was superseded.",
         (Query(per_minute(REPLIES, by=OUTCOME), f"{{{{{OUTCOME}}}}}"),),
         "cpm",
         **settings,  # type: ignore[arg-type]
@@ -238,13 +239,13 @@ def outcomes(**more: object) -> Panel:
 
 
 def quantiles(title: str, about: str, series: str, none: str, *more: Query) -> Panel:
-    """Three quantiles of a histogram."""
+    """Return three quantiles of a histogram."""
     lines = tuple(Query(quantile(q, series), f"p{q * 100:.0f}") for q in (0.5, 0.95, 0.99))
     return Panel(title, about, (*lines, *more), "s", none)
 
 
 def heat(title: str, about: str, series: str, none: str) -> Panel:
-    """A histogram over time."""
+    """Return a histogram over time."""
     return Panel(
         title,
         about,
@@ -256,7 +257,7 @@ def heat(title: str, about: str, series: str, none: str) -> Panel:
 
 
 def times() -> tuple[Panel, ...]:
-    """How long everything took."""
+    """Return the panels of all durations."""
     objective = Query(f"max({alerts.SILENCE_OBJECTIVE})", "objective, p95", dashed="red")
     attempt, waited = (
         "provider:traced_retry_attempt_duration_seconds_sum:increase1m",
@@ -265,43 +266,55 @@ def times() -> tuple[Panel, ...]:
     replies = f"({count(REPLIES)} > 0)"
     return (
         quantiles(
-            "Silence before a reply",
-            "From asking to the first sign of the reply, or to its failure. What was called off is "
-            "left out.",
-            SILENCE,
+            "Time to first output",
+            "Time from the request to the first word, sound or tool call, over the replies that "
+            "were heard. Lost replies have a time to failure instead.",
+            FIRST_OUTPUT,
             NO_REPLY,
             objective,
         ),
         quantiles(
-            "One attempt",
-            "From an attempt's start to its end, whichever end that was.",
+            "Time to failure",
+            "Time from the request to the report that the reply is lost. A high value means that "
+            "callers waited long for a failure.",
+            FAILURE_TIME,
+            "none lost",
+        ),
+        quantiles(
+            "Attempt duration",
+            "Time from the start of an attempt to its end, with every result.",
             ATTEMPT_SECONDS,
             NO_REPLY,
         ),
         quantiles(
-            "Wait before a retry",
-            f"What was really waited between two attempts. {AGENTS_ONLY}",
+            "Backoff delay",
+            f"Time waited between two attempts. {AGENTS_ONLY}",
             DELAY,
             "no retry waited, or agents send no metrics",
         ),
-        heat("Silence, all replies", "How many replies began after how long.", SILENCE, NO_REPLY),
         heat(
-            "One attempt, all of them",
-            "How many attempts took how long. A stripe at the plugin's own time-out (5 or 10 s) is "
-            "a provider that does not answer.",
+            "Time to first output (distribution)",
+            "Number of replies by time to first output.",
+            FIRST_OUTPUT,
+            NO_REPLY,
+        ),
+        heat(
+            "Attempt duration (distribution)",
+            "Number of attempts by duration. A stripe at the plugin's own time-out (5 or 10 s) "
+            "means that the provider does not answer.",
             ATTEMPT_SECONDS,
             NO_REPLY,
         ),
         heat(
-            "Waits, all of them",
-            f"How many waits between two attempts took how long. {AGENTS_ONLY}",
+            "Backoff delay (distribution)",
+            f"Number of waits between two attempts by duration. {AGENTS_ONLY}",
             DELAY,
             "no retry waited, or agents send no metrics",
         ),
         Panel(
-            "Where the silence comes from",
-            "The mean silence of a reply, split: the time in which an attempt was under way, and "
-            "the time waited between attempts.",
+            "Mean reply duration by part",
+            "Mean time until a reply started or failed, split into the time of its attempts and "
+            "the time between them.",
             (
                 Query(f"{count(attempt)} / {replies}", "attempts"),
                 Query(f"clamp_min({count(waited)} - {count(attempt)}, 0) / {replies}", "waiting"),
@@ -309,14 +322,13 @@ def times() -> tuple[Panel, ...]:
             "s",
             NO_REPLY,
             stacked=True,
-            width=12,
         ),
         exemplars(),
     )
 
 
 def exemplars() -> Panel:
-    """The way from a number to a trace."""
+    """Return the panel that leads from a number to a trace."""
     unclean = f'{CHOSEN}, {OUTCOME}=~"recovered|{LOST}", {STOP}!="session_closed"'
     spans = f'traces_span_metrics_calls_total{{span_name="{semconv.SPAN_REPLY}", {unclean}}}'
     own = f"{label(semconv.METRIC_REPLIES)}_total{{{unclean}, {GENERATE_REPLY}}}"
@@ -324,8 +336,8 @@ def exemplars() -> Panel:
         REPLIES, f'{OUTCOME}=~"recovered|{LOST}"', f'{STOP}!="session_closed"', by=OUTCOME
     )
     return Panel(
-        "Replies that were not a clean success, each dot a trace",
-        "Replies a minute that recovered or were lost. A dot is one of them: click it for its "
+        "Recovered and lost replies, with traces",
+        "Replies a minute that recovered or were lost. Each dot is one of them and links to its "
         "trace. Dots need Prometheus's exemplar storage and an exporter that passes exemplars on.",
         (
             Query(
@@ -341,19 +353,19 @@ def exemplars() -> Panel:
             ),
         ),
         "cpm",
-        "every reply was a clean success",
-        width=12,
+        "every reply succeeded at the first attempt",
+        width=16,
     )
 
 
 def health() -> tuple[Panel, ...]:
-    """Whether all of the above can be believed."""
+    """Return the panels about the telemetry itself."""
     exporter, reason = label(semconv.EXPORTER), label(semconv.DROP_REASON)
     return (
         Panel(
             "Processes reporting",
-            f"Processes whose own metrics arrived in the last five minutes. {AGENTS_ONLY} A worker "
-            "that is scraped is one process, however many calls it serves.",
+            f"Processes that sent metrics in the last five minutes. {AGENTS_ONLY} A worker that is "
+            "scraped is one process, with any number of calls.",
             (Query(f"sum(traced_retry:processes:count{{{THERE}}})", "processes"),),
             "short",
             "agents send no metrics of their own",
@@ -361,8 +373,8 @@ def health() -> tuple[Panel, ...]:
         ),
         Panel(
             "Spans dropped",
-            "Spans that were never delivered, by exporter and reason. Above 0 traces have gaps and "
-            f"counts from spans are too low. {AGENTS_ONLY}",
+            "Spans a minute that were not delivered, by exporter and reason. Above 0 traces have "
+            f"gaps, and counts from spans are too low. {AGENTS_ONLY}",
             (
                 Query(
                     f"sum by ({exporter}, {reason}) "
@@ -378,8 +390,8 @@ def health() -> tuple[Panel, ...]:
         ),
         Panel(
             "Retry budget left",
-            "Retries that the poorest process may still send to each provider. At 0 replies fail "
-            f"without a retry. {AGENTS_ONLY}",
+            "Lowest number of retries left in any process, per provider. At 0 replies fail without "
+            f"a retry. {AGENTS_ONLY}",
             (
                 Query(
                     f"min by ({PROVIDER}) (provider:traced_retry_budget_remaining:min{{{CHOSEN}}})",
@@ -391,8 +403,9 @@ def health() -> tuple[Panel, ...]:
             width=6,
         ),
         Panel(
-            "Replies under way",
-            f"Replies asked for that have not ended. What only rises is stuck. {AGENTS_ONLY}",
+            "In-flight replies",
+            f"Replies that have not ended. A value that only rises indicates leaked replies. "
+            f"{AGENTS_ONLY}",
             (
                 Query(
                     f"sum by ({PROVIDER}) (provider:traced_retry_in_flight:sum{{{CHOSEN}}})",
@@ -404,9 +417,9 @@ def health() -> tuple[Panel, ...]:
             width=6,
         ),
         Panel(
-            "Heard after their failure was told",
-            "Replies that came although the agent had given them up: the caller may have heard "
-            f"two. It should be 0. {AGENTS_ONLY}",
+            "Late replies",
+            "Replies a minute that arrived after their failure was reported. The caller may have "
+            f"heard two replies. The value should be 0. {AGENTS_ONLY}",
             (
                 Query(
                     per_minute("provider:traced_retry_late_replies:increase1m", by=PROVIDER),
@@ -419,11 +432,11 @@ def health() -> tuple[Panel, ...]:
             height=6,
         ),
         Panel(
-            "Counts can be read",
-            "Whether Prometheus can scrape the counts and the Collector: at 0 all above is old.",
-            (Query("min by (job) (up)", "{{job}}"),),
+            "Scrape targets up",
+            "Targets that Prometheus can scrape, per job. At 0 the panels above show old values.",
+            (Query("sum by (job) (up)", "{{job}}"),),
             "short",
-            "nothing is scraped: agents push",
+            "no scrape targets: agents push",
             width=12,
             height=6,
         ),
@@ -431,11 +444,11 @@ def health() -> tuple[Panel, ...]:
 
 
 def matrix() -> Panel:
-    """Providers by codes."""
+    """Return the failed attempts of each provider by code."""
     return Panel(
         "Failed attempts: providers and codes",
-        "How often each provider failed with each code, in the time chosen. A code that we do not "
-        "know is _OTHER here and exact on the trace.",
+        "Number of failed attempts in the selected time. An unknown code is _OTHER here and exact "
+        "on the trace.",
         (
             Query(
                 f"{count(ATTEMPTS, FAILED, by=f'{PROVIDER}, {CODE}', over=RANGE)} > 0",
@@ -463,12 +476,11 @@ _ENVIRONMENTS: Final = choice(
 
 
 def overview() -> Board:
-    """All providers."""
+    """Return the dashboard of all providers."""
     return Board(
         alerts.OVERVIEW,
         "Realtime replies: overview",
-        "Which provider fails, with what error, how much silence callers hear, and whether "
-        "retrying helps.",
+        "Lost replies, errors, time to first output and the success of retries, per provider.",
         (
             data_source("prometheus", "Prometheus"),
             rollup(),
@@ -481,10 +493,10 @@ def overview() -> Board:
             Row(
                 "Per provider",
                 (
-                    exhaustion(),
+                    lost(),
                     Panel(
                         "Retries per reply",
-                        "Attempts after the first, for each reply asked: how much is retried.",
+                        "Attempts after the first one, per reply.",
                         (
                             Query(
                                 f"clamp_min({count(ATTEMPTS, by=PROVIDER)} / "
@@ -497,9 +509,9 @@ def overview() -> Board:
                         link=True,
                     ),
                     Panel(
-                        "Is retrying helping?",
-                        "Of the replies whose first attempt failed and that were worth a retry: "
-                        "the share that was heard in the end. Near 0 retries only add silence.",
+                        "Retry success rate",
+                        "Share of retried replies that the caller heard. Near 0 retries only add "
+                        "waiting time.",
                         (
                             Query(
                                 share(
@@ -518,27 +530,27 @@ def overview() -> Board:
                 ),
             ),
             Row(
-                "Why",
+                "Causes",
                 (
                     codes(
                         CODE,
                         f"{{{{{CODE}}}}}",
                         "Failed attempts by code",
-                        "Attempts a minute that failed, by the provider's code, or the kind of "
-                        "failure where it gave none.",
+                        "Attempts a minute that failed, by the provider's code, or by the kind of "
+                        "failure if the provider sent no code.",
                     ),
                     codes(
                         RECOVERABLE,
                         f"recoverable: {{{{{RECOVERABLE}}}}}",
-                        "Could a retry mend it?",
-                        "The same attempts: true could pass when asked again, false never will (a "
-                        "key, a quota, a bad request).",
+                        "Failed attempts by recoverability",
+                        "The same attempts. If recoverable is false, a retry cannot help: a key, a "
+                        "quota or an invalid request.",
                     ),
                     stop_reasons(),
                     matrix(),
                     Panel(
                         "Requests per reply, by provider",
-                        "Requests sent for each reply asked. Above the line a ticket is opened.",
+                        "Requests sent per reply. Above the line a ticket opens.",
                         (
                             Query(sent_per_reply(by=PROVIDER), f"{{{{{PROVIDER}}}}}"),
                             Query(f"max({alerts.STORM_LIMIT})", "ticket", dashed="yellow"),
@@ -549,19 +561,19 @@ def overview() -> Board:
                     ),
                 ),
             ),
-            Row("Time", times()),
-            Row("Can this be believed?", health()),
+            Row("Durations", times()),
+            Row("Telemetry health", health()),
         ),
     )
 
 
 def jaeger(title: str, outcome: str, about: str) -> Traces:
-    """A search in Jaeger."""
+    """Return a search in Jaeger."""
     return Traces(
         title,
-        f"{about} Open one for its attempts, their codes and waits. Grafana searches Jaeger by the "
-        "HTTP API that Jaeger drops after 2.20.",
-        "none in the time chosen, or Jaeger has no traces of this service",
+        f"{about} A trace shows the attempts with their codes and delays. Grafana searches by the "
+        "HTTP API that Jaeger removes after 2.20.",
+        "none in the selected time, or Jaeger has no traces of this service",
         jaeger={
             "service": "$service",
             "operation": semconv.SPAN_REPLY,
@@ -573,7 +585,7 @@ def jaeger(title: str, outcome: str, about: str) -> Traces:
 
 
 def provider() -> Board:
-    """One provider."""
+    """Return the dashboard of one provider."""
     spans = f'span_name="{semconv.SPAN_REPLY}", {PROVIDER}="$provider", {THERE}'
     window = (
         f'label_replace({{__name__=~"{alerts.ratio(".+")}", {CHOSEN}}}, "window", "$1", '
@@ -582,7 +594,7 @@ def provider() -> Board:
     return Board(
         alerts.PROVIDER,
         "Realtime replies: one provider",
-        "One provider: its outcomes, models and codes, and the traces of the replies it lost.",
+        "Outcomes, models, error codes and the traces of lost replies of one provider.",
         (
             data_source("prometheus", "Prometheus"),
             data_source("jaeger", "Jaeger"),
@@ -613,11 +625,11 @@ def provider() -> Board:
                 "Outcomes",
                 (
                     outcomes(),
-                    exhaustion(),
+                    lost(),
                     Panel(
                         "Burn rate by window",
-                        "How many times faster than the objective allows replies are exhausted, in "
-                        "each window that the alerts look at. 1 is just what may be.",
+                        "Lost replies as a multiple of the rate that the objective allows, in each "
+                        "window of the alerts. Above 1 the error budget shrinks too fast.",
                         (
                             Query(
                                 f"max by (window) ({window}) / scalar(1 - max({alerts.OBJECTIVE}))",
@@ -628,13 +640,13 @@ def provider() -> Board:
                         NO_REPLY,
                     ),
                     Panel(
-                        "Lost, by model",
-                        "Replies a minute that were lost, by model. Known only where replies are "
+                        "Lost by model",
+                        "Replies a minute that were lost, by model. Known only if replies are "
                         "counted from spans.",
                         (
                             Query(
                                 f"60 * sum by ({MODEL}) (rate(traces_span_metrics_calls_total{{"
-                                f'{spans}, {MODEL}=~"$model", {OUTCOME}=~"{LOST}"}}[{EITHER}]))',
+                                f'{spans}, {MODEL}=~"$model", {alerts.LOST}}}[{EITHER}]))',
                                 f"{{{{{MODEL}}}}}",
                                 step="",
                             ),
@@ -645,9 +657,9 @@ def provider() -> Board:
                         width=12,
                     ),
                     Panel(
-                        "Replies, by model",
-                        "Replies a minute, by model, however they ended. Known only where replies "
-                        "are counted from spans.",
+                        "Replies by model",
+                        "Replies a minute by model, with every outcome. Known only if replies are "
+                        "counted from spans.",
                         (
                             Query(
                                 f"60 * sum by ({MODEL}) (rate(traces_span_metrics_calls_total{{"
@@ -664,28 +676,28 @@ def provider() -> Board:
                 ),
             ),
             Row(
-                "Why",
+                "Causes",
                 (
                     codes(
                         CODE,
                         f"{{{{{CODE}}}}}",
                         "Failed attempts by code",
-                        "Attempts a minute that failed with the codes chosen above.",
+                        "Attempts a minute that failed with the selected codes.",
                         f'{CODE}=~"$code"',
                     ),
                     codes(
                         ACTION,
                         f"{{{{{ACTION}}}}}",
                         "Failed attempts by action",
-                        "The same attempts by what was done: a request sent, listened on for the "
-                        "one already sent, or a session started afresh.",
+                        "The same attempts by action: a request was sent, the attempt listened for "
+                        "an earlier request, or it started a new session.",
                         f'{CODE}=~"$code"',
                     ),
                     stop_reasons(),
                     Panel(
-                        "Codes",
-                        "Failed attempts of the time chosen, by code, and whether a retry could "
-                        "mend it.",
+                        "Failed attempts by code and recoverability",
+                        "Number of failed attempts in the selected time. If recoverable is false, "
+                        "a retry cannot help.",
                         (
                             Query(
                                 "sort_desc("
@@ -722,19 +734,19 @@ def provider() -> Board:
                     ),
                 ),
             ),
-            Row("Time", times()),
+            Row("Durations", times()),
             Row(
                 "Lost replies in Jaeger",
                 (
                     jaeger(
-                        "Exhausted",
+                        "Exhausted replies",
                         "exhausted",
-                        "The newest twenty traces with a reply that was lost after every retry.",
+                        "The newest 20 traces with a reply that failed after all retries.",
                     ),
                     jaeger(
-                        "Refused",
+                        "Refused replies",
                         "not_recoverable",
-                        "The newest twenty traces with a reply that no retry could mend.",
+                        "The newest 20 traces with a reply that no retry could fix.",
                     ),
                 ),
                 folded=True,
@@ -744,8 +756,8 @@ def provider() -> Board:
                 (
                     Traces(
                         "Lost replies",
-                        "The newest twenty traces with a reply that was lost.",
-                        "none lost in the time chosen",
+                        "The newest 20 traces with a lost reply.",
+                        "none lost in the selected time",
                         traceql=f'{{name="{semconv.SPAN_REPLY}" && '
                         f'span.{semconv.PROVIDER}="$provider" && '
                         f'span.{semconv.OUTCOME}=~"{LOST}"}}',

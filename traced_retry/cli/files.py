@@ -82,16 +82,25 @@ def show_dashboard(
 def write_dashboards(
     directory: _Directory,
     *,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="An objective with its burn rates: 99 (shipped) or 99.5."),
+    ] = None,
     objective: Annotated[
         float | None,
-        typer.Option(help="Percent of replies not to be exhausted; shipped: 99."),
+        typer.Option(help="Percent of replies that are not lost; shipped: 99."),
     ] = None,
     min_replies: Annotated[
-        int | None, typer.Option(help="Replies below which a ratio pages nobody; shipped: 20.")
+        int | None,
+        typer.Option(help="Replies that a percentile needs at least; shipped: 20."),
+    ] = None,
+    min_lost: Annotated[
+        int | None,
+        typer.Option(help="Lost replies that a page needs at least; shipped: 10."),
     ] = None,
     silence: Annotated[
         float | None,
-        typer.Option(help="Seconds that 95 % of replies are to begin within; shipped: 3."),
+        typer.Option(help="Seconds to first output that 95 % of replies keep to; shipped: 3."),
     ] = None,
     grafana_url: Annotated[
         str | None, typer.Option(help="Where your Grafana is, for the links in alerts.")
@@ -113,8 +122,10 @@ def write_dashboards(
     """
     found = _dashboard_files(
         config,
+        preset=preset,
         objective=objective,
         min_replies=min_replies,
+        min_lost=min_lost,
         silence_seconds=silence,
         grafana_url=grafana_url,
         runbook_url=runbook_url,
@@ -123,9 +134,9 @@ def write_dashboards(
 
 
 def _dashboard_files(
-    config: Path | None = None, **changes: float | str | None
+    config: Path | None = None, preset: str | None = None, **changes: float | str | None
 ) -> list[ShippedFile]:
     # The import needs PyYAML, which only these commands use.
     from traced_retry.monitoring.files import files  # noqa: PLC0415
 
-    return files(config, **changes)
+    return files(config, preset=preset, **changes)

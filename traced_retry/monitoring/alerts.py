@@ -4,10 +4,14 @@
 This module is the source of ``dashboards/prometheus/alerts.yaml`` and of its other forms. The
 alerts read the series of ``rollup.yaml``: for each provider, once a minute, the count of that
 minute (averaged over five). Sums of these counts over a window weigh by traffic and tolerate gaps.
+
+The indicator is the share of lost replies. Losses within one call are correlated, and metrics have
+no label for a call. Therefore a page needs ``min_lost`` lost replies: more than one call loses.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -16,7 +20,7 @@ from traced_retry import semconv
 from traced_retry.monitoring.config import BurnRate, Thresholds, seconds
 
 ENVIRONMENT: Final = "deployment.environment.name"
-"""Kept throughout; where a deployment names none, all is of one environment without a name."""
+"""A label of all recorded series. Agents that set none share one environment without a name."""
 
 OVERVIEW: Final = "traced-retry-overview"
 PROVIDER: Final = "traced-retry-provider"
@@ -38,13 +42,17 @@ _BY: Final = f"{_PROVIDER}, {_ENVIRONMENT}"
 REPLIES_RATE: Final = "provider:traced_retry_replies:rate5m"
 REPLIES: Final = "provider:traced_retry_replies:increase1m"
 ATTEMPTS: Final = "provider:traced_retry_attempts:increase1m"
-SILENCE: Final = "provider:traced_retry_reply_duration_seconds_bucket:increase1m"
+FIRST_OUTPUT: Final = "provider:traced_retry_time_to_first_output_seconds_bucket:increase1m"
+FAILURE_TIME: Final = "provider:traced_retry_time_to_failure_seconds_bucket:increase1m"
 DROPPED: Final = "exporter:traced_retry_export_dropped:increase1m"
 
-NOT_CALLED_OFF: Final = f'{_OUTCOME}!~"interrupted|superseded"'
-"""Selects the replies, or their durations, that neither caller nor provider called off."""
-SETTLED: Final = f'{NOT_CALLED_OFF}, {_STOP}!="session_closed"'
-"""Selects the replies that could be heard or fail: of these, too, whose call did not end first."""
+SETTLED: Final = f'{_OUTCOME}!~"interrupted|superseded", {_STOP}!="session_closed"'
+"""Selects the replies that could be heard or lost."""
+LOST_OUTCOMES: Final = "exhausted|not_recoverable"
+LOST: Final = f'{_OUTCOME}=~"{LOST_OUTCOMES}", {_STOP}!="session_closed"'
+"""Selects the lost replies. The caller closed the session of the others."""
+HEARD: Final = f'{_OUTCOME}=~"succeeded|recovered"'
+"""Selects the replies that were heard."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,10 @@ class Alert:
     for_: str = "0s"
     labels: dict[str, str] = field(default_factory=dict)
     of_provider: bool = True
-    """Whether its series have a provider: its dashboard is that provider's then."""
+    """Whether the series have a provider, so that the link leads to its dashboard."""
+    details: str = ""
+    """The end of the description. Its templates ask Prometheus, which Grafana's cannot."""
+    keep_firing_for: str = ""
 
     def document(self, thresholds: Thresholds) -> dict[str, Any]:
         """Return the rule as Prometheus reads it."""
@@ -81,10 +92,11 @@ class Alert:
             "alert": self.alert,
             "expr": self.expr,
             "for": self.for_,
+            **({"keep_firing_for": self.keep_firing_for} if self.keep_firing_for else {}),
             "labels": {"severity": self.severity, **self.labels},
             "annotations": {
                 "summary": self.summary,
-                "description": self.description,
+                "description": self.description + self.details,
                 "runbook_url": self._runbook(thresholds),
                 "dashboard_url": self._dashboard(thresholds.grafana_url.rstrip("/")),
             },
@@ -106,41 +118,45 @@ class Alert:
 
 
 def ratio(window: str) -> str:
-    """Return the name of the recorded ratio of exhausted replies in that window."""
-    return f"provider:traced_retry_exhausted:ratio_rate{window}"
+    """Return the name of the recorded ratio of lost replies in that window."""
+    return f"provider:traced_retry_lost:ratio_rate{window}"
 
 
 OBJECTIVE: Final = "traced_retry:objective:ratio"
-THRESHOLD: Final = "traced_retry:exhausted_threshold:ratio"
+THRESHOLD: Final = "traced_retry:lost_threshold:ratio"
 SILENCE_OBJECTIVE: Final = "traced_retry:silence_objective:seconds"
 STORM_LIMIT: Final = "traced_retry:amplification_limit:ratio"
 """The thresholds themselves, recorded, so that dashboards draw those in force."""
 
-BURN: Final = "TracedRetryExhaustionBurn"
-EXHAUSTED: Final = "TracedRetryRepliesExhausted"
+LOST_REPLIES: Final = "TracedRetryRepliesLost"
+FEW_LOST: Final = "TracedRetryFewRepliesLost"
 NOT_RECOVERABLE: Final = "TracedRetryNotRecoverable"
 MANY: Final = "TracedRetryManyProviders"
 STORM: Final = "TracedRetryStorm"
 SLOW: Final = "TracedRetrySilence"
 ABSENT: Final = "TracedRetryTelemetryAbsent"
+DEGRADED: Final = "TracedRetryTelemetryDegraded"
 SPANS_DROPPED: Final = "TracedRetrySpansDropped"
+WATCHDOG: Final = "TracedRetryWatchdog"
 ALERTS: Final = (
-    BURN,
-    EXHAUSTED,
+    LOST_REPLIES,
+    FEW_LOST,
     NOT_RECOVERABLE,
     MANY,
     STORM,
     SLOW,
     ABSENT,
+    DEGRADED,
     SPANS_DROPPED,
+    WATCHDOG,
 )
-"""In the order of the runbook; a section's place is its panel's id in Grafana."""
+"""In the order of the runbook. The place of a section is the id of its panel in Grafana."""
 
 
 def windows(thresholds: Thresholds) -> list[str]:
-    """Return every window of the burn-rate alerts once, the shortest first."""
+    """Return every window with a recorded ratio once, the shortest first."""
     found = {w for row in thresholds.burn_rates for w in (row.short, row.long)}
-    return sorted(found, key=seconds)
+    return sorted({*found, thresholds.few_lost_window}, key=seconds)
 
 
 def records(thresholds: Thresholds) -> list[Record]:
@@ -163,38 +179,101 @@ def records(thresholds: Thresholds) -> list[Record]:
 
 
 def _counted(series: str, *matchers: str, window: str, by: str = _BY) -> str:
-    """How many there were in the window, per provider."""
+    """Return the query for the count in the window; all labels are summed up without ``by``."""
     selector = f"{{{', '.join(matchers)}}}" if matchers else ""
+    total = f"sum by ({by})" if by else "sum"
     if series == REPLIES and seconds(window) == seconds("5m"):
-        # At once: what is averaged over five minutes takes as long to be seen whole.
-        return f"(300 * sum by ({by}) ({REPLIES_RATE}{selector}))"
-    return f"sum by ({by}) (sum_over_time({series}{selector}[{window}]))"
+        # The rolled-up counts are averages over five minutes, which takes as long again.
+        return f"(300 * {total} ({REPLIES_RATE}{selector}))"
+    return f"{total} (sum_over_time({series}{selector}[{window}]))"
 
 
 def _ratio(window: str) -> str:
-    # A provider that never exhausted has no such series: 0, and not absence. Without any reply
-    # there is no ratio.
+    # A provider without a lost reply has the ratio 0. A provider without replies has none.
     settled = _counted(REPLIES, SETTLED, window=window)
-    exhausted = _counted(REPLIES, f'{_OUTCOME}="exhausted"', window=window)
-    return f"(\n  {exhausted}\n  or\n  0 * {settled}\n)\n/\n({settled} > 0)"
+    lost = _counted(REPLIES, LOST, window=window)
+    return f"(\n  {lost}\n  or\n  0 * {settled}\n)\n/\n({settled} > 0)"
 
 
 def alerts(thresholds: Thresholds) -> list[Alert]:
     """Return the alerts in the order of the runbook."""
     of = thresholds
     return [
+        _outage(of),
         *(_burn(row, of) for row in of.burn_rates),
-        _exhausted(of),
+        _few_lost(of),
         _not_recoverable(of),
         _many(of),
         _storm(of),
         _silence(of),
         *_absent(of),
-        _dropped(),
+        *_degraded(of),
+        _dropped(of),
+        _watchdog(),
     ]
 
 
-_WHO: Final = f"{{{{ $labels.{_PROVIDER} }}}}"
+_WHERE: Final = f"{{{{ with $labels.{_ENVIRONMENT} }}}} in {{{{ . }}}}{{{{ end }}}}"
+_WHO: Final = f"{{{{ $labels.{_PROVIDER} }}}}{_WHERE}"
+_COUNT: Final = '{{ $value | printf "%.0f" }}'
+_SHARE: Final = "{{ $value | humanizePercentage }}"
+_SAME: Final = f"{_PROVIDER}=%q, {_ENVIRONMENT}=%q"
+"""Matchers for the provider and environment of an alert, for the ``printf`` of its template."""
+
+
+def _asked(query: str) -> str:
+    """Return the pipeline of a template that asks for the alert's provider and environment."""
+    return f"printf `{query}` $labels.{_PROVIDER} $labels.{_ENVIRONMENT} | query"
+
+
+def _number(*matchers: str, window: str) -> str:
+    """Return the template of a count of replies."""
+    query = _counted(REPLIES, _SAME, *matchers, window=window, by="")
+    return f'{{{{ with {_asked(query)} }}}}{{{{ . | first | value | printf "%.0f" }}}}{{{{ end }}}}'
+
+
+def _code(window: str) -> str:
+    """Return the template of the most frequent code of the failed attempts."""
+    query = (
+        f"topk(1, sum by ({label(semconv.ERROR_TYPE)}) (sum_over_time({ATTEMPTS}{{{_SAME}, "
+        f'{label(semconv.RESULT)}="failed"}}[{window}])) > 0)'
+    )
+    return (
+        f"{{{{ range {_asked(query)} }}}} Most frequent error code: "
+        f"{{{{ .Labels.{label(semconv.ERROR_TYPE)} }}}}.{{{{ end }}}}"
+    )
+
+
+def _details(window: str) -> str:
+    """Return the counts and the code behind a share of lost replies."""
+    lost, settled = _number(LOST, window=window), _number(SETTLED, window=window)
+    return f" Lost: {lost} of {settled} replies.{_code(window)}"
+
+
+def _nearly(count: float) -> str:
+    """Return a limit half a reply lower: a sum of floats may be 2.95 for three replies."""
+    return f"{count - 0.5:g}"
+
+
+def _lost_enough(of: Thresholds, window: str) -> str:
+    return f"{_counted(REPLIES, LOST, window=window)} > {_nearly(of.min_lost)}"
+
+
+def _outage(of: Thresholds) -> Alert:
+    window = of.outage_window
+    lost, settled = (_counted(REPLIES, each, window=window) for each in (LOST, SETTLED))
+    return Alert(
+        LOST_REPLIES,
+        f"{lost} / {settled} > {of.outage_share:g}\nand\n{_lost_enough(of, window)}",
+        "critical",
+        "Many realtime replies are lost.",
+        f"{_WHO} lost {_SHARE} of its replies in the last {window} (limit: "
+        f"{of.outage_share * 100:.4g} %).",
+        of.outage_for,
+        {"long": window, "short": window},
+        details=_details(window),
+        keep_firing_for=of.keep_firing_for,
+    )
 
 
 def _burn(row: BurnRate, of: Thresholds) -> Alert:
@@ -202,49 +281,37 @@ def _burn(row: BurnRate, of: Thresholds) -> Alert:
     days = 30 / row.factor
     gone = f"{days:.0f} days" if days >= 2 else f"{days * 24:.0f} hours"  # noqa: PLR2004
     return Alert(
-        BURN,
+        LOST_REPLIES,
         f"{ratio(row.long)} > {threshold}\nand\n{ratio(row.short)} > {threshold}\n"
-        f"and\n{_counted(REPLIES, SETTLED, window=row.long)} >= {of.min_replies}",
+        f"and\n{_lost_enough(of, row.long)}",
         row.severity,
-        "Callers hear nothing: too many replies are exhausted.",
-        f"{{{{ $value | humanizePercentage }}}} of the replies asked of {_WHO} in the last "
-        f"{row.long} were lost after every retry, and it goes on in the last {row.short}; "
-        f"{of.budget * 100:.4g} % of them may be. At this rate, or a faster one, thirty "
-        f"days' error budget is gone in {gone}.",
+        "Realtime replies burn too much error budget."
+        if row.severity == "critical"
+        else "Realtime replies burn their error budget slowly.",
+        f"{_WHO} lost {_SHARE} of its replies in the last {row.long} (objective: at most "
+        f"{of.budget * 100:.4g} %). At this rate the 30-day error budget is used up in {gone}.",
         row.for_,
         {"long": row.long, "short": row.short},
+        details=_details(row.long),
+        keep_firing_for=of.keep_firing_for,
     )
 
 
-def _nearly(count: int) -> str:
-    """Counts are put together from rates, which extrapolate: 2.9 replies are three."""
-    return f"{count - 0.5:g}"
-
-
-def _exhausted(of: Thresholds) -> Alert:
-    counted = _counted(REPLIES, f'{_OUTCOME}="exhausted"', window=of.exhausted_window)
+def _few_lost(of: Thresholds) -> Alert:
+    window = of.few_lost_window
+    lost = _counted(REPLIES, LOST, window=window)
     return Alert(
-        EXHAUSTED,
-        f"{counted} > {_nearly(of.exhausted_replies)}\n"
-        f"and\n{_counted(REPLIES, SETTLED, window=of.exhausted_window)} < {of.min_replies}",
+        FEW_LOST,
+        f"{lost} > {_nearly(of.few_lost_replies)}\n"
+        f"and\n{lost} < {_nearly(of.min_lost)}\n"
+        f"and\n{ratio(window)} > {of.few_lost_share:g}",
         "warning",
-        "Replies were lost after every retry; there are too few for a ratio.",
-        f'{{{{ $value | printf "%.0f" }}}} replies asked of {_WHO} were exhausted in the last '
-        f"{of.exhausted_window}: callers heard nothing.",
-    )
-
-
-def codes(window: str) -> str:
-    """The codes of one provider's failures that no retry mends, as a template of Prometheus."""
-    query = (
-        f"sort_desc(sum by ({label(semconv.ERROR_TYPE)}) (sum_over_time({ATTEMPTS}{{"
-        f'{_PROVIDER}=\\"%s\\", {_ENVIRONMENT}=\\"%s\\", '
-        f'{label(semconv.RECOVERABLE)}=\\"false\\"}}[{window}])) > 0)'
-    )
-    which = f"$labels.{_PROVIDER} $labels.{_ENVIRONMENT}"
-    return (
-        f'{{{{ range query (printf "{query}" {which}) }}}}'
-        f" {{{{ .Labels.{label(semconv.ERROR_TYPE)} }}}}{{{{ end }}}}"
+        "A few realtime replies were lost.",
+        f"{_WHO} lost {_COUNT} replies in the last {window}. That may be one call: "
+        f"a page needs {of.min_lost} lost replies.",
+        of.few_lost_for,
+        details=_code(window),
+        keep_firing_for=of.keep_firing_for,
     )
 
 
@@ -253,30 +320,32 @@ def _not_recoverable(of: Thresholds) -> Alert:
     refused = _counted(REPLIES, f'{_STOP}="not_recoverable"', window=window)
     return Alert(
         NOT_RECOVERABLE,
-        f"{refused} > {_nearly(of.not_recoverable_replies)}\n"
+        f"{refused} > {_nearly(of.min_lost)}\n"
         f"and\n{refused} / {_counted(REPLIES, SETTLED, window=window)}"
         f" >= {of.not_recoverable_share:g}",
         "critical",
-        "A provider refuses replies for good: no retry helps.",
-        f'{{{{ $value | printf "%.0f" }}}} replies asked of {_WHO} in the last {window} were '
-        f"refused as not recoverable. Codes, the most frequent first:{codes(window)}.",
+        "A provider refuses realtime replies.",
+        f"{_WHO} refused {_COUNT} replies in the last {window}. A retry cannot fix the cause.",
         of.not_recoverable_for,
+        details=_code(window),
+        keep_firing_for=of.keep_cause_firing_for,
     )
 
 
 def _many(of: Thresholds) -> Alert:
-    # Pending ones count as well: this is to be there before they page.
-    failing = f'ALERTS{{alertname=~"{BURN}|{NOT_RECOVERABLE}", severity="critical"}}'
+    # Pending alerts count as well, because this alert must fire before they do.
+    failing = f'ALERTS{{alertname=~"{LOST_REPLIES}|{NOT_RECOVERABLE}", severity="critical"}}'
     return Alert(
         MANY,
         f"count by ({_ENVIRONMENT}) (count by ({_BY}) ({failing}))"
         f" >= {of.many_providers_providers}",
         "critical",
-        "Several providers fail at once.",
-        "{{ $value }} providers lose replies at the same time: look for what they share (network, "
-        "DNS, a proxy, a deployment of the agents) before any one of them.",
+        "Several providers lose realtime replies.",
+        f"{_COUNT} providers{_WHERE} lose replies at the same time. Look first for a cause that "
+        "they share: network, DNS, a proxy, a deployment of the agents.",
         of.many_providers_for,
         of_provider=False,
+        keep_firing_for=of.keep_cause_firing_for,
     )
 
 
@@ -293,63 +362,159 @@ def _storm(of: Thresholds) -> Alert:
     return Alert(
         STORM,
         f"{amplification(of.storm_window)} > {of.storm_amplification:g}\n"
-        f"and\n{_counted(REPLIES, window=of.storm_window)} >= {of.min_replies}",
+        f"and\n{_counted(REPLIES, window=of.storm_window)} > {_nearly(of.min_replies)}",
         "warning",
-        "Retries multiply the requests sent to a provider.",
-        f'{{{{ $value | printf "%.2f" }}}} requests per reply go to {_WHO}; without failures it '
-        "is one.",
+        "Retries multiply the requests to a provider.",
+        f'{_WHO} got {{{{ $value | printf "%.2f" }}}} requests per reply in the last '
+        f"{of.storm_window} (limit: {of.storm_amplification:g}).",
         of.storm_for,
+        details=_code(of.storm_window),
+        keep_firing_for=of.keep_firing_for,
     )
 
 
 def _silence(of: Thresholds) -> Alert:
-    buckets = _counted(SILENCE, window=of.silence_window, by=f"le, {_BY}")
+    window = of.silence_window
+    buckets = _counted(FIRST_OUTPUT, window=window, by=f"le, {_BY}")
+    heard = _counted(REPLIES, HEARD, window=window)
     return Alert(
         SLOW,
         f"histogram_quantile({of.silence_quantile:g}, {buckets}) > {of.silence_seconds:g}\n"
-        f"and\n{_counted(REPLIES, SETTLED, window=of.silence_window)} >= {of.min_replies}",
+        f"and\n{heard} > {_nearly(of.min_replies)}",
         "warning",
-        "Callers wait too long for a reply.",
-        f"One reply of {_WHO} in {round(1 / (1 - of.silence_quantile)):d} begins only after "
-        f'{{{{ $value | printf "%.1f" }}}} s of silence or more; the objective is '
-        f"{of.silence_seconds:g} s.",
+        "Realtime replies start too late.",
+        f"{of.silence_quantile * 100:g}th percentile of the time to first output of {_WHO} is "
+        f'{{{{ $value | printf "%.1f" }}}} s in the last {window} (objective: '
+        f"{of.silence_seconds:g} s).",
         of.silence_for,
+        keep_firing_for=of.keep_firing_for,
+    )
+
+
+def _telemetry(
+    name: str, of: Thresholds, cause: str, expr: str, description: str, **more: Any
+) -> Alert:
+    page = name == ABSENT
+    return Alert(
+        name,
+        expr,
+        "critical" if page else "warning",
+        "Reply metrics are missing." if page else "A part of the telemetry is lost.",
+        description,
+        labels={"cause": cause},
+        of_provider=False,
+        keep_firing_for=of.keep_firing_for,
+        **{"for_": of.telemetry_for if page else of.telemetry_ticket_for, **more},
     )
 
 
 def _absent(of: Thresholds) -> Iterator[Alert]:
-    yield Alert(
+    window = of.telemetry_ticket_for
+    if of.spans_job:
+        up = f"up{{job=~{json.dumps(of.spans_job)}}}"
+        yield _telemetry(
+            ABSENT,
+            of,
+            "counts_down",
+            f"absent({up} == 1)",
+            f"No target of job {of.spans_job} is up, so no replies are counted from spans.",
+        )
+    replies = f"sum_over_time({REPLIES}[{window}])"
+    jobs = "lk_agents_active_job_count"
+    yield _telemetry(
         ABSENT,
-        f'max by (job) (1 - up{{job="{of.spans_job}"}}) > 0',
-        "critical",
-        "Nobody counts replies: their failure would page no one.",
-        "Prometheus cannot scrape {{ $labels.job }}, where replies are counted from spans.",
-        of.telemetry_for,
-        {"cause": "counts_down"},
-        of_provider=False,
-    )
-    yield Alert(
-        ABSENT,
-        "sum(lk_agents_active_job_count) > 0\n"
-        f"unless on ()\nsum(sum_over_time({REPLIES}[{of.telemetry_for}])) > 0",
-        "critical",
-        "Nobody counts replies: their failure would page no one.",
-        "{{ $value }} agent jobs run, and not one reply of theirs was counted.",
-        of.telemetry_for,
-        {"cause": "agents_silent"},
-        of_provider=False,
+        of,
+        "agents_silent",
+        # A worker that is scraped without an environment is compared with all replies.
+        f'(\n  sum by ({_ENVIRONMENT}) ({jobs}{{{_ENVIRONMENT}!=""}}) > 0\n'
+        f"  unless on ({_ENVIRONMENT})\n  sum by ({_ENVIRONMENT}) ({replies}) > 0\n)\n"
+        f'or\n(\n  sum by ({_ENVIRONMENT}) ({jobs}{{{_ENVIRONMENT}=""}}) > 0\n'
+        f"  unless on ()\n  sum({replies}) > 0\n)",
+        f"{_COUNT} agent jobs run{_WHERE}, and no reply of theirs was counted in the last "
+        f"{window}.",
     )
 
 
-def _dropped() -> Alert:
+def _degraded(of: Thresholds) -> Iterator[Alert]:
+    if of.spans_job:
+        up = f"up{{job=~{json.dumps(of.spans_job)}}}"
+        yield _telemetry(
+            DEGRADED,
+            of,
+            "some_counts_down",
+            f"count by (job) ({up} == 0)\nand on (job)\ncount by (job) ({up} == 1)",
+            f"{_COUNT} targets of job {{{{ $labels.job }}}} are down. The others are up. Replies "
+            "that pass through the targets that are down are not counted.",
+        )
+    window = of.telemetry_ticket_for
+    replies = f"sum by ({_ENVIRONMENT}) (sum_over_time({REPLIES}%s))"
+    yield _telemetry(
+        DEGRADED,
+        of,
+        "traffic_stopped",
+        f"{replies % f'[1h] offset {window}'} > {_nearly(10 * of.min_replies)}\n"
+        f"unless on ({_ENVIRONMENT})\n{replies % f'[{window}]'} > 0.5",
+        f"No reply was counted{_WHERE} in the last {window}, after {_COUNT} in the hour before. "
+        "Either the traffic ended, or the agents send no telemetry.",
+        for_=of.telemetry_for,
+    )
+    for cause, names, what in (
+        ("refused", ("receiver_refused",), "refused"),
+        ("send_failed", ("exporter_send_failed", "exporter_enqueue_failed"), "could not send"),
+    ):
+        yield _telemetry(
+            DEGRADED,
+            of,
+            cause,
+            "\nor\n".join(
+                f"sum by (job) (increase(otelcol_{name}_{items}[10m])) > 0.5"
+                for name in names
+                for items in ("spans", "metric_points")
+            ),
+            f"The Collector of job {{{{ $labels.job }}}} {what} {_COUNT} spans or data points in "
+            "the last 10m.",
+            for_="0s",
+        )
+    yield _telemetry(
+        DEGRADED,
+        of,
+        "queue_full",
+        "max by (job, exporter) (otelcol_exporter_queue_size / otelcol_exporter_queue_capacity)"
+        " > 0.8",
+        f"The queue of exporter {{{{ $labels.exporter }}}} of job {{{{ $labels.job }}}} is "
+        f"{_SHARE} full. A full queue drops spans or data points.",
+        for_=of.telemetry_for,
+    )
+
+
+def _dropped(of: Thresholds) -> Alert:
     exporter, reason = label(semconv.EXPORTER), label(semconv.DROP_REASON)
+    window = of.spans_dropped_window
+    every = f"sum by ({_ENVIRONMENT}) (sum_over_time(%s[{window}]))"
+    dropped = every % DROPPED
+    counted = "\n  + ".join(f"({every % each} or 0 * {dropped})" for each in (REPLIES, ATTEMPTS))
     return Alert(
         SPANS_DROPPED,
-        f"sum by ({exporter}, {reason}, {_ENVIRONMENT}) (sum_over_time({DROPPED}[10m])) > 0.5",
+        f"sum by ({exporter}, {reason}, {_ENVIRONMENT}) (sum_over_time({DROPPED}[{window}]))\n"
+        f"/ on ({_ENVIRONMENT}) group_left ()\n(\n  {dropped}\n  + {counted}\n)"
+        f" > {of.spans_dropped_share:g}",
         "warning",
-        "Spans were dropped: traces have gaps, and counts from spans are too low.",
-        '{{ $value | printf "%.0f" }} spans were dropped in the last 10m by the exporter '
-        f"{{{{ $labels.{exporter} }}}}, because: {{{{ $labels.{reason} }}}}.",
+        "Spans are dropped.",
+        f"Exporter {{{{ $labels.{exporter} }}}}{_WHERE} dropped {_SHARE} of the spans of the last "
+        f"{window} ({{{{ $labels.{reason} }}}}). Traces have gaps, and counts from spans are too "
+        "low.",
+        of_provider=False,
+        keep_firing_for=of.keep_firing_for,
+    )
+
+
+def _watchdog() -> Alert:
+    return Alert(
+        WATCHDOG,
+        "vector(1)",
+        "none",
+        "Alerting works.",
+        "This alert always fires. Route it to a service that notifies you if it stops.",
         of_provider=False,
     )
 
@@ -360,9 +525,15 @@ def inhibit_rules() -> list[dict[str, Any]]:
         {
             "source_matchers": [f'alertname="{MANY}"'],
             "target_matchers": [
-                f'alertname=~"{BURN}|{EXHAUSTED}|{NOT_RECOVERABLE}|{STORM}|{SLOW}"'
+                f'alertname=~"{LOST_REPLIES}|{FEW_LOST}|{NOT_RECOVERABLE}|{STORM}|{SLOW}"'
             ],
             "equal": [_ENVIRONMENT],
+        },
+        {
+            # The page with the 30m window stays: it would start only after the refusals end.
+            "source_matchers": [f'alertname="{NOT_RECOVERABLE}"'],
+            "target_matchers": [f'alertname="{LOST_REPLIES}"', 'short="5m"'],
+            "equal": [_PROVIDER, _ENVIRONMENT],
         },
         {
             "source_matchers": ['alertname=~"TracedRetry.*"', 'severity="critical"'],

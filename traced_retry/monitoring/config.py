@@ -24,7 +24,7 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"([1-9][0-9]*)([smhd])")
 
 _EVERY: Final = 0.999
-"""A ratio that even a total outage hardly exceeds: one success in a thousand keeps it lower."""
+"""A ratio that a total outage hardly exceeds: one success in a thousand replies is enough."""
 
 STEP: Final = 60
 """Seconds between two samples of the rolled-up series, the shortest possible window."""
@@ -63,12 +63,19 @@ class Thresholds:
     """All of ``dashboards/config.yaml``, flat; durations are Prometheus's."""
 
     objective: float
-    """Percent of replies that are not to be exhausted."""
+    """Percent of replies that are not lost."""
     min_replies: int
+    min_lost: int
+    outage_share: float
+    """0 to 1."""
+    outage_window: str
+    outage_for: str
     burn_rates: tuple[BurnRate, ...]
-    exhausted_replies: int
-    exhausted_window: str
-    not_recoverable_replies: int
+    few_lost_replies: int
+    few_lost_share: float
+    """0 to 1."""
+    few_lost_window: str
+    few_lost_for: str
     not_recoverable_share: float
     """0 to 1."""
     not_recoverable_window: str
@@ -84,8 +91,14 @@ class Thresholds:
     silence_for: str
     many_providers_providers: int
     many_providers_for: str
+    spans_dropped_share: float
+    """0 to 1."""
+    spans_dropped_window: str
+    keep_firing_for: str
     telemetry_for: str
+    telemetry_ticket_for: str
     spans_job: str
+    """A regular expression. Empty if no job has counts from spans."""
     grafana_url: str
     runbook_url: str
 
@@ -94,8 +107,16 @@ class Thresholds:
 
     @property
     def budget(self) -> float:
-        """The share of replies that may be exhausted, 0 to 1."""
+        """The share of replies that may be lost, 0 to 1."""
         return round(1 - self.objective / 100, 10)
+
+    @property
+    def keep_cause_firing_for(self) -> str:
+        """The time for which an alert that holds others back fires after its end.
+
+        It is longer than theirs, because Alertmanager notifies them once it has ended.
+        """
+        return f"{2 * seconds(self.keep_firing_for)}s"
 
     def replace(self, **changes: Any) -> Thresholds:
         """Return a copy with some values changed; None changes nothing.
@@ -104,6 +125,43 @@ class Thresholds:
             ThresholdError: if a value is invalid.
         """
         return replace(self, **{name: v for name, v in changes.items() if v is not None})
+
+
+PRESETS: Final = {
+    "99": (
+        99.0,
+        (
+            BurnRate("critical", 8, "1h", "5m", "2m"),
+            BurnRate("critical", 6, "6h", "30m", "15m"),
+            BurnRate("warning", 3, "3h", "30m", "15m"),
+            BurnRate("warning", 2, "1d", "2h", "1h"),
+            BurnRate("warning", 1, "3d", "6h", "3h"),
+        ),
+    ),
+    "99.5": (
+        99.5,
+        (
+            BurnRate("critical", 14.4, "1h", "5m", "2m"),
+            BurnRate("critical", 6, "6h", "30m", "15m"),
+            BurnRate("warning", 3, "3h", "30m", "15m"),
+            BurnRate("warning", 2, "1d", "2h", "1h"),
+            BurnRate("warning", 1, "3d", "6h", "3h"),
+        ),
+    ),
+}
+"""Objectives with their burn rates. ``config.yaml`` has those of ``99``."""
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return the changes that a preset makes to the shipped thresholds.
+
+    Raises:
+        ThresholdError: if there is no preset of that name.
+    """
+    if name not in PRESETS:
+        raise ThresholdError(f"unknown preset {name!r}: expected {' or '.join(PRESETS)}")
+    objective, burn_rates = PRESETS[name]
+    return {"objective": objective, "burn_rates": burn_rates}
 
 
 def read(path: Path) -> Thresholds:
@@ -188,9 +246,10 @@ def _same_keys(found: set[str], expected: set[str], where: str) -> None:
 
 def _check(of: Thresholds) -> None:
     _between("objective", of.objective, 0, 100, "percent")
-    _between("not_recoverable.share", of.not_recoverable_share, 0, 1, "share")
+    for key in ("outage", "few_lost", "not_recoverable", "spans_dropped"):
+        _between(f"{key}.share", getattr(of, f"{key}_share"), 0, 1, "share")
     _between("silence.quantile", of.silence_quantile, 0, 1, "share")
-    for name in ("min_replies", "exhausted_replies", "not_recoverable_replies"):
+    for name in ("min_replies", "min_lost", "few_lost_replies"):
         _at_least(name, getattr(of, name), 1)
     _at_least("many_providers.providers", of.many_providers_providers, 2)
     if (finite(of.storm_amplification) or 0) <= 1:
@@ -208,14 +267,26 @@ def _check(of: Thresholds) -> None:
     _url("grafana_url", of.grafana_url)
     if of.runbook_url:
         _url("runbook_url", of.runbook_url)
-    for name in ("exhausted", "not_recoverable", "storm", "silence"):
-        _window(f"{name}.window", getattr(of, f"{name}_window"))
-    for name in ("not_recoverable", "storm", "silence", "many_providers", "telemetry"):
-        seconds(getattr(of, f"{name}_for"))
+    _check_durations(of)
+    try:
+        re.compile(of.spans_job)
+    except re.error as error:
+        raise ThresholdError(
+            f"spans_job is {of.spans_job!r}; it must be a regular expression ({error})"
+        ) from None
     for row in of.burn_rates:
         _check_burn_rate(row, of)
     if not any(row.severity == "critical" for row in of.burn_rates):
-        raise ThresholdError("no row of burn_rates is critical: nothing would ever page; add one")
+        raise ThresholdError("no row of burn_rates is critical; add one that pages")
+
+
+def _check_durations(of: Thresholds) -> None:
+    for name in ("outage", "few_lost", "not_recoverable", "storm", "silence", "spans_dropped"):
+        _window(f"{name}.window", getattr(of, f"{name}_window"))
+    for name in ("outage", "few_lost", "not_recoverable", "storm", "silence", "many_providers"):
+        seconds(getattr(of, f"{name}_for"))
+    for duration in (of.telemetry_for, of.telemetry_ticket_for, of.keep_firing_for):
+        seconds(duration)
 
 
 def _check_burn_rate(row: BurnRate, of: Thresholds) -> None:
@@ -229,7 +300,7 @@ def _check_burn_rate(row: BurnRate, of: Thresholds) -> None:
         lowest = math.ceil((1 - _EVERY / row.factor) * 10000) / 100
         raise ThresholdError(
             f"at an objective of {of.objective:g} % the alert with factor {row.factor:g} never "
-            f"fires: more than {row.factor * of.budget:.1%} of replies would have to be exhausted. "
+            f"fires: more than {row.factor * of.budget:.1%} of replies would have to be lost. "
             f"Name an objective above {lowest:.2f} %, or a smaller factor in the config"
         )
     _window("burn_rates.short", row.short)

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from traced_retry import shipped_files
 from traced_retry.monitoring import formats
-from traced_retry.monitoring.config import Thresholds, read
+from traced_retry.monitoring.config import BurnRate, Thresholds, read
+from traced_retry.monitoring.config import preset as presets
 from traced_retry.shipped_files import ShippedFile
 
-_TOP: Final = ("objective", "min_replies", "grafana_url", "runbook_url")
+_TOP: Final = ("objective", "min_replies", "min_lost", "grafana_url", "runbook_url")
 
 
 def root() -> Path:
@@ -21,19 +22,23 @@ def root() -> Path:
     return shipped_files.folder("dashboards")
 
 
-def files(config: Path | None = None, **changes: Any) -> list[ShippedFile]:
+def files(
+    config: Path | None = None, *, preset: str | None = None, **changes: Any
+) -> list[ShippedFile]:
     """Return every file, sorted by name.
 
     Args:
         config: a file in the format of ``dashboards/config.yaml``, which is the default.
-        changes: fields of :class:`.Thresholds` to change; None changes nothing.
+        preset: the name of one of :data:`.PRESETS`.
+        changes: fields of :class:`.Thresholds` to change. None keeps a value.
 
     Raises:
         ThresholdError: if a threshold is invalid; the message names the reason.
     """
     folder = root()
     source = config or folder / "config.yaml"
-    wanted = read(source).replace(**changes)
+    wanted = read(source).replace(**({} if preset is None else presets(preset)))
+    wanted = wanted.replace(**changes)
     boards = {f"grafana/{p.name}": _read(p) for p in sorted(folder.glob("grafana/*.json"))}
     found = {
         "config.yaml": _config(_read(source), wanted),
@@ -54,8 +59,18 @@ def _config(text: str, wanted: Thresholds) -> str:
     for name in _TOP:
         line = f"{name}: {json.dumps(getattr(wanted, name))}".replace("\\", r"\\")
         text = re.sub(rf"(?m)^{name}:.*$", line, text)
+    rows = "".join(map(_row, wanted.burn_rates))
+    text = re.sub(r"(?m)^(burn_rates:\n)(?:  - \{.*\n)+", rf"\g<1>{rows}", text)
     return re.sub(
         r"(?m)^(silence:\n(?:[ #].*\n)*?  seconds:).*$",
         lambda match: f"{match[1]} {wanted.silence_seconds}",
         text,
+    )
+
+
+def _row(rate: BurnRate) -> str:
+    """Return a row of ``burn_rates``."""
+    return (
+        f"  - {{severity: {rate.severity}, factor: {rate.factor:g}, long: {rate.long}, "
+        f"short: {rate.short}, for: {rate.for_}}}\n"
     )

@@ -8,7 +8,7 @@ from typing import Any, Final
 import yaml
 
 from traced_retry.monitoring import recording, rollup
-from traced_retry.monitoring.alerts import MANY, Alert, alerts, codes, inhibit_rules, records
+from traced_retry.monitoring.alerts import MANY, Alert, alerts, inhibit_rules, records
 from traced_retry.monitoring.config import STEP, Thresholds
 
 _ROLLUP_COMMENT: Final = (
@@ -82,13 +82,9 @@ def grafana_alerts(thresholds: Thresholds) -> dict[str, Any]:
 
 def _grafana_alert(number: int, alert: Alert, thresholds: Thresholds) -> dict[str, Any]:
     of = alert.document(thresholds)
-    # Grafana's templates have no `query` and name the value of query A `$values.A.Value`.
-    words = {
-        name: text.replace(codes(thresholds.not_recoverable_window), " see the dashboard").replace(
-            "$value", "$values.A.Value"
-        )
-        for name, text in of["annotations"].items()
-    }
+    # Grafana's templates cannot query and name the value of query A `$values.A.Value`.
+    annotations = of["annotations"] | {"description": alert.description}
+    words = {name: text.replace("$value", "$values.A.Value") for name, text in annotations.items()}
     return {
         "uid": f"traced-retry-{number:02}",
         "title": " ".join([alert.alert, *alert.labels.values(), alert.severity]),

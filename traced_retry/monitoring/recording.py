@@ -49,9 +49,13 @@ The rules exclude ``say`` on both paths: its spans have another name."""
 
 
 def per_second(series: str) -> str:
-    """Return the rate per second over five minutes of a series that agents count."""
+    """Return the rate per second over five minutes of a series that agents count.
+
+    The rate is ``increase / window``. VictoriaMetrics' ``rate`` divides by the age of a young
+    series instead, and reads too high.
+    """
     return f"""\
-(rate({series}[{WINDOW}]) and on (job, instance) up)
+(increase({series}[{WINDOW}]) / {SECONDS} and on (job, instance) up)
 or
 (
   (
@@ -74,7 +78,7 @@ def _from_spans(series: str) -> str:
     before it. (If the target is new as well, the series may be as old as the connector.)
     """
     if "_calls_total" in series:
-        return f"rate({series}[{WINDOW}])"
+        return f"increase({series}[{WINDOW}]) / {SECONDS}"
     return f"""\
 (
   last_over_time({series}[{WINDOW}]) / {SECONDS}
@@ -82,7 +86,7 @@ def _from_spans(series: str) -> str:
   and on (job, instance) (last_over_time(up[{WINDOW}] offset {WINDOW}) == 1)
 )
 or
-rate({series}[{WINDOW}])"""
+increase({series}[{WINDOW}]) / {SECONDS}"""
 
 
 def either(spans: str, own: str, *names: str) -> str:

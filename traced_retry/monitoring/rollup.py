@@ -39,6 +39,13 @@ def _minute(rate: str) -> str:
     return f"15 * sum_over_time({lines}[59s999ms:15s])"
 
 
+def _reply_seconds(matcher: str) -> str:
+    return _minute(
+        f"sum by (le, {_BY}) (\n"
+        f"  provider:traced_retry_reply_duration_seconds_bucket:rate5m{{{matcher}}}\n)"
+    )
+
+
 def rollup() -> dict[str, Any]:
     """Return the series that alerts and dashboards read over hours and days."""
     provider, outcome = map(label, (semconv.PROVIDER, semconv.OUTCOME))
@@ -47,11 +54,9 @@ def rollup() -> dict[str, Any]:
     named: dict[str, str] = {
         alerts.REPLIES: _minute(alerts.REPLIES_RATE),
         alerts.ATTEMPTS: _minute("provider:traced_retry_attempts:rate5m"),
-        alerts.SILENCE: _minute(
-            f"sum by (le, {_BY}) (\n"
-            "  provider:traced_retry_reply_duration_seconds_bucket:rate5m"
-            f"{{{alerts.NOT_CALLED_OFF}}}\n)"
-        ),
+        # Lost replies have a time to failure. An immediate refusal must not improve the percentile.
+        alerts.FIRST_OUTPUT: _reply_seconds(alerts.HEARD),
+        alerts.FAILURE_TIME: _reply_seconds(f'{outcome}=~"{alerts.LOST_OUTCOMES}"'),
         "provider:traced_retry_attempt_duration_seconds_bucket:increase1m": _minute(
             f"sum by (le, {_BY}) (\n"
             "  provider:traced_retry_attempt_duration_seconds_bucket:rate5m\n)"
