@@ -185,7 +185,9 @@ def test_one_provider_fails(paging):
     traffic.go(healthy, every=0.1)
     until(lambda: page in hook.groups("/page", "resolved"), 120, "the page's end")
 
-    assert {page} == set(hook.groups("/page", "firing"))
+    # Time runs 60 times faster here, so the target may be absent for too long at the start.
+    paged = {group for group in hook.groups("/page", "firing") if alerts.ABSENT not in group}
+    assert {page} == paged
     # The slow form of the same alert may be a ticket by now, because its budget is spent.
     assert set() == {t for t in hook.groups("/ticket", "firing") if alerts.LOST_REPLIES not in t}
     assert (alerts.LOST_REPLIES, "gcp.gemini") not in firing(prometheus)

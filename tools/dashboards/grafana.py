@@ -49,7 +49,9 @@ DELAY: Final = "provider:traced_retry_delay_seconds_bucket:increase1m"
 
 FAILED: Final = f'{RESULT}="failed"'
 THERE: Final = f'{ENVIRONMENT}=~"$environment"'
-CHOSEN: Final = f'{PROVIDER}=~"$provider", {THERE}'
+INITIATOR: Final = label(semconv.INITIATOR)
+OF_PROVIDER: Final = f'{PROVIDER}=~"$provider", {THERE}'
+CHOSEN: Final = f'{OF_PROVIDER}, {INITIATOR}=~"$initiator"'
 NO_REPLY: Final = "no replies"
 NO_FAILURE: Final = "no failures"
 AGENTS_ONLY: Final = "Known only where agents send their own metrics."
@@ -394,7 +396,8 @@ def health() -> tuple[Panel, ...]:
             f"a retry. {AGENTS_ONLY}",
             (
                 Query(
-                    f"min by ({PROVIDER}) (provider:traced_retry_budget_remaining:min{{{CHOSEN}}})",
+                    f"min by ({PROVIDER}) "
+                    f"(provider:traced_retry_budget_remaining:min{{{OF_PROVIDER}}})",
                     f"{{{{{PROVIDER}}}}}",
                 ),
             ),
@@ -473,6 +476,9 @@ _PROVIDERS: Final = f"label_values({REPLIES}{{{THERE}}}, {PROVIDER})"
 _ENVIRONMENTS: Final = choice(
     "environment", "Environment", f"label_values({REPLIES}, {ENVIRONMENT})"
 )
+_INITIATORS: Final = choice(
+    "initiator", "Started by", f"label_values({REPLIES}{{{THERE}}}, {INITIATOR})"
+)
 
 
 def overview() -> Board:
@@ -486,6 +492,7 @@ def overview() -> Board:
             rollup(),
             _ENVIRONMENTS,
             choice("provider", "Provider", _PROVIDERS),
+            _INITIATORS,
         ),
         (
             Row("At a glance", glance()),
@@ -526,6 +533,28 @@ def overview() -> Board:
                         "percentunit",
                         "nothing had to be retried",
                         link=True,
+                    ),
+                    Panel(
+                        "Replies by initiator",
+                        "Replies a minute, by who started them: the agent's code, or the provider "
+                        "because the caller spoke or a tool returned.",
+                        (Query(per_minute(REPLIES, by=INITIATOR), f"{{{{{INITIATOR}}}}}"),),
+                        "cpm",
+                        NO_REPLY,
+                        stacked=True,
+                    ),
+                    Panel(
+                        "Lost replies by initiator",
+                        "Replies a minute that were lost, by who started them.",
+                        (
+                            Query(
+                                per_minute(REPLIES, alerts.LOST, by=INITIATOR),
+                                f"{{{{{INITIATOR}}}}}",
+                            ),
+                        ),
+                        "cpm",
+                        "none lost",
+                        stacked=True,
                     ),
                 ),
             ),
@@ -587,8 +616,9 @@ def jaeger(title: str, outcome: str, about: str) -> Traces:
 def provider() -> Board:
     """Return the dashboard of one provider."""
     spans = f'span_name="{semconv.SPAN_REPLY}", {PROVIDER}="$provider", {THERE}'
+    shown = f'{spans}, {INITIATOR}=~"$initiator"'
     window = (
-        f'label_replace({{__name__=~"{alerts.ratio(".+")}", {CHOSEN}}}, "window", "$1", '
+        f'label_replace({{__name__=~"{alerts.ratio(".+")}", {OF_PROVIDER}}}, "window", "$1", '
         '"__name__", ".*ratio_rate(.+)")'
     )
     return Board(
@@ -602,6 +632,7 @@ def provider() -> Board:
             rollup(),
             _ENVIRONMENTS,
             choice("provider", "Provider", _PROVIDERS, several=False),
+            _INITIATORS,
             choice(
                 "model",
                 "Model",
@@ -646,7 +677,7 @@ def provider() -> Board:
                         (
                             Query(
                                 f"60 * sum by ({MODEL}) (rate(traces_span_metrics_calls_total{{"
-                                f'{spans}, {MODEL}=~"$model", {alerts.LOST}}}[{EITHER}]))',
+                                f'{shown}, {MODEL}=~"$model", {alerts.LOST}}}[{EITHER}]))',
                                 f"{{{{{MODEL}}}}}",
                                 step="",
                             ),
@@ -663,7 +694,7 @@ def provider() -> Board:
                         (
                             Query(
                                 f"60 * sum by ({MODEL}) (rate(traces_span_metrics_calls_total{{"
-                                f'{spans}, {MODEL}=~"$model"}}[{EITHER}]))',
+                                f'{shown}, {MODEL}=~"$model"}}[{EITHER}]))',
                                 f"{{{{{MODEL}}}}}",
                                 step="",
                             ),

@@ -11,7 +11,8 @@ from traced_retry.monitoring import alerts, recording
 from traced_retry.monitoring.alerts import label
 from traced_retry.monitoring.config import STEP
 
-_BY: Final = f"{label(semconv.PROVIDER)}, {label(alerts.ENVIRONMENT)}"
+_TARGET: Final = f"{label(semconv.PROVIDER)}, {label(alerts.ENVIRONMENT)}"
+_BY: Final = f"{_TARGET}, {label(semconv.INITIATOR)}"
 
 
 def _own(series: str, by: str) -> str:
@@ -24,6 +25,7 @@ def _either(span: str, name: str) -> str:
         recording.either(
             f'traces_span_metrics_duration_seconds_sum{{span_name="{span}"}}',
             recording.own(name, "seconds_sum"),
+            semconv.INITIATOR,
         )
     )
 
@@ -78,7 +80,7 @@ def rollup() -> dict[str, Any]:
             f"sum by ({_BY}) ({label(semconv.METRIC_IN_FLIGHT)}{{{recording.GENERATE_REPLY}}})"
         ),
         "provider:traced_retry_budget_remaining:min": (
-            f"min by ({_BY}) ({label(semconv.METRIC_BUDGET_REMAINING)})"
+            f"min by ({_TARGET}) ({label(semconv.METRIC_BUDGET_REMAINING)})"
         ),
         "traced_retry:processes:count": (
             f"count by ({environment}) (count by (job, instance, {environment}) "
