@@ -12,18 +12,18 @@ from livekit.agents.utils.audio import audio_frames_from_file
 import traced_retry
 
 SENTENCE = "Sorry, I lost the line. Could you say that again?"
-# Recorded, for the outage may have taken the provider's voice as well.
+# It is a recording because the outage may affect the provider's voices as well.
 RECORDING = Path(__file__).with_name("sorry.ogg")
 
 
+def apologise(failed: traced_retry.FailedReply) -> None:
+    """Play the sentence. ``traced_retry.enable(ctx, on_exhausted=apologise)`` is enough, too."""
+    if failed.session is not None and failed.stop_reason != "session_closed":
+        failed.session.say(SENTENCE, audio=audio_frames_from_file(str(RECORDING)))
+
+
 def apologising(model: llm.RealtimeModel, **settings: Any) -> AgentSession:
-    """A session with ``model``; ``settings`` are what ``traced_retry.wrap`` takes besides."""
-
-    def apologise(failed: traced_retry.FailedReply) -> None:
-        if failed.stop_reason != "session_closed":  # else nobody listens any more
-            frames = audio_frames_from_file(str(RECORDING))
-            session.say(SENTENCE, audio=frames)
-
+    """Return a session with ``model``. ``settings`` are further arguments of ``wrap``."""
     session = AgentSession(llm=traced_retry.wrap(model, on_exhausted=apologise, **settings))
 
     @session.on("error")

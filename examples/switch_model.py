@@ -12,12 +12,12 @@ import traced_retry
 
 
 def answering_elsewhere(models: list[llm.RealtimeModel], **settings: Any) -> AgentSession:
-    """A session with the first of ``models``; ``settings`` are ``traced_retry.wrap``'s."""
+    """Return a session with the first of ``models``. ``settings`` are those of ``wrap``."""
     switching = False
 
     async def answer_elsewhere(failed: traced_retry.FailedReply) -> None:
         nonlocal switching
-        # Its beginning was heard, or nobody listens any more, or the next model failed as well.
+        # Its beginning was heard, or the session is over, or the next model failed as well.
         if failed.stop_reason in ("output_started", "session_closed") or switching:
             return
         switching, serving = True, model.metrics_metadata
@@ -25,11 +25,10 @@ def answering_elsewhere(models: list[llm.RealtimeModel], **settings: Any) -> Age
             await asyncio.sleep(0.1)  # after a fatal error the adapter switches by itself
             if model.metrics_metadata == serving:
                 await model.restart_session(switch_model=True)
-            await session.generate_reply()
+            await failed.session.generate_reply()
         finally:
             switching = False
 
     # By itself the adapter asks again for some replies, and not for others: one must do it.
     model = llm.RealtimeModelFallbackAdapter(models, regenerate_on_swap=False)
-    session = AgentSession(llm=traced_retry.wrap(model, on_exhausted=answer_elsewhere, **settings))
-    return session
+    return AgentSession(llm=traced_retry.wrap(model, on_exhausted=answer_elsewhere, **settings))
