@@ -90,7 +90,11 @@ def request(query, panel, rollup, start, end):
     span, provider = end - start, panel.provider
     if "values" in query:
         metric, label = re.fullmatch(r"label_values\((.*), (\w+)\)", query["values"]).groups()
-        match = metric.replace("$provider", provider).replace("$environment", ".*")
+        match = (
+            metric.replace("$provider", provider)
+            .replace("$environment", ".*")
+            .replace("$initiator", ".*")
+        )
         return f"label/{label}/values", {"match[]": match, "start": start, "end": end}
     apart = seconds((query.get("interval") or "15s").replace("$rollup", rollup))
     rounded = next((step for below, step in STEPS.items() if span / panel.points < below), DAY)
@@ -104,6 +108,7 @@ def request(query, panel, rollup, start, end):
         "$rollup": rollup,
         "$provider": provider,
         "$environment": ".*",
+        "$initiator": ".*",
         "$model": ".*",
         "$code": ".*",
     }.items():

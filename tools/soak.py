@@ -2,8 +2,9 @@
 """Random conversations with real plugins: ``python tools/soak.py --replies 3000``.
 
 Each conversation is a session of a provider's real plugin over a real socket to its simulator, on
-the virtual clock of the tests. The weights of the faults reach recovery often. The result is
-printed per provider. The exit status is 1 after a duplicate, a hang, an open span or a leaked task.
+the virtual clock of the tests. Some replies are requested, and the others are started by the server
+because the caller speaks. The weights of the faults reach recovery often. The result is printed per
+provider. The exit status is 1 after a duplicate, a hang, an open span or a leaked task.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ warnings.simplefilter("ignore")
 
 import aiohttp  # noqa: E402
 from livekit.agents import llm  # noqa: E402
-from support.clock import VirtualClockLoop  # noqa: E402
 from support.providers import CONN_OPTIONS, KEY, PROVIDERS  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
 
 import traced_retry  # noqa: E402
 from traced_retry import semconv  # noqa: E402
+from traced_retry.testing.clock import VirtualClockLoop  # noqa: E402
 
 WEIGHTS = {
     # One fault per request. A recovery needs a fault that passes, followed by an answer.
@@ -63,7 +64,9 @@ WEIGHTS = {
     "malformed": 0.2,
     "quota": 0.2,
 }
-ANSWER = re.compile(r"reply (\d+)")
+ANSWER = re.compile(r"(?:reply|answer) \d+")
+OF_REQUESTS_ONLY = {"active:{seconds}", "drop_queued:{seconds}", "error:invalid_value"}
+"""Faults that need the request of a client."""
 NAMED_ONLY = {"error:503": {"google"}, "error:server_error": set(PROVIDERS) - {"google"}}
 """Faults with a code that only some protocols know."""
 REPLIES = 40
@@ -80,6 +83,8 @@ class Tally:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     asked: int = 0
+    turns: int = 0
+    """The caller's turns, which the server answers by itself."""
     answers: int = 0
     """Whole answers that were heard."""
     duplicates: int = 0
@@ -95,6 +100,7 @@ class Tally:
         self.outcomes += other.outcomes
         for name in (
             "asked",
+            "turns",
             "answers",
             "duplicates",
             "late",
@@ -128,11 +134,57 @@ def script_for(provider: str, rng: random.Random) -> str:
         if fault.partition(":")[0] in known and provider in NAMED_ONLY.get(fault, {provider})
     }
     faults = rng.choices(list(weights), list(weights.values()), k=2 * REPLIES)
-    return ",".join(f.format(seconds=round(rng.uniform(0.1, 13), 1)) for f in [*faults, "ok"])
+    for fault in OF_REQUESTS_ONLY & set(weights):
+        del weights[fault]
+    turns = rng.choices(list(weights), list(weights.values()), k=REPLIES)
+    elements = [*faults, "ok", *(f"turn:{fault}" for fault in turns)]
+    return ",".join(f.format(seconds=round(rng.uniform(0.1, 13), 1)) for f in elements)
 
 
-async def converse(provider: str, rng: random.Random, recorder: Recorder, tally: Tally) -> None:
-    """Hold one conversation."""
+async def speak(server: Any, rng: random.Random) -> bool:
+    """Have the caller speak, and return whether the server was connected."""
+    try:
+        await server.caller_speaks(None if rng.random() < 0.3 else "hello")
+    except (RuntimeError, ConnectionError):
+        return False
+    return True
+
+
+async def wait_until_idle(session: Any, seconds: float) -> bool:
+    """Return whether all replies of the session end within that time."""
+    open_replies = session._traced_retry._open
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    while open_replies and loop.time() < until:  # noqa: ASYNC110 - the hook has no event for it
+        await asyncio.sleep(0.05)
+    return not open_replies
+
+
+async def take_turn(
+    server: Any, session: Any, rng: random.Random, heard: list[str], tally: Tally
+) -> None:
+    """Have the caller speak, and wait for the end of all replies."""
+    alone = rng.random() < 0.7 and await wait_until_idle(session, 61.0)
+    already = len(heard)
+    if not await speak(server, rng):
+        await asyncio.sleep(1.0)
+        return
+    tally.turns += 1
+    again = rng.random() < 0.05
+    if again:  # The caller speaks before the answer, or into it.
+        await asyncio.sleep(rng.uniform(0, 3))
+        tally.turns += await speak(server, rng)
+    tally.hangs += not await wait_until_idle(session, 61.0)
+    if alone:
+        answers = [text for text in heard[already:] if ANSWER.fullmatch(text)]
+        tally.duplicates += max(0, len(answers) - 1 - again)
+    await asyncio.sleep(rng.uniform(0, 1))
+
+
+async def converse(
+    provider: str, rng: random.Random, recorder: Recorder, tally: Tally, turns: float
+) -> None:
+    """Hold one conversation. ``turns`` is the share of replies that the server starts."""
     case = PROVIDERS[provider]
     policy = traced_retry.RetryPolicy(budget=None)
     async with contextlib.AsyncExitStack() as stack:
@@ -155,6 +207,9 @@ async def converse(provider: str, rng: random.Random, recorder: Recorder, tally:
         for _ in range(REPLIES):
             if closed.is_set():
                 break
+            if rng.random() < turns:
+                await take_turn(server, session, rng, heard, tally)
+                continue
             tally.asked += 1
             reply = session.generate_reply()
             if rng.random() < 0.03:
@@ -172,9 +227,9 @@ async def converse(provider: str, rng: random.Random, recorder: Recorder, tally:
             task.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
         # Each whole answer carries the number of its request.
-        answers = Counter(number for text in heard for number in ANSWER.findall(text))
-        tally.duplicates += sum(n - 1 for n in answers.values())
-        tally.answers += len(answers)
+        whole = Counter(answer for text in heard for answer in ANSWER.findall(text))
+        tally.duplicates += sum(n - 1 for n in whole.values())
+        tally.answers += len(whole)
 
 
 async def read(generation: llm.GenerationCreatedEvent, heard: list[str]) -> None:
@@ -185,13 +240,13 @@ async def read(generation: llm.GenerationCreatedEvent, heard: list[str]) -> None
             heard.append(text)
 
 
-async def batch(provider: str, seed: int) -> Tally:
+async def batch(provider: str, seed: int, turns: float) -> Tally:
     """Hold some conversations at once."""
     rng = random.Random(seed)
     recorder, tally = Recorder(), Tally()
     await asyncio.gather(
         *(
-            converse(provider, random.Random(rng.random()), recorder, tally)
+            converse(provider, random.Random(rng.random()), recorder, tally, turns)
             for _ in range(CONVERSATIONS)
         )
     )
@@ -204,26 +259,27 @@ async def batch(provider: str, seed: int) -> Tally:
     return tally
 
 
-def run(provider: str, replies: int, seconds: float, seed: int) -> Tally:
+def run(provider: str, replies: int, seconds: float, seed: int, turns: float) -> Tally:
     """Run batches until there were enough replies or the time is up."""
     logging.disable(logging.CRITICAL)
     total, began = Tally(), time.monotonic()
-    while total.asked < replies and time.monotonic() - began < seconds:
+    while total.asked + total.turns < replies and time.monotonic() - began < seconds:
         random.seed(seed)
         loop = VirtualClockLoop()
         loop.patience = 0.05 if provider == "aws" else 0.0  # Its client works in own threads.
         asyncio.set_event_loop(loop)
         try:
-            total.add(loop.run_until_complete(batch(provider, seed)))
+            total.add(loop.run_until_complete(batch(provider, seed, turns)))
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
             asyncio.set_event_loop(None)
             loop.close()
         seed += 1
         gc.collect()
-        total.memory.append((total.asked, resident()))
-        rate = total.asked / (time.monotonic() - began)
-        print(f"{provider:<16}{total.asked:>8} replies, {rate:.0f}/s", file=sys.stderr, flush=True)
+        replied = total.asked + total.turns
+        total.memory.append((replied, resident()))
+        rate = replied / (time.monotonic() - began)
+        print(f"{provider:<16}{replied:>8} replies, {rate:.0f}/s", file=sys.stderr, flush=True)
     return total
 
 
@@ -238,8 +294,9 @@ def resident() -> float:
 
 def report(provider: str, tally: Tally) -> None:
     """Print one provider's result."""
-    share = {name: f"{n / max(1, tally.asked):.1%}" for name, n in tally.outcomes.most_common()}
-    print(f"{provider}: {tally.asked:,} replies")
+    counted = max(1, tally.outcomes.total())
+    share = {name: f"{n / counted:.1%}" for name, n in tally.outcomes.most_common()}
+    print(f"{provider}: {tally.asked:,} requested replies and {tally.turns:,} turns of the caller")
     print(f"  {'outcomes':<34}{', '.join(f'{k} {v}' for k, v in share.items())}")
     for name in ("answers", "duplicates", "hangs", "open_spans", "leaked_tasks", "late"):
         print(f"  {name.replace('_', ' '):<34}{getattr(tally, name)}")
@@ -253,21 +310,27 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--providers", default="openai,google,ultravox", help="separated by commas")
     parser.add_argument("--seed", type=int, default=0, help="of the random conversations")
+    parser.add_argument(
+        "--turns", type=float, default=0.5, help="share of replies that the server starts"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     arguments = parser.parse_args()
     names: list[str] = [name for name in arguments.providers.split(",") if name]
     if unknown := set(names) - set(PROVIDERS):
         parser.error(f"--providers: {', '.join(unknown)} is none of {', '.join(PROVIDERS)}")
     each = -(-arguments.replies // len(names))
-    settings: list[Any] = [(name, each, arguments.seconds, arguments.seed) for name in names]
+    settings: list[Any] = [
+        (name, each, arguments.seconds, arguments.seed, arguments.turns) for name in names
+    ]
     with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=1) as pool:
         tallies = list(pool.map(run, *zip(*settings, strict=True)))
     total = Tally()
     for name, tally in zip(names, tallies, strict=True):
         report(name, tally)
         total.add(tally)
-    recovered = total.outcomes["recovered"] / max(1, total.asked)
-    print(f"{total.asked:,} replies, {recovered:.1%} recovered, {total.problems} problems")
+    recovered = total.outcomes["recovered"] / max(1, total.outcomes.total())
+    replied = total.asked + total.turns
+    print(f"{replied:,} replies, {recovered:.1%} recovered, {total.problems} problems")
     return 1 if total.problems else 0
 
 

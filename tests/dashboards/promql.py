@@ -42,6 +42,7 @@ GRAFANA = {
     "$rollup": "1m",
     "$provider": ".*",
     "$environment": ".*",
+    "$initiator": ".*",
     "$model": ".*",
     "$code": ".*",
 }

@@ -141,6 +141,7 @@ def filled(expression, measured, provider=".*", environment=".*", rollup="1m"):
         "$__range": f"{int(measured.ended - measured.began)}s",
         "$provider": provider,
         "$environment": environment,
+        "$initiator": ".*",
         "$model": ".*",
         "$code": ".*",
     }.items():
