@@ -87,6 +87,7 @@ $(WHEEL): .venv/pyvenv.cfg constraints.txt $(SOURCES)
 
 bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stamina
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/events.py
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/queries.py

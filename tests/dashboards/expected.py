@@ -212,6 +212,7 @@ class Panels:
         for name, of in self.each.items():
             yield from self._outcomes(OVERVIEW, "$provider", of, provider=name)
         yield from self._exhausted(OVERVIEW)
+        yield from self._initiators()
         yield from self._ratios()
         yield from self._why(OVERVIEW, self.every)
         yield from self._codes()
@@ -259,6 +260,17 @@ class Panels:
         for outcome in ("succeeded", "recovered", "exhausted", "not_recoverable"):
             series = f"{where['provider']} {outcome}"
             yield _row(board, panel, series, found.get(outcome, 0), count(of.of(outcome)))
+
+    def _initiators(self):
+        """Every reply of this fleet is requested by the agent."""
+        of = self.every
+        for panel, known in (
+            ("Replies by initiator", len(of.replies)),
+            ("Lost replies by initiator", of.of(*LOST)),
+        ):
+            found = self.ask.total(OVERVIEW, panel, "traced_retry_initiator")
+            for initiator, number in (("agent", known), ("provider", 0)):
+                yield _row(OVERVIEW, panel, initiator, found.get(initiator, 0), count(number))
 
     def _exhausted(self, board):
         panel = "Lost in the last hour"
