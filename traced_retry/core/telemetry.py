@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop's events as spans, metrics and one log record. OpenTelemetry API only.
 
-The contract is in ``docs/design.md``; every name is in :mod:`traced_retry.semconv`. Nothing here
+The contract is in ``docs/telemetry.md``; every name is in :mod:`traced_retry.semconv`. Nothing here
 reads the text of an exception.
 """
 
