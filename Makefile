@@ -94,12 +94,12 @@ backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once:
 	$(BIN)/python tools/backends/build.py
 
 .PHONY: docs
-docs: .venv/.docs  ## build the documentation site into build/site, and check its links
+docs: .venv/.docs  ## build the documentation site into site, and check its links
 	@NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
-	@.venv/docs/bin/python tools/docs/check_site.py build/site
+	@.venv/docs/bin/python tools/docs/check_site.py site
 
 clean:  ## remove all that was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/pyvenv.cfg:
 	"$$(tools/find-python)" -m venv .venv

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the built site: ``python tools/docs/check_site.py build/site``.
+"""Check the built site: ``python tools/docs/check_site.py site``.
 
 Each link and each image has to lead to a file of the site, each anchor has to exist, and no page
 may load a file from another host. Addresses in plain links are not requested.
