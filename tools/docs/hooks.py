@@ -32,6 +32,8 @@ PAGES: Final = (
 """Pages from outside ``docs/``, with the same path in the site."""
 _LINK: Final = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")
 
+_ROLE: Final = re.compile(r":(?:class|data|func|meth|mod):<code>~?([^<]+)</code>")
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside, and each file that a page links to."""
@@ -57,6 +59,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[1] + posixpath.relpath(_uri(path), posixpath.dirname(here) or ".") + match[3]
 
     return _LINK.sub(rewrite, markdown).replace("<!-- cli -->", _help())
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """Show the names that docstrings mark for Sphinx as code."""
+    return _ROLE.sub(r"<code>\1</code>", html)
 
 
 def _home(uri: str) -> str:
