@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _LINK.sub(rewrite, markdown).replace("<!-- cli -->", _help())
 
 
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Show the names that docstrings mark for Sphinx as code."""
     return _ROLE.sub(r"<code>\1</code>", html)
 
