@@ -192,6 +192,9 @@ class Side:
         self.reading = []
         if session is not None:
             await asyncio.gather(session.aclose(), return_exceptions=True)
+        if stream := getattr(session, "_stream_response", None):
+            # AWS's plugin leaves its stream open after a failure, and with the stream a thread.
+            await stream.input_stream.close()
 
     def _read(self, event):
         # AWS's plugin announces the same streams several times.
