@@ -79,7 +79,7 @@ class VoiceLiveRequest(OpenAIRequest):
     """One reply's request to a VoiceLive server."""
 
     def explain(self, error: BaseException) -> Failure:
-        """A future without a code tells in its words alone what ended it.
+        """Classify an error. Without a code, only its text has the reason.
 
         A connection that was lost and is up again is not what ended it: the plugin sent the
         request again, and there it met silence.
