@@ -217,7 +217,7 @@ def _burn(row: BurnRate, of: Thresholds) -> Alert:
 
 
 def _nearly(count: int) -> str:
-    """Return a rounded count, because rates extrapolate: 2.9 replies are three."""
+    """Counts are put together from rates, which extrapolate: 2.9 replies are three."""
     return f"{count - 0.5:g}"
 
 
@@ -235,7 +235,7 @@ def _exhausted(of: Thresholds) -> Alert:
 
 
 def codes(window: str) -> str:
-    """Return the codes of a provider's permanent failures, as a template of Prometheus."""
+    """The codes of one provider's failures that no retry mends, as a template of Prometheus."""
     query = (
         f"sort_desc(sum by ({label(semconv.ERROR_TYPE)}) (sum_over_time({ATTEMPTS}{{"
         f'{_PROVIDER}=\\"%s\\", {_ENVIRONMENT}=\\"%s\\", '
