@@ -30,12 +30,12 @@ warnings.simplefilter("ignore")
 
 import aiohttp  # noqa: E402
 from livekit.agents import llm  # noqa: E402
-from support.clock import VirtualClockLoop  # noqa: E402
 from support.providers import CONN_OPTIONS, KEY, PROVIDERS  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
 
 import traced_retry  # noqa: E402
 from traced_retry import semconv  # noqa: E402
+from traced_retry.testing.clock import VirtualClockLoop  # noqa: E402
 
 WEIGHTS = {
     # One fault per request. A recovery needs a fault that passes, followed by an answer.
