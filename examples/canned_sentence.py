@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a reply is lost for good, the caller hears a recorded sentence instead of silence."""
+"""Play a recorded sentence instead of silence if a reply failed permanently."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a reply is lost for good, the next model answers instead: once, and only once."""
+"""Let the next model answer, exactly once, if a reply failed permanently."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def answering_elsewhere(models: list[llm.RealtimeModel], **settings: Any) -> Age
         finally:
             switching = False
 
-    # By itself the adapter asks again for some replies, and not for others: one must do it.
+    # The adapter alone requests some replies again, and not others. The recipe requests all.
     model = llm.RealtimeModelFallbackAdapter(models, regenerate_on_swap=False)
     return AgentSession(llm=traced_retry.wrap(model, on_exhausted=answer_elsewhere, **settings))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import os
 import random
@@ -195,6 +196,8 @@ class Side:
         if stream := getattr(session, "_stream_response", None):
             # AWS's plugin leaves its stream open after a failure, and with the stream a thread.
             await stream.input_stream.close()
+            del session, stream
+            gc.collect()  # The thread ends with the session, which is cyclic garbage.
 
     def _read(self, event):
         # AWS's plugin announces the same streams several times.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop's events as spans, metrics and one log record. OpenTelemetry API only.
 
-The contract is in ``docs/design.md``; every name is in :mod:`traced_retry.semconv`. Nothing here
-reads the text of an exception.
+The contract is in ``docs/telemetry.md``. Every name is in :mod:`traced_retry.semconv`. This module
+never reads the text of an exception.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SUPPRESSED = "suppress_instrumentation"
 
 @dataclass(frozen=True)
 class Target:
-    """Whom a reply is asked of: known at its start, on both spans and every metric."""
+    """The provider, model and server of a request, on both spans and every metric."""
 
     provider: str
     """``gen_ai.provider.name``: semantic conventions' value, or a plain lower-case name."""
@@ -62,7 +62,7 @@ class Target:
 
     @functools.cached_property
     def attempt_labels(self) -> dict[tuple[semconv.Action, semconv.Result], Attributes]:
-        """The labels of one attempt on metrics, but for why it failed."""
+        """Return the labels of one attempt on metrics, without the reason of its failure."""
         return {
             (action, result): {**self.labels, semconv.ACTION: action, semconv.RESULT: result}
             for action in semconv.ACTIONS
@@ -71,12 +71,12 @@ class Target:
 
     @functools.cached_property
     def reply_labels(self) -> dict[semconv.Outcome, Attributes]:
-        """The labels of one reply on metrics, but for why it stopped."""
+        """Return the labels of one reply on metrics, without its stop reason."""
         return {o: {**self.labels, semconv.OUTCOME: o} for o in semconv.OUTCOMES}
 
     @functools.cached_property
     def attributes(self) -> Attributes:
-        """What is known of the target, as span attributes."""
+        """Return the known parts of the target as span attributes."""
         known = {
             semconv.PROVIDER: self.provider,
             semconv.INITIATOR: self.initiator,
@@ -88,12 +88,12 @@ class Target:
 
 
 class Telemetry:
-    """The tracer and the instruments; one per set of providers, shared by all replies.
+    """The tracer and the instruments. All replies share one object per set of providers.
 
     Args:
         tracer_provider: default: the global one, at the time of each span.
         meter_provider: default: the global one, likewise.
-        tracer: instead of ``tracer_provider``: a tracer to use as it is.
+        tracer: a tracer to use unchanged, instead of ``tracer_provider``.
         in_livekit: put LiveKit's ``lk.retry_count`` on attempt spans.
     """
 
@@ -159,9 +159,9 @@ class Telemetry:
         say: bool = False,
         initiator: semconv.Initiator = "agent",
     ) -> None:
-        """Start the counters of ``provider`` at 0, once; with ``say`` those of its ``say``.
+        """Start the counters of ``provider`` at 0, once. With ``say``, start those of its ``say``.
 
-        A counter born at 1 has no increase: Prometheus would miss the first failure.
+        A counter that starts at 1 has no increase, so Prometheus would miss the first failure.
         """
         if (provider, say, initiator) in self._zeroed:
             return
@@ -188,7 +188,7 @@ class Telemetry:
 
 
 on_counters_initialized: list[Callable[[], None]] = []
-"""Called after counters were started at 0, before the first reply they count: to export that."""
+"""Called after counters were started at 0 and before their first reply, to export the zeros."""
 
 
 def _observe_budgets(_: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
@@ -203,7 +203,7 @@ def _seconds(meter: metrics.Meter, name: str, description: str) -> metrics.Histo
 
 
 def _suppress_and_log(method: M) -> M:
-    """A failure inside telemetry is logged once and never changes the reply's result."""
+    """Wrap ``method``, so that its failures are logged once and suppressed."""
 
     @functools.wraps(method)
     def guarded(*args: object) -> object:
@@ -235,7 +235,7 @@ def _attempt_end(attempt: Attempt[Any]) -> Attributes:
 
 @contextmanager
 def _current(context: otel_context.Context | None) -> Iterator[None]:
-    """Make ``context`` the current one, so that a log record carries its span; None: as it is."""
+    """Make ``context`` current, so that a log record carries its span. None changes no context."""
     token = None if context is None else otel_context.attach(context)
     try:
         yield
@@ -245,7 +245,7 @@ def _current(context: otel_context.Context | None) -> Iterator[None]:
 
 
 class ReplyTrace:
-    """The spans, metrics and log records of one reply. No method but :meth:`call` ever raises.
+    """The spans, metrics and log records of one reply. Only :meth:`call` may raise.
 
     Arguments are positional, and attributes are built only if the span is recording, because this
     code runs for every reply.
@@ -284,7 +284,7 @@ class ReplyTrace:
 
     @property
     def trace_id(self) -> str | None:
-        """32 hexadecimal digits, or None if no backend gets the trace."""
+        """Return 32 hexadecimal digits, or None if no backend gets the trace."""
         context = self._span.get_span_context()
         return trace.format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
@@ -452,7 +452,7 @@ class ReplyTrace:
 
     @_suppress_and_log
     def late(self) -> None:
-        """The reply was heard after the agent was told that it had failed."""
+        """Count a reply that was heard after its failure was reported."""
         if not self._silent:
             self._telemetry.late_replies.add(1, self.target.labels, self._context)
         with _current(self._context):

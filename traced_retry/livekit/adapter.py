@@ -30,13 +30,13 @@ class Replies(Protocol):
 
     @property
     def policy(self) -> RetryPolicy:
-        """The policy in force."""
+        """Return the current policy."""
 
     def request_once(self) -> asyncio.Future[Generation]:
         """Call the plugin's own ``generate_reply``."""
 
     def wake(self) -> None:
-        """Have each look again at :meth:`PassthroughRequest.ready`."""
+        """Check :meth:`PassthroughRequest.ready` of every open reply again."""
 
     def report_failure(
         self,
@@ -45,9 +45,9 @@ class Replies(Protocol):
         *,
         only: Request[Any] | None = None,
     ) -> None:
-        """Tell them (or the one of request ``only``) that their request is lost.
+        """Report that the requests of all replies (or the request ``only``) are lost.
 
-        An attempt under way fails with ``why`` at once; with ``stop`` nothing follows.
+        A running attempt fails with ``why`` at once. With ``stop`` no attempt follows.
         """
 
     def start(self, adapter: Adapter, turn: PassthroughRequest, began: float) -> None:
@@ -64,17 +64,18 @@ class Replies(Protocol):
 
 
 class Adapter:
-    """One session's provider, and all there is to know of one without an adapter of its own.
+    """The provider of one session. This base class only observes.
 
-    It is made before the plugin's own ``__init__`` has run (the hook sits in that of LiveKit's
-    base class): it may subscribe to events then, and touch nothing else of the session.
+    It is created before the plugin's own ``__init__`` has run, because the hook is in LiveKit's
+    base class. Its constructor may subscribe to events, and must not use other parts of the
+    session.
     """
 
     required_attributes: ClassVar[tuple[str, ...]] = ()
-    """Private attributes of the session that it relies on."""
+    """Private attributes of the session that the adapter needs."""
     relied_methods: ClassVar[tuple[str, ...]] = ()
-    """Methods of the plugin's session whose behavior it relies on. If an unknown subclass overrides
-    one of them, the plain :class:`Adapter` takes its place."""
+    """Methods of the plugin's session that the adapter needs unchanged. If an unknown subclass
+    overrides one of them, the plain :class:`Adapter` takes its place."""
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
     """What its requests may do; their counters start at zero."""
     turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen",)
@@ -84,7 +85,7 @@ class Adapter:
     last_words_are_unknown: ClassVar[bool] = False
     """Whether the plugin does not know the caller's last words before the reply begins."""
     connection_losses = 0
-    """Connections lost so far, where the plugin comes back and the adapter can tell."""
+    """The number of lost connections, if the plugin reconnects and the adapter can see it."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         self.session = session
@@ -118,33 +119,33 @@ class Adapter:
         """Note that the provider has heard a turn of the caller."""
 
     def missing_attributes(self) -> list[str]:
-        """Those of :attr:`required_attributes` that this plugin's session does not have."""
+        """Return the :attr:`required_attributes` that this plugin's session lacks."""
         return [name for name in self.required_attributes if not hasattr(self.session, name)]
 
     def target(self) -> Target:
-        """Whom a reply is asked of."""
+        """Return the provider, model and server of a request."""
         model = self.session.realtime_model
         return Target(plain_provider(model.provider), model.model)
 
     def request(self, call: Call) -> PassthroughRequest:
-        """One reply's request; ``call`` is the plugin's own ``generate_reply``, arguments bound."""
+        """Create the request for one reply. ``call`` is the plugin's bound ``generate_reply``."""
         return PassthroughRequest(call)
 
     def classify_event(self, event: llm.RealtimeModelError) -> Failure:
-        """What an ``error`` event of the session means."""
+        """Classify an ``error`` event of the session."""
         return classify_event(event)
 
 
 class OwnRetryAdapter(Adapter):
-    """A session on our own ``RetryingRealtimeSession``, whose author said what is safe."""
+    """A session based on our ``RetryingRealtimeSession``. Its author declares the safe actions."""
 
     def request(self, call: Call) -> OwnRetryRequest:
-        """One reply's request."""
+        """Create the request for one reply."""
         return OwnRetryRequest(call, self.session.resend_after_timeout)  # type: ignore[attr-defined]
 
 
 class OwnRetryRequest(PassthroughRequest):
-    """The author's ``_do_generate_reply``, repeated as without the hook."""
+    """The author's ``_do_generate_reply``, retried as without the hook."""
 
     def __init__(self, call: Call, resend_after_timeout: bool) -> None:
         super().__init__(call)
@@ -153,11 +154,11 @@ class OwnRetryRequest(PassthroughRequest):
         )
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Call it; it may be ``async``."""
+        """Call the method, which may be ``async``."""
         return self._inner.attempt(action)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """As the author says."""
+        """Return the action that the session's author allows."""
         return self._inner.next_action(why)
 
 
@@ -210,6 +211,6 @@ def classify_event(event: llm.RealtimeModelError) -> Failure:
 
 
 def plain_provider(provider: str) -> str:
-    """A provider's name as ``gen_ai.provider.name``: plain, lower-case, no URL, user or port."""
+    """Return a name as ``gen_ai.provider.name``: lower-case, without URL, user or port."""
     host = provider.lower().rsplit("/", 1)[-1].rpartition("@")[2].split(":", 1)[0]
     return "_".join(host.split()) or "unknown"
