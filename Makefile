@@ -93,8 +93,13 @@ bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stam
 backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once: ~/.cache, 8 minutes
 	$(BIN)/python tools/backends/build.py
 
+.PHONY: docs
+docs: .venv/.docs  ## build the documentation site into site, and check its links
+	@NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
+	@.venv/docs/bin/python tools/docs/check_site.py site
+
 clean:  ## remove all that was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/pyvenv.cfg:
 	"$$(tools/find-python)" -m venv .venv
@@ -121,6 +126,13 @@ OLDEST += azure-ai-voicelive pytest pytest-asyncio pytest-randomly pytest-xdist 
 .venv/.oldest: $(WHEEL)
 	@echo "installing the oldest plugins and OpenTelemetry supported into .venv/oldest"
 	@$(call apart,oldest,$(BIN)/python,$(OLDEST))
+
+# The documentation's tools are not in .venv, because tests do not need them.
+.venv/.docs: $(WHEEL)
+	@echo "installing the documentation's tools into .venv/docs"
+	@test -x .venv/docs/bin/python || $(BIN)/python -m venv .venv/docs
+	@$(PINNED) .venv/docs/bin/python $(INSTALL) '$(WHEEL)[docs]'
+	@.venv/docs/bin/python $(INSTALL) --force-reinstall --no-deps $(WHEEL) && touch .venv/.docs
 
 CORE_NEEDS := opentelemetry-api opentelemetry-sdk opentelemetry-instrumentation pytest pytest-asyncio pytest-randomly hypothesis grimp
 

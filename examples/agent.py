@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A voice agent whose replies are retried, and traced from its first second.
+"""A voice agent with retries and traces.
 
     pip install '.[agent]'
     export OPENAI_API_KEY=... LIVEKIT_URL=... LIVEKIT_API_KEY=... LIVEKIT_API_SECRET=...
     python examples/agent.py dev
 
-Without more, spans are kept on this computer; see them with `traced-retry report`. To see them in
-Jaeger, `export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318`.
+Spans are stored on this computer, and `traced-retry report` shows them. To see them in Jaeger,
+`export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ server = AgentServer()
 
 @server.rtc_session(agent_name="support")
 async def entrypoint(ctx: JobContext) -> None:
-    """One call: LiveKit runs it in a process of its own."""
+    """Handle one call. LiveKit runs it in a process of its own."""
     traced_retry.enable(ctx)
     session: AgentSession[None] = AgentSession(llm=openai.realtime.RealtimeModel())
     await session.start(Agent(instructions="You help with orders. Be brief."), room=ctx.room)

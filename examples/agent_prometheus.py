@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same agent, whose metrics Prometheus scrapes from http://127.0.0.1:9464/metrics.
+"""The same agent with metrics that Prometheus scrapes from http://127.0.0.1:9464/metrics.
 
     pip install '.[agent]'
     export OPENAI_API_KEY=... LIVEKIT_URL=... LIVEKIT_API_KEY=... LIVEKIT_API_SECRET=...
     python examples/agent_prometheus.py start
 
-What differs from agent.py is one import and the server. LiveKit empties the folder at start.
+Only one import and the server differ from agent.py. LiveKit empties the folder at start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ server = AgentServer(
 
 @server.rtc_session(agent_name="support")
 async def entrypoint(ctx: JobContext) -> None:
-    """One call: LiveKit runs it in a process of its own."""
+    """Handle one call. LiveKit runs it in a process of its own."""
     traced_retry.enable(ctx)
     session: AgentSession[None] = AgentSession(llm=openai.realtime.RealtimeModel())
     await session.start(Agent(instructions="You help with orders. Be brief."), room=ctx.room)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a reply is lost for good, the caller hears a recorded sentence instead of silence."""
+"""Play a recorded sentence instead of silence if a reply failed permanently."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from livekit.agents.utils.audio import audio_frames_from_file
 import traced_retry
 
 SENTENCE = "Sorry, I lost the line. Could you say that again?"
-# Recorded, for the outage may have taken the provider's voice as well.
+# A recording, because the outage may affect the provider's voice too.
 RECORDING = Path(__file__).with_name("sorry.ogg")
 
 
 def apologising(model: llm.RealtimeModel, **settings: Any) -> AgentSession:
-    """A session with ``model``; ``settings`` are what ``traced_retry.wrap`` takes besides."""
+    """Return a session with ``model``. ``settings`` go to ``traced_retry.wrap``."""
 
     def apologise(failed: traced_retry.FailedReply) -> None:
-        if failed.stop_reason != "session_closed":  # else nobody listens any more
+        if failed.stop_reason != "session_closed":  # otherwise the caller is gone
             frames = audio_frames_from_file(str(RECORDING))
             session.say(SENTENCE, audio=frames)
 

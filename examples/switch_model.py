@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a reply is lost for good, the next model answers instead: once, and only once."""
+"""Let the next model answer, exactly once, if a reply failed permanently."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import traced_retry
 
 
 def answering_elsewhere(models: list[llm.RealtimeModel], **settings: Any) -> AgentSession:
-    """A session with the first of ``models``; ``settings`` are ``traced_retry.wrap``'s."""
+    """Return a session with the first of ``models``. ``settings`` go to ``traced_retry.wrap``."""
     switching = False
 
     async def answer_elsewhere(failed: traced_retry.FailedReply) -> None:
         nonlocal switching
-        # Its beginning was heard, or nobody listens any more, or the next model failed as well.
+        # Stop if its beginning was heard, the caller is gone, or the next model failed too.
         if failed.stop_reason in ("output_started", "session_closed") or switching:
             return
         switching, serving = True, model.metrics_metadata
@@ -29,7 +29,7 @@ def answering_elsewhere(models: list[llm.RealtimeModel], **settings: Any) -> Age
         finally:
             switching = False
 
-    # By itself the adapter asks again for some replies, and not for others: one must do it.
+    # The adapter alone requests some replies again, and not others. The recipe requests all.
     model = llm.RealtimeModelFallbackAdapter(models, regenerate_on_swap=False)
     session = AgentSession(llm=traced_retry.wrap(model, on_exhausted=answer_elsewhere, **settings))
     return session

@@ -60,7 +60,7 @@ _LATE = {
     "uninstrument": "traced_retry.livekit",
     "wrap": "traced_retry.livekit",
 }
-"""Names whose modules need an extra, and are imported at their first use."""
+"""Names that need an extra. Their modules are imported at the first use."""
 
 
 def __getattr__(name: str) -> Any:

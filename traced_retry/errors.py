@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all errors of the user's making are, so that the command line can tell them from ours."""
+"""Errors that the user can correct. The command line shows them without a traceback."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Final
 
 
 class UsageError(ValueError):
-    """Something given to us cannot be. The message names it, and what is allowed."""
+    """An invalid value from the user. The message names the value and the allowed ones."""
 
 
 class ArgumentError(UsageError, TypeError):
-    """An argument of a wrong type. The message names it, and what is allowed."""
+    """An argument of a wrong type. The message names the argument and the allowed types."""
 
 
 class MissingExtraError(UsageError, ModuleNotFoundError):
@@ -46,7 +46,7 @@ _EXTRAS: Final = {
 
 
 def missing_extra(feature: str, error: ModuleNotFoundError) -> MissingExtraError:
-    """Return the error for a feature whose import failed.
+    """Return the error for a feature that failed to import.
 
     Args:
         feature: the subject of the message, such as ``enable()``.

@@ -20,13 +20,13 @@ SCOPE: Final = "traced_retry"
 SPAN_REPLY: Final = "generate_reply"
 """INTERNAL. One ``generate_reply`` call by the agent, from the call to its outcome."""
 SPAN_ATTEMPT: Final = "generate_reply.attempt"
-"""CLIENT. One effort to get that reply; a child of the above."""
+"""CLIENT. One effort to get that reply, as a child of the reply's span."""
 SPAN_SAY: Final = "say"
-"""INTERNAL. One ``say`` call on a plugin that speaks a given text itself; told as a reply is."""
+"""INTERNAL. One ``say`` call on a plugin that speaks a given text itself."""
 SPAN_SAY_ATTEMPT: Final = "say.attempt"
-"""CLIENT. The one effort to have it spoken; a child of the above."""
+"""CLIENT. The single request of a ``say``, as a child of its span."""
 SPAN_DOCTOR: Final = "traced_retry doctor"
-"""INTERNAL. What ``traced-retry doctor`` sends to see whether it arrives."""
+"""INTERNAL. The test span of ``traced-retry doctor``."""
 
 # --- attributes of others ---------------------------------------------------------------------
 
@@ -45,8 +45,8 @@ OTHER: Final = "_OTHER"
 
 OUTCOME: Final = "traced_retry.outcome"
 ATTEMPTS: Final = "traced_retry.attempts"
-"""How many attempts the reply took (int; 0 where the provider had told an earlier reply of the
-session to wait for longer than this one may take)."""
+"""The number of attempts (int). It is 0 if an earlier reply of the session got a wait from the
+provider that is longer than this reply may take."""
 DELAY_TOTAL: Final = "traced_retry.delay.total"
 """Seconds spent waiting between attempts, summed (float)."""
 STOP_REASON: Final = "traced_retry.stop_reason"
@@ -55,19 +55,19 @@ ATTEMPT: Final = "traced_retry.attempt"
 """Number of the attempt (int, from 1)."""
 ACTION: Final = "traced_retry.action"
 DELAY: Final = "traced_retry.delay"
-"""Seconds really waited before this attempt (float; 0.0 for the first, unless an earlier reply of
-the session was told by the provider to wait)."""
+"""Seconds really waited before this attempt (float). It is 0.0 for the first one, unless the
+provider asked an earlier reply of the session to wait."""
 ERROR_CODE: Final = "traced_retry.error_code"
 """The provider's own error code, exact. On spans only: it is not bounded."""
 RECOVERABLE: Final = "traced_retry.recoverable"
 DECISION: Final = "traced_retry.decision"
 NEXT_DELAY: Final = "traced_retry.next_delay"
-"""Seconds the next attempt is planned to wait (float). A reconnect may make it longer; what was
-really waited is ``traced_retry.delay`` of that attempt."""
+"""Seconds the next attempt is planned to wait (float). A reconnect may make it longer. The real
+wait is ``traced_retry.delay`` of that attempt."""
 RESULT: Final = "traced_retry.result"
 OPERATION: Final = "traced_retry.operation"
-"""``say`` on what tells of a ``say``; absent where it is a ``generate_reply``. On metrics and log
-records; spans have a name."""
+"""``say`` on the metrics and log records of a ``say``, and absent for a ``generate_reply``. Spans
+have a name instead."""
 EXPORTER: Final = "traced_retry.exporter"
 """Which exporter dropped spans: ``otlp``, ``local_store``, or a name given. On metrics only."""
 DROP_REASON: Final = "traced_retry.drop_reason"
@@ -77,8 +77,8 @@ TRACE_ID: Final = "trace_id"
 # --- values -----------------------------------------------------------------------------------
 
 Action = Literal["send", "listen", "restart"]
-"""``send``: a request goes out. ``listen``: none does, the wait for the one already sent goes
-on. ``restart``: a fresh session, then a request."""
+"""``send``: a request goes out. ``listen``: the wait for the answer to an earlier request
+continues. ``restart``: a new session is opened, then a request goes out."""
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
 
 Decision = Literal["retry", "stop"]
@@ -135,8 +135,8 @@ DropReason = Literal[
     "failed",
 ]
 """Why a span was not delivered. ``shutdown``: it was not confirmed when the time to exit was up.
-``rate_limited`` is HTTP 429, ``unavailable`` 502 to 504, ``rejected`` another status; ``failed``
-is an exporter that does not say."""
+``rate_limited`` is HTTP 429, ``unavailable`` 502 to 504, ``rejected`` another status. ``failed``
+is an exporter that reports no reason."""
 DROP_REASONS: Final[tuple[DropReason, ...]] = get_args(DropReason)
 
 # --- metrics ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ _COMMENT: Final = "#"
 
 
 class FilesError(UsageError):
-    """A shipped file that does not exist or cannot be written; the message names the remedy."""
+    """A shipped file that does not exist or is not writable. The message names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ShippedFile:
 
     @property
     def description(self) -> str:
-        """The first comment or heading, or a dashboard's title; empty if there is none."""
+        """The first comment or heading, or a dashboard's title, or an empty text."""
         if self.name.endswith(".json"):
             return str(json.loads(self.content).get("title", "Jaeger's UI: searches and links"))
         for line in self.content.splitlines():
@@ -68,7 +68,7 @@ def find(files: Iterable[ShippedFile], name: str) -> ShippedFile:
     """Return the file with that name.
 
     Raises:
-        FilesError: if no file has that name; the message lists the names.
+        FilesError: if no file has that name. The message lists the names.
     """
     by_name = {file.name: file for file in files}
     if name not in by_name:
@@ -80,7 +80,7 @@ def write(directory: Path, files: Iterable[ShippedFile], *, force: bool = False)
     """Write the files below ``directory`` and return their paths.
 
     Args:
-        directory: the target; it is created if it does not exist.
+        directory: the target. It is created if it does not exist.
         files: the files to write.
         force: overwrite files that exist with other content.
 

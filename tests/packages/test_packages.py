@@ -26,14 +26,17 @@ import pytest
 pytestmark = pytest.mark.packages
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = sorted(set(PROJECT["optional-dependencies"]) - {"bench", "test"})
-README = re.findall(
-    r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+EXTRAS = sorted(set(PROJECT["optional-dependencies"]) - {"bench", "docs", "test"})
+PAGES = "".join(
+    (ROOT / name).read_text()
+    for name in ("README.md", "docs/index.md", "docs/settings.md", "docs/simulate.md")
 )
+README = list(dict.fromkeys(re.findall(r"^```(\w+)\n(.*?)^```$", PAGES, re.MULTILINE | re.DOTALL)))
+"""The code blocks of the README and of the first pages, without repetitions."""
 
 
 def blocks(language):
-    """Return the code blocks of the README in a language."""
+    """Return the code blocks in a language."""
     return [code for name, code in README if name == language]
 
 
@@ -231,13 +234,15 @@ asyncio.run(entrypoint(Job()))
 """
 
 
-COMMANDS = [
-    line[2:].partition("  #")[0].strip()
-    for code in blocks("console")
-    for line in code.splitlines()
-    if line.startswith("$ ")
-]
-"""The commands of the README, in its order."""
+COMMANDS = list(
+    dict.fromkeys(
+        line[2:].partition("  #")[0].strip()
+        for code in blocks("console")
+        for line in code.splitlines()
+        if line.startswith("$ ")
+    )
+)
+"""The commands of these pages, in their order."""
 
 
 def varying(text):

@@ -20,7 +20,7 @@ import yaml
 from traced_retry.monitoring import alerts, config
 from traced_retry.monitoring.config import Thresholds
 
-DOCUMENTS: Final = ("dashboards/README.md", "docs/dashboards.md", "docs/design.md")
+DOCUMENTS: Final = ("dashboards/README.md", "docs/dashboards.md", "docs/telemetry.md")
 UNITS: Final = {
     "s": "s",
     "percentunit": "ratio, as %",

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line ``traced-retry``; no other part of the package imports it."""
+"""The command line ``traced-retry``. The other packages do not import it."""

@@ -28,7 +28,7 @@ from traced_retry.simulator import OpenAISimulator
 POLICY: Final = traced_retry.RetryPolicy(
     base_delay=0.4, max_delay=1.0, attempt_timeout=1.5, deadline=6.0
 )
-"""Short limits, so that the demo ends soon; the defaults suit a real call."""
+"""Short limits, so that the demo ends soon. The defaults suit a real call."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Scenario:
     """One conversation of the demo."""
 
     script: str
-    """What the server does to each request; see ``traced-retry simulate --help``."""
+    """The fault of each request: see ``traced-retry simulate --help``."""
     description: str
     """The same in words."""
     interrupt_after: float | None = None
-    """Seconds after which the caller starts to speak; with None the caller waits."""
+    """Seconds until the caller starts to speak. With None the caller waits."""
     linger: float = 0.0
     """Seconds to keep the session open afterwards, for a late reply."""
 
@@ -90,7 +90,7 @@ class ScenarioResult:
 
 @dataclass
 class Demo:
-    """One run of the demo; call :meth:`run` once.
+    """One run of the demo. Call :meth:`run` once.
 
     Args:
         store: the file to which spans are appended.
@@ -164,7 +164,7 @@ def run_demo(
     on_start: Callable[[Scenario], None] = lambda _: None,
     on_result: Callable[[ScenarioResult], None] = lambda _: None,
 ) -> tuple[list[ScenarioResult], float]:
-    """Run the demo; return its results and its duration in seconds."""
+    """Run the demo, and return its results and its duration in seconds."""
     started = time.monotonic()
     results = asyncio.run(Demo(store, on_start, on_result).run())
     return results, time.monotonic() - started

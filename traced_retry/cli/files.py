@@ -42,7 +42,7 @@ def _write(directory: Path, files: Sequence[ShippedFile], *, force: bool) -> Non
 
 @exporters.command("list")
 def list_exporters() -> None:
-    """List the files, each with what it is for.
+    """List the files, each with its purpose.
 
     Those in presets/ are for traced_retry.enable(preset=NAME), or to be copied, edited and named
     in OTEL_CONFIG_FILE.
@@ -66,7 +66,7 @@ def write_exporters(directory: _Directory, *, force: _Force = False) -> None:
 
 @dashboards.command("list")
 def list_dashboards() -> None:
-    """List the files, each with what it is for."""
+    """List the files, each with its purpose."""
     _list(_dashboard_files())
 
 

@@ -44,7 +44,7 @@ app.add_typer(dashboards, name="dashboards")
 
 
 def main() -> None:
-    """Run the command line; a usage error is one line on stderr and exit status 2."""
+    """Run the command line. A usage error is one line on stderr and exit status 2."""
     try:
         app()
     except UsageError as error:
@@ -86,10 +86,10 @@ def demo(
         bool, typer.Option("--verbose", "-v", help="Show LiveKit's own log as well.")
     ] = False,
 ) -> None:
-    """Play a dozen conversations with a server that fails, and show what became of each.
+    """Play a dozen conversations with a server that fails, and show the outcome of each.
 
-    A real LiveKit AgentSession with the real OpenAI plugin talks to a server on 127.0.0.1; no
-    key, no network and no LiveKit server is needed. It takes about fifteen seconds.
+    A real LiveKit AgentSession with the real OpenAI plugin talks to a server on 127.0.0.1. You
+    need no key, no network and no LiveKit server. It takes about fifteen seconds.
     """
     from traced_retry.cli.demo import SCENARIOS, Scenario, ScenarioResult, run_demo  # noqa: PLC0415
     from traced_retry.export.file_store import new_store  # noqa: PLC0415
@@ -97,7 +97,7 @@ def demo(
     from traced_retry.report.terminal import render  # noqa: PLC0415
 
     if not verbose:
-        # The plugin logs each failure that the script asked for; the report shows them better.
+        # The plugin logs each failure of the script. The report shows them better.
         logging.disable(logging.CRITICAL)
     path = store or new_store("demo")
     console = Console(highlight=False)
@@ -159,15 +159,18 @@ def doctor(
         typer.Option(help="Jaeger's query URL; default: port 16686 of the endpoint's host."),
     ] = None,
 ) -> None:
-    """Say where spans would go from here, whether a test span arrives, and what would be retried.
+    """Check where spans would go, whether a test span arrives, and which plugins are retried.
 
-    Run it where your agent runs, with the same variables. Status 0 only when all is well.
+    Run it where your agent runs, with the same variables. The exit status is 0 only if
+    every check is ok.
     """
     from dataclasses import asdict  # noqa: PLC0415
 
     from traced_retry.doctor import run_checks  # noqa: PLC0415
 
-    logging.disable(logging.CRITICAL)  # exporters and SDK log what the checks say better
+    logging.disable(
+        logging.CRITICAL
+    )  # the checks explain the failures that exporters and SDK would log
     checks = []
     for check in run_checks(preset, jaeger):
         checks.append(check)

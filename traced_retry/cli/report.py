@@ -82,7 +82,7 @@ def report(
         Path | None, typer.Option(help="Write one self-contained HTML page there instead.")
     ] = None,
 ) -> None:
-    """Show stored replies: what happened to each in a sentence and a waterfall, and a summary.
+    """Show stored replies, each with a sentence and a waterfall, and a summary.
 
     Files of any size are read in little memory.
     """

@@ -26,7 +26,7 @@ def script(
         ),
     ] = None,
 ) -> None:
-    """Print the fault script that makes a simulator do what the provider did in one call."""
+    """Print the fault script that makes a simulator repeat the provider's faults in one call."""
     from traced_retry.testing.incident import SIMULATOR_OF, incident_script  # noqa: PLC0415
 
     selection = Selection(trace=None if trace is None else trace.strip().lower())
@@ -41,6 +41,6 @@ def script(
 
 
 def _incident(replies: list[Reply]) -> list[Reply]:
-    """Return the replies of the newest call in which a reply was retried or lost."""
+    """Return the replies of the newest call with a retried or failed reply."""
     troubled = [r for r in replies if r.retries or r.group == "failed"] or replies[-1:]
     return [r for r in replies if troubled and r.trace_id == troubled[-1].trace_id]

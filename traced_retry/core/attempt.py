@@ -57,7 +57,7 @@ class Attempt(Generic[T]):
         self.next_delay = 0.0
         self.span: trace.Span = trace.INVALID_SPAN
         self.context: otel_context.Context | None = None
-        """The context of the attempt's span. None if nothing is traced."""
+        """The context of the attempt's span. None if the reply is not traced."""
 
     def seconds_to_output(self, now: float) -> float:
         """Return the seconds to the first output, or until ``now`` if no output was heard."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many retries a process may send: :class:`RetryBudget`, so that an outage is not made worse.
+"""The number of retries that a process may send: :class:`RetryBudget`.
 
-A provider that fails every request gets four for each reply from an agent that retries three
-times, when it can bear that least. A budget lets the first replies of an outage be retried in full
-and then only as many as a share of what is asked anyway; each reply is still asked once.
+If a provider fails every request, an agent that retries three times sends four requests per reply,
+which makes an outage worse. A budget retries the first replies of an outage in full, and later ones
+only at a share of the replies. The first request of each reply is always sent.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ Clock = Callable[[], float]
 """Seconds, from any zero, never going back."""
 
 CAPACITY: Final = 10.0
-"""Retries at once. Three replies in a row may fail three times each: a blip of half a minute in
-one call passes unnoticed."""
+"""Retries at once. Three replies in a row may fail three times each: a failure of half a
+minute in one call has no effect."""
 PER_REPLY: Final = 0.1
-"""Earned by each reply: in an outage that lasts, requests are at most 1.1 times the replies. The
+"""Earned by each reply: in a long outage, requests are at most 1.1 times the replies. The
 share of gRPC's retry throttling and of Envoy's and Finagle's budgets is 0.1 to 0.2."""
 PER_SECOND: Final = 1 / 30
-"""Earned by time alone: one call is asked something every few seconds, and a share of so little
-would never come back. A full bucket in five minutes."""
+"""Earned by time alone: one call requests a reply every few seconds, and a share of so few replies
+would not fill the bucket. Time fills it in five minutes."""
 
 
 class RetryBudget:
     """A bucket of tokens per provider. Each retry that sends a request takes one.
 
-    To listen on sends nothing, and takes none. Where no token is left the reply fails at once, with
-    stop reason ``budget``. Share one object to share its buckets; :class:`RetryPolicy` does so with
-    its default, for the whole process. Safe to use from several threads.
+    A ``listen`` sends no request and takes no token. If the bucket is empty, the reply fails at
+    once with stop reason ``budget``. Share one object to share its buckets, as the default of
+    :class:`RetryPolicy` does for the whole process. The object is thread-safe.
 
     Args:
-        capacity: tokens in a full bucket; each begins full.
-        per_reply: tokens earned by each reply that is asked.
+        capacity: tokens in a full bucket. Each bucket starts full.
+        per_reply: tokens earned by each reply.
         per_second: tokens earned by time.
 
     Raises:
-        ValueError: a value that is no finite number, a capacity below 1 (use ``max_retries=0`` to
-            never retry), or another value below 0.
+        ValueError: if a value is not a finite number, if the capacity is below 1 (use
+            ``max_retries=0`` to never retry), or if another value is below 0.
     """
 
     def __init__(
@@ -73,19 +73,19 @@ class RetryBudget:
         _live.add(self)
 
     def open(self, provider: str, clock: Clock) -> None:
-        """Have a bucket for ``provider``, so that it is seen before it is needed."""
+        """Create the bucket of ``provider``, so that the gauge shows it before the first retry."""
         with self._lock:
             self._bucket(provider, clock)
 
     def earn(self, provider: str, clock: Clock) -> None:
-        """A reply is asked of ``provider``."""
+        """Add the tokens that a reply of ``provider`` earns."""
         with self._lock:
             bucket = self._bucket(provider, clock)
             if bucket.tokens < self.capacity:
                 bucket.tokens = min(self.capacity, bucket.tokens + self.per_reply)
 
     def spend(self, provider: str, clock: Clock) -> bool:
-        """Take a token for a retry; False where none is left."""
+        """Take a token for a retry. Return False if the bucket is empty."""
         with self._lock:
             bucket = self._bucket(provider, clock)
             if bucket.tokens < 1:
@@ -94,7 +94,7 @@ class RetryBudget:
             return True
 
     def remaining(self) -> dict[str, float]:
-        """Tokens left by now, per provider."""
+        """Return the tokens left now, per provider."""
         with self._lock:
             return {
                 provider: self._bucket(provider, bucket.clock).tokens
@@ -134,14 +134,14 @@ class _Bucket:
         self.tokens = tokens
         self.at = at
         self.clock = clock
-        """Of the event loop that asked last: the gauge is read in an exporter's thread."""
+        """The clock of the event loop that was last used. An exporter's thread reads the gauge."""
 
 
 _live: weakref.WeakSet[RetryBudget] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """In the child: an exporter's thread, which did not come along, may have held a lock."""
+    """Replace the locks in the child, because a thread of the parent may have held one."""
     for budget in list(_live):
         budget._lock = threading.Lock()
 
@@ -158,7 +158,7 @@ def refill() -> None:
 
 
 def remaining() -> Iterator[tuple[str, float]]:
-    """Each provider with what is left of its smallest bucket in this process."""
+    """Yield each provider and the tokens of its smallest bucket in this process."""
     least: dict[str, float] = {}
     for budget in list(_live):
         for provider, tokens in budget.remaining().items():

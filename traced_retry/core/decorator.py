@@ -147,7 +147,7 @@ class RetryingRealtimeSession(ABC):
     reply to an abandoned one is dropped. Else the caller may hear two."""
 
     def generate_reply(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
-        """Ask for a reply; the arguments are those of ``_do_generate_reply``.
+        """Request a reply, with the arguments of ``_do_generate_reply``.
 
         Raises:
             Exception: a programming error of ``_do_generate_reply``, untouched.
@@ -174,4 +174,4 @@ class RetryingRealtimeSession(ABC):
 
     @abstractmethod
     def _do_generate_reply(self, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
-        """Send one request; the future resolves with its ``GenerationCreatedEvent``."""
+        """Send one request. The future resolves with its ``GenerationCreatedEvent``."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a generator that yields the time until which it has nothing to do.
+"""Run a generator that yields the time until which it waits.
 
 The generator is resumed in the very call that changes something: a timer, a future's callback or an
 event handler. A task would need several turns of the event loop for each of these, and in those

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One failed attempt: the provider's code, whether trying again can help, and when.
 
-:func:`explain` holds the default table; a policy's ``classify`` may overrule it per failure.
+:func:`explain` holds the default table. A policy's ``classify`` may overrule it per failure.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ CODES: Final[dict[str, Kind]] = {
     "ServiceQuotaExceededException": "quota",
     "ValidationException": "invalid_request",
     "ResourceNotFoundException": "invalid_request",
-    # Google tells only the code of the WebSocket's close, or HTTP's
+    # Google reports only the code of the WebSocket's close, or HTTP's
     "1000": "connection_lost",
     "1001": "connection_lost",
     "1006": "connection_lost",
@@ -106,7 +106,7 @@ CODES: Final[dict[str, Kind]] = {
     "max_output_tokens": "invalid_request",
     "context_length_exceeded": "invalid_request",
 }
-"""Provider codes whose meaning is known. A known code is its own ``error.type``."""
+"""Provider codes with a known meaning. A known code is its own ``error.type``."""
 
 KNOWN_ERROR_TYPES: Final = frozenset(CODES) | frozenset(RECOVERABLE) | {semconv.OTHER}
 

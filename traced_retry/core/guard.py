@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code beside the reply (telemetry, a user's callback, an adapter's clean-up) that fails is
-logged once and never changes the reply's result.
+"""Log failures of side work once, so that they never change a reply's result.
+
+Side work is telemetry, a user's callback or an adapter's clean-up.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ def log_once(message: str, level: int = logging.ERROR) -> None:
     """Log ``message`` the first time in this process."""
     if message not in _logged:
         _logged.add(message)
-        with contextlib.suppress(Exception):  # a user's filter may raise, and nobody guards us
+        with contextlib.suppress(Exception):  # a user's log filter may raise
             logger.log(level, message)
 
 
 def log_suppressed(what: str, error: BaseException) -> None:
     """Log once that ``what`` raised ``error``: its class and place.
 
-    Never its text: that may hold what a caller said, or an API key.
+    Leave its text out, because it may hold words of a caller or an API key.
     """
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
@@ -37,7 +38,7 @@ def log_suppressed(what: str, error: BaseException) -> None:
 
 
 class suppress_and_log:  # noqa: N801 - used as a statement, like contextlib.suppress
-    """``with suppress_and_log("what"):`` swallows an exception of the block and logs it once."""
+    """Suppress an exception of the ``with`` block, and log it once."""
 
     __slots__ = ("_what",)
 

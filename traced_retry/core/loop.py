@@ -165,7 +165,7 @@ class Reply(Driver, Generic[T]):
         return future
 
     def fail_unsent(self, failure: Failure, stop: semconv.StopReason) -> None:
-        """Record a reply that failed before anybody called :meth:`start`."""
+        """Record a reply that failed before :meth:`start` was called."""
         self._began = self._loop.time()
         self._trace.begin(self._began)
         self._give_up(failure, stop)

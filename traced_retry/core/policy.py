@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often, how long and how far apart: :class:`RetryPolicy`, from code or environment."""
+"""The limits of one reply: :class:`RetryPolicy`, from code or environment."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENV: Final = {
 
 
 class PolicyError(UsageError):
-    """A setting that cannot be. The message names the setting, its value and what is allowed."""
+    """An invalid retry setting. The message names the setting, its value and the allowed values."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RetryPolicy:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> RetryPolicy:
-        """Read the policy from the environment; what is not set keeps its default.
+        """Read the policy from the environment. A variable that is not set keeps the default.
 
         Numbers: ``LIVEKIT_REALTIME_MAX_RETRIES``, ``LIVEKIT_REALTIME_RETRY_BASE_DELAY``,
         ``LIVEKIT_REALTIME_RETRY_MAX_DELAY``, ``TRACED_RETRY_DEADLINE``,
@@ -107,7 +107,7 @@ class RetryPolicy:
         or ``off``: ``TRACED_RETRY_BUDGET``.
 
         Raises:
-            PolicyError: a value that cannot be; the message names the variable.
+            PolicyError: if a value is invalid. The message names the variable.
         """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
@@ -118,7 +118,7 @@ class RetryPolicy:
             try:
                 values[name] = _PARSERS.get(name, float)(text)
             except ValueError:
-                values[name] = text  # which the check then refuses, saying what is allowed
+                values[name] = text  # the check then refuses it and names the allowed values
             if allowed := _CHECKS[name](values[name]):
                 raise PolicyError(f"{variable} is {shown(text)}; {allowed}.")
         try:
@@ -129,7 +129,7 @@ class RetryPolicy:
             raise PolicyError(f"{names}: {error}") from None
 
     def delays(self, jitter: Callable[[float], float] = backoff.full_jitter) -> Delays:
-        """The waits of one reply; ``jitter`` turns an upper bound into a wait, both seconds."""
+        """Return the waits of one reply. ``jitter`` turns a bound into a wait, both in seconds."""
         return Delays(self, jitter)
 
 
@@ -157,12 +157,12 @@ class Delays:
             if policy.base_delay >= _LEAST_DELAY
             else backoff.constant(0)  # 2.2.1's expo would overflow on its way up from zero
         )
-        # backoff's generators spend their first value on nothing, in 2.2.1 and in its fork alike.
+        # The first value of backoff's generators is not a wait, in 2.2.1 and in its fork.
         self._bounds.send(None)
         self._jitter = jitter
 
     def next(self, failure: Failure) -> float:
-        """The wait before the next attempt: jittered, but never less than ``retry_after``."""
+        """Return the next wait: with jitter, but never less than ``retry_after``."""
         return max(self._jitter(next(self._bounds)), failure.wait)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loop asks of whatever it repeats: :class:`Request`. An adapter implements it."""
+"""The protocol between the loop and a provider's request: :class:`Request`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Request(Protocol[T]):
     """The request behind one reply. One object per reply."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
-        """Begin one attempt; the future is its result. What this raises fails the attempt."""
+        """Begin an attempt and return the future of its result. An exception fails the attempt."""
 
     def limit(self, action: semconv.Action) -> float | None:
-        """Seconds an attempt of this kind may take, at most; None leaves it to the deadline."""
+        """Return the longest time of such an attempt in seconds, or None for the deadline."""
 
     def explain(self, error: BaseException) -> Failure:
         """Say why the attempt failed with ``error``."""
@@ -35,46 +35,48 @@ class Request(Protocol[T]):
         """Return the failure to raise if our own code failed with ``error``. Never raise."""
 
     def next_action(self, failure: Failure) -> semconv.Action | None:
-        """What is safe to do next; None where nothing is."""
+        """Return the next safe action, or None if there is none."""
 
     def ready(self) -> bool:
-        """Whether a request sent now could be answered; ``Reply.wake`` when that changes.
+        """Return whether a request sent now could be answered.
 
-        Not asked before a ``listen``, which sends none.
+        An adapter calls ``Reply.wake`` if the result changes. The loop does not call this method
+        before a ``listen``, because that sends no request.
         """
 
     def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
-        """The attempt failed and ``then`` follows (None: nothing, the agent is told of failure).
+        """Make sure that the answer to a failed attempt is not heard later.
 
-        Makes sure that what was asked is not heard later.
+        The action ``then`` follows. None means that the failure is reported to the agent.
         """
 
     def cancel(self, attempt: asyncio.Future[T]) -> None:
-        """The caller no longer wants the reply (barge-in); the attempt may just have succeeded."""
+        """Cancel for the caller (barge-in). The attempt may just have succeeded."""
 
     def delivery(self, result: T) -> Delivery | None:
-        """What becomes of a reply once it has begun; None where that cannot be told.
+        """Return the record of a reply that has started, or None if its end is not observable.
 
-        The agent is given the first result alone. Where :meth:`next_action` allows another attempt
-        after one that began, the first result must go on with the later ones.
+        The agent gets only the first result. If :meth:`next_action` allows another attempt after
+        the response has started, the first result must also deliver the later responses.
         """
 
 
 class Delivery:
-    """A reply that has begun, before its first word: is it heard?
+    """The record of a reply that has started: its first output and its end.
 
-    The adapter calls :meth:`output` at the first word and :meth:`end` when the provider is done.
+    The adapter calls :meth:`mark_output` at the first word and :meth:`end` when the provider is
+    done.
     """
 
     def __init__(self) -> None:
         self.first_output_at: float | None = None
         """Time of the first output on the event loop's clock, in seconds."""
         self.last_activity: float | None = None
-        """When the provider last sent anything of it, in the loop's seconds; None: not told."""
+        """Time of the provider's last event for it on the loop's clock, or None if unknown."""
         self.ended = False
         self.failure: Failure | None = None
         self.cancelled = False
-        """Whether it ended unheard because somebody cancelled it."""
+        """Whether it was cancelled before its first output."""
         self.on_end: Callable[[], None] = lambda: None
 
     @property
@@ -88,16 +90,16 @@ class Delivery:
         return self.failure is not None and self.first_output_at is None
 
     def mark_output(self) -> None:
-        """Something was said, or a tool called."""
+        """Record that there was output: a word, a sound or a tool call."""
         if self.first_output_at is None:
             self.first_output_at = asyncio.get_running_loop().time()
 
     def mark_activity(self) -> None:
-        """The provider sent something of it. Whoever tells of one tells of all."""
+        """Record an event of the provider. An adapter that calls this reports every event."""
         self.last_activity = asyncio.get_running_loop().time()
 
     def end(self, failure: Failure | None = None, *, cancelled: bool = False) -> None:
-        """The provider is done: with a ``failure``, because it was ``cancelled``, or well."""
+        """End the delivery: complete, ``cancelled`` or with a ``failure``."""
         if self.ended:
             return
         self.ended = True
@@ -113,8 +115,8 @@ class CallRequest(Generic[T]):
 
     Args:
         call: returns a future, or a coroutine to run.
-        resend_after_timeout: whether a request that got no answer may be sent again. False
-            where the late answer to the first could still be heard.
+        resend_after_timeout: whether a request without an answer may be sent again. Use False if
+            the late answer to the first could still be heard.
         on: the exceptions of the call that are retried.
     """
 
@@ -132,7 +134,7 @@ class CallRequest(Generic[T]):
         self._resend_after_timeout = resend_after_timeout
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
-        """Call it; a coroutine becomes a task, so that it can be cancelled by itself."""
+        """Call the function. A coroutine becomes a task, so that it can be cancelled alone."""
         result: Any = self._call()
         if inspect.iscoroutine(result):
             return _start(result)
@@ -146,7 +148,7 @@ class CallRequest(Generic[T]):
         )
 
     def limit(self, action: semconv.Action) -> float | None:
-        """The policy's business."""
+        """Return None: the policy's limits apply."""
         return None
 
     def explain(self, error: BaseException) -> Failure:
@@ -154,7 +156,7 @@ class CallRequest(Generic[T]):
         return self._limit(explain(error))
 
     def timed_out(self, seconds: float) -> Failure:
-        """A ``TimeoutError`` of ours."""
+        """Return the failure of an attempt that ended with our ``TimeoutError``."""
         error = TimeoutError(f"no answer within {seconds:.1f} s")
         return self._limit(failure(error, "timeout", ended_locally=True))
 
@@ -168,15 +170,15 @@ class CallRequest(Generic[T]):
         return None if unanswered and not self._resend_after_timeout else "send"
 
     def ready(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
-        """Cancel what still runs."""
+        """Cancel the call if it still runs."""
         attempt.cancel()
 
     def cancel(self, attempt: asyncio.Future[T]) -> None:
-        """Carry the caller's cancel inward."""
+        """Cancel the call for the caller."""
         attempt.cancel()
 
     def _limit(self, why: Failure) -> Failure:
@@ -184,13 +186,13 @@ class CallRequest(Generic[T]):
         return why if isinstance(why.error, self._on) else replace(why, recoverable=False)
 
     def delivery(self, result: T) -> None:
-        """A call that has returned is all there is."""
+        """Return None: a call that has returned is complete."""
 
 
 if sys.version_info >= (3, 12):
 
     def _start(coroutine: Any) -> asyncio.Future[Any]:
-        # A call that need not wait then costs no turn of the event loop.
+        # A call that does not wait then costs no turn of the event loop.
         return asyncio.Task(coroutine, loop=asyncio.get_running_loop(), eager_start=True)
 
 else:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop's events as spans, metrics and one log record. OpenTelemetry API only.
 
-The contract is in ``docs/design.md``; every name is in :mod:`traced_retry.semconv`. Nothing here
-reads the text of an exception.
+The contract is in ``docs/telemetry.md``. Every name is in :mod:`traced_retry.semconv`. This module
+never reads the text of an exception.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SUPPRESSED = "suppress_instrumentation"
 
 @dataclass(frozen=True)
 class Target:
-    """Whom a reply is asked of: known at its start, on both spans and every metric."""
+    """The provider, model and server of a request, on both spans and every metric."""
 
     provider: str
     """``gen_ai.provider.name``: semantic conventions' value, or a plain lower-case name."""
@@ -47,17 +47,17 @@ class Target:
     server_address: str | None = None
     server_port: int | None = None
     say: bool = False
-    """Whether a given text is to be spoken, and not a reply to be made."""
+    """Whether the request is a ``say`` of a given text and not a reply."""
 
     @functools.cached_property
     def labels(self) -> Attributes:
-        """What every metric says of the target."""
+        """Return the labels of the target on every metric."""
         labels: Attributes = {semconv.PROVIDER: self.provider}
         return {**labels, semconv.OPERATION: "say"} if self.say else labels
 
     @functools.cached_property
     def attempt_labels(self) -> dict[tuple[semconv.Action, semconv.Result], Attributes]:
-        """The labels of one attempt on metrics, but for why it failed."""
+        """Return the labels of one attempt on metrics, without the reason of its failure."""
         return {
             (action, result): {**self.labels, semconv.ACTION: action, semconv.RESULT: result}
             for action in semconv.ACTIONS
@@ -66,12 +66,12 @@ class Target:
 
     @functools.cached_property
     def reply_labels(self) -> dict[semconv.Outcome, Attributes]:
-        """The labels of one reply on metrics, but for why it stopped."""
+        """Return the labels of one reply on metrics, without its stop reason."""
         return {o: {**self.labels, semconv.OUTCOME: o} for o in semconv.OUTCOMES}
 
     @functools.cached_property
     def attributes(self) -> Attributes:
-        """What is known of the target, as span attributes."""
+        """Return the known parts of the target as span attributes."""
         known = {
             semconv.PROVIDER: self.provider,
             semconv.MODEL: self.model,
@@ -82,12 +82,12 @@ class Target:
 
 
 class Telemetry:
-    """The tracer and the instruments; one per set of providers, shared by all replies.
+    """The tracer and the instruments. All replies share one object per set of providers.
 
     Args:
         tracer_provider: default: the global one, at the time of each span.
         meter_provider: default: the global one, likewise.
-        tracer: instead of ``tracer_provider``: a tracer to use as it is.
+        tracer: a tracer to use unchanged, instead of ``tracer_provider``.
         in_livekit: put LiveKit's ``lk.retry_count`` on attempt spans.
     """
 
@@ -140,7 +140,7 @@ class Telemetry:
         self._zeroed: set[tuple[str, bool]] = set()
 
     def reply(self, target: Target) -> ReplyTrace:
-        """The telemetry of one reply."""
+        """Return the telemetry of one reply."""
         return ReplyTrace(self, target)
 
     def initialize_counters(
@@ -150,16 +150,16 @@ class Telemetry:
         *,
         say: bool = False,
     ) -> None:
-        """Start the counters of ``provider`` at 0, once; with ``say`` those of its ``say``.
+        """Start the counters of ``provider`` at 0, once. With ``say``, start those of its ``say``.
 
-        A counter born at 1 has no increase: Prometheus would miss the first failure.
+        A counter that starts at 1 has no increase, so Prometheus would miss the first failure.
         """
         if (provider, say) in self._zeroed:
             return
         self._zeroed.add((provider, say))
         target = Target(provider, say=say)
-        # Outside of any span: an exemplar would lead from "exhausted" to a call that was not. (An
-        # empty context would not do: the SDK takes that for none.)
+        # Outside of any span, or an exemplar would lead from "exhausted" to another call. (An empty
+        # context does not work, because the SDK ignores it.)
         nowhere = trace.set_span_in_context(trace.INVALID_SPAN, otel_context.Context())
         with suppress_and_log("zero-initialising the counters"):
             self.late_replies.add(0, target.labels, nowhere)
@@ -179,7 +179,7 @@ class Telemetry:
 
 
 on_counters_initialized: list[Callable[[], None]] = []
-"""Called after counters were started at 0, before the first reply they count: to export that."""
+"""Called after counters were started at 0 and before their first reply, to export the zeros."""
 
 
 def _observe_budgets(_: metrics.CallbackOptions) -> Iterator[metrics.Observation]:
@@ -194,7 +194,7 @@ def _seconds(meter: metrics.Meter, name: str, description: str) -> metrics.Histo
 
 
 def _suppress_and_log(method: M) -> M:
-    """A failure inside telemetry is logged once and never changes the reply's result."""
+    """Wrap ``method``, so that its failures are logged once and suppressed."""
 
     @functools.wraps(method)
     def guarded(*args: object) -> object:
@@ -224,7 +224,7 @@ def _attempt_end(attempt: Attempt[Any]) -> Attributes:
 
 @contextmanager
 def _current(context: otel_context.Context | None) -> Iterator[None]:
-    """Make ``context`` the current one, so that a log record carries its span; None: as it is."""
+    """Make ``context`` current, so that a log record carries its span. None changes no context."""
     token = None if context is None else otel_context.attach(context)
     try:
         yield
@@ -234,7 +234,7 @@ def _current(context: otel_context.Context | None) -> Iterator[None]:
 
 
 class ReplyTrace:
-    """The spans, metrics and log records of one reply. No method but :meth:`call` ever raises.
+    """The spans, metrics and log records of one reply. Only :meth:`call` may raise.
 
     Arguments are positional, and attributes are built only if the span is recording, because this
     code runs for every reply.
@@ -268,7 +268,7 @@ class ReplyTrace:
 
     @property
     def trace_id(self) -> str | None:
-        """32 hexadecimal digits, or None if no backend gets the trace."""
+        """Return 32 hexadecimal digits, or None if no backend gets the trace."""
         context = self._span.get_span_context()
         return trace.format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
@@ -418,7 +418,7 @@ class ReplyTrace:
 
     @_suppress_and_log
     def late(self) -> None:
-        """The reply was heard after the agent was told that it had failed."""
+        """Count a reply that was heard after its failure was reported."""
         if not self._silent:
             self._telemetry.late_replies.add(1, self.target.labels, self._context)
         with _current(self._context):

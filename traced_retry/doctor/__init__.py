@@ -36,7 +36,7 @@ def run_checks(
 
     Args:
         preset: as for ``enable``.
-        jaeger: URL of a Jaeger's query API; default: port 16686 of the endpoint's host, if a
+        jaeger: URL of a Jaeger's query API. Default: port 16686 of the endpoint's host, if a
             Jaeger answers there.
         within: seconds that it takes at most; what imports leave of them is the servers'.
 

@@ -25,7 +25,7 @@ def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Che
     Args:
         preset: as for ``enable``.
         jaeger: as for ``run_checks``.
-        until: the time, by :func:`time.monotonic`, after which no server is waited for.
+        until: the time, by :func:`time.monotonic`, when the wait for servers ends.
     """
     # Import late, here and below: the imports take seconds, and each needs an extra.
     try:

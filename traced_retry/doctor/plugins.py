@@ -16,7 +16,7 @@ from traced_retry.doctor.check import Check
 from traced_retry.errors import install_command
 
 _BASE_PLUGIN: Final = {"xai": "openai"}
-"""Plugins whose session derives from another's."""
+"""Plugins with a session that derives from another's."""
 
 
 def checks() -> Iterator[Check]:
@@ -84,7 +84,7 @@ def session_names(module: str) -> set[str]:
     Read the source instead of importing it, because plugins take seconds and may need keys. The
     result is empty if the module has no such class.
     """
-    depth = 3 if module.startswith("livekit.plugins.") else 2  # as deep as finding imports nothing
+    depth = 3 if module.startswith("livekit.plugins.") else 2  # deeper, finding would import
     package = ".".join(module.split(".")[:depth])
     spec = importlib.util.find_spec(package)
     folders = (spec and spec.submodule_search_locations) or ()

@@ -33,10 +33,10 @@ from traced_retry.livekit import hook
 from traced_retry.livekit.hook import OnExhausted
 
 FLUSH_WITHIN: Final = 1.5
-"""Seconds for which the end of a job waits for the delivery of telemetry."""
+"""Seconds that the end of a job waits for the delivery of telemetry."""
 EXIT_WITHIN: Final = 3.5
-"""Seconds for which the end of a job's process then waits, because LiveKit's last spans end after
-all callbacks. Both waits together are half of the 10 s after which LiveKit kills the process."""
+"""Seconds that the end of a job's process then waits, because LiveKit's last spans end after
+all callbacks. Both waits together are half of the 10 s that LiveKit allows the process."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def enable(
         on_exhausted: as for :func:`traced_retry.wrap`.
 
     If the process was switched off by :func:`traced_retry.disable`, this call switches it on. If
-    ``TRACED_RETRY_DISABLED`` is true, this call does nothing.
+    ``TRACED_RETRY_DISABLED`` is true, this call has no effect.
 
     A later call can change ``policy`` and ``on_exhausted`` for new sessions. Its ``preset`` and
     ``service_name`` have no effect.

@@ -17,7 +17,7 @@ from traced_retry.livekit.first_use import at_first_use
 
 
 def pre_instrument() -> None:
-    """Set the SDK up at the first use of LiveKit, if no other SDK is set up by then.
+    """Set the SDK up at the first use of LiveKit, if the SDK is not set up by then.
 
     Do nothing if ``OTEL_PYTHON_DISABLED_INSTRUMENTATIONS`` names ``traced_retry`` or ``*``, or if
     ``TRACED_RETRY_DISABLED`` is true. Invalid settings are logged and not raised, because

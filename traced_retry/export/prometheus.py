@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of job processes on LiveKit's own ``/metrics``, for Prometheus to scrape.
 
-LiveKit serves what ``prometheus_client`` finds in ``PROMETHEUS_MULTIPROC_DIR``: files that each
-process writes with every count, so that a killed one loses nothing, and that stay when it ends, so
-that sums never fall. OpenTelemetry's Prometheus reader writes no such files, and nobody scrapes a
-job process; so this is a meter provider whose instruments are ``prometheus_client``'s.
+LiveKit serves the files that ``prometheus_client`` finds in ``PROMETHEUS_MULTIPROC_DIR``. Each
+process writes its file with every count, so that a killed process loses no count. The files stay
+when the process ends, so that sums never fall. OpenTelemetry's Prometheus reader does not write
+such files, and job processes are not scraped. This module is therefore a meter provider with
+instruments of ``prometheus_client``.
 
 Names, units and labels are those that a Collector makes of OTLP. There are no exemplars: they do
 not exist in multiprocess mode. Observable instruments and gauges are not kept.
@@ -30,7 +31,7 @@ from traced_retry.errors import ExportError
 _UNITS: Final = {"s": "seconds", "ms": "milliseconds", "By": "bytes"}
 
 _OTEL_BUCKETS: Final = (0, 5, 10, 25, 50, 75, 100, 250, 500, 750, 1000, 2500, 5000, 7500, 10000)
-"""The SDK's, where an instrument advises none."""
+"""The SDK's buckets, for an instrument that advises no others."""
 
 
 def set_up(*providers: str) -> Callable[[object], None]:

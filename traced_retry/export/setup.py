@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set the OpenTelemetry SDK up for a process that has none.
+"""Set the OpenTelemetry SDK up for a process without a tracer provider.
 
 The source is ``OTEL_CONFIG_FILE``, else the standard ``OTEL_*`` variables, else a preset, else the
 local store.
@@ -61,7 +61,7 @@ class SdkSetup:
 class LocalStoreExporter(StoreExporter):
     """A new local store, for ``traced_retry_store`` in a file or in ``OTEL_TRACES_EXPORTER``.
 
-    It needs no arguments, because an entry point takes none.
+    It needs no arguments, because entry points pass no arguments.
     """
 
     def __init__(self) -> None:

@@ -31,10 +31,10 @@ class Replies(Protocol):
 
     @property
     def policy(self) -> RetryPolicy:
-        """The policy in force."""
+        """Return the current policy."""
 
     def wake(self) -> None:
-        """Have each look again at :meth:`PassthroughRequest.ready`."""
+        """Check :meth:`PassthroughRequest.ready` of every open reply again."""
 
     def report_failure(
         self,
@@ -43,84 +43,85 @@ class Replies(Protocol):
         *,
         only: Request[Any] | None = None,
     ) -> None:
-        """Tell them (or the one of request ``only``) that their request is lost.
+        """Report that the requests of all replies (or the request ``only``) are lost.
 
-        An attempt under way fails with ``why`` at once; with ``stop`` nothing follows.
+        A running attempt fails with ``why`` at once. With ``stop`` no attempt follows.
         """
 
 
 class Adapter:
-    """One session's provider, and all there is to know of one without an adapter of its own.
+    """The provider of one session. This base class only observes.
 
-    It is made before the plugin's own ``__init__`` has run (the hook sits in that of LiveKit's
-    base class): it may subscribe to events then, and touch nothing else of the session.
+    It is created before the plugin's own ``__init__`` has run, because the hook is in LiveKit's
+    base class. Its constructor may subscribe to events, and must not use other parts of the
+    session.
     """
 
     required_attributes: ClassVar[tuple[str, ...]] = ()
-    """Private attributes of the session that it relies on."""
+    """Private attributes of the session that the adapter needs."""
     relied_methods: ClassVar[tuple[str, ...]] = ()
-    """Methods of the plugin's session whose behavior it relies on. If an unknown subclass overrides
-    one of them, the plain :class:`Adapter` takes its place."""
+    """Methods of the plugin's session that the adapter needs unchanged. If an unknown subclass
+    overrides one of them, the plain :class:`Adapter` takes its place."""
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
-    """What its requests may do; their counters start at zero."""
+    """The actions of its requests. Their counters start at zero."""
     connection_losses = 0
-    """Connections lost so far, where the plugin comes back and the adapter can tell."""
+    """The number of lost connections, if the plugin reconnects and the adapter can see it."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         self.session = session
         self.replies = replies
 
     def missing_attributes(self) -> list[str]:
-        """Those of :attr:`required_attributes` that this plugin's session does not have."""
+        """Return the :attr:`required_attributes` that this plugin's session lacks."""
         return [name for name in self.required_attributes if not hasattr(self.session, name)]
 
     def target(self) -> Target:
-        """Whom a reply is asked of."""
+        """Return the provider, model and server of a request."""
         model = self.session.realtime_model
         return Target(plain_provider(model.provider), model.model)
 
     def request(self, call: Call) -> PassthroughRequest:
-        """One reply's request; ``call`` is the plugin's own ``generate_reply``, arguments bound."""
+        """Create the request for one reply. ``call`` is the plugin's bound ``generate_reply``."""
         return PassthroughRequest(call)
 
     def classify_event(self, event: llm.RealtimeModelError) -> Failure:
-        """What an ``error`` event of the session means."""
+        """Classify an ``error`` event of the session."""
         return classify_event(event)
 
 
 class PassthroughRequest:
-    """A request to a provider of which nothing is known: traced, never sent again.
+    """A request to an unknown provider: traced, and never sent again.
 
-    It is also what the adapters' requests derive from. See
-    :class:`~traced_retry.core.request.Request` for when the loop calls which method.
+    The adapters' requests derive from it. :class:`~traced_retry.core.request.Request` describes
+    when the loop calls each method.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.on_late: Callable[[], None] = lambda: None
-        """To be called when the reply is heard after the agent was told that it had failed."""
+        """The function to call if the reply is heard after its failure was reported."""
         self.speech: Any = None
-        """The ``SpeechHandle`` on whose behalf it is asked, if there is one."""
+        """The ``SpeechHandle`` that requests the reply, if there is one."""
         self.stop_watching: Callable[[], None] = lambda: None
-        """To be called when that one's interruption means nothing to the reply any more."""
+        """The function that stops watching the ``SpeechHandle`` for interruption."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send it, as the plugin does."""
+        """Send the request as the plugin does."""
         return self.call()
 
     def limit(self, action: semconv.Action) -> float | None:
-        """The plugin's own time-out, and the deadline."""
+        """Return None: the plugin's own time-out and the deadline apply."""
         return None
 
     def explain(self, error: BaseException) -> Failure:
-        """Classify by the default table; the plugins' own time-outs carry no code."""
+        """Classify by the default table. The plugins' own time-outs carry no code."""
         why = explain(error)
         if why.kind == "unknown" and why.code is None and "timed out" in str(error):
             return failure(error, "timeout")
         return why
 
     def timed_out(self, seconds: float) -> Failure:
-        """A ``RealtimeError``, for LiveKit catches nothing else."""
+        """Return a ``RealtimeError``, because LiveKit catches no other class."""
         return timeout_failure(seconds)
 
     def internal_failure(self, error: BaseException) -> Failure:
@@ -132,39 +133,39 @@ class PassthroughRequest:
         return failure(raised, "bug")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """Nothing is known to be safe."""
+        """Return None: no action is known to be safe."""
         return None
 
     def ready(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """Cancel it, as the agent itself would on giving up."""
+        """Cancel the attempt, as the agent itself would on giving up."""
         attempt.cancel()
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
-        """Carry the caller's cancel inward."""
+        """Cancel the plugin's future for the caller."""
         attempt.cancel()
 
     def delivery(self, result: Generation) -> Delivery | None:
-        """Nothing is known of what follows."""
+        """Return None: this provider does not report the end of a reply."""
         return None
 
     def ended(self) -> None:
-        """The reply is over, whatever its outcome."""
+        """Clean up after the reply, with any outcome."""
 
 
 class OwnRetryAdapter(Adapter):
-    """A session on our own ``RetryingRealtimeSession``, whose author said what is safe."""
+    """A session based on our ``RetryingRealtimeSession``. Its author declares the safe actions."""
 
     def request(self, call: Call) -> OwnRetryRequest:
-        """One reply's request."""
+        """Create the request for one reply."""
         return OwnRetryRequest(call, self.session.resend_after_timeout)  # type: ignore[attr-defined]
 
 
 class OwnRetryRequest(PassthroughRequest):
-    """The author's ``_do_generate_reply``, repeated as without the hook."""
+    """The author's ``_do_generate_reply``, retried as without the hook."""
 
     def __init__(self, call: Call, resend_after_timeout: bool) -> None:
         super().__init__(call)
@@ -173,16 +174,16 @@ class OwnRetryRequest(PassthroughRequest):
         )
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Call it; it may be ``async``."""
+        """Call the method, which may be ``async``."""
         return self._inner.attempt(action)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """As the author says."""
+        """Return the action that the session's author allows."""
         return self._inner.next_action(why)
 
 
 def timeout_failure(seconds: float, kind: Kind = "timeout") -> Failure:
-    """The failure of an attempt that we ended ourselves."""
+    """Return the failure of an attempt that we ended ourselves."""
     error = llm.RealtimeError(f"generate_reply got no answer within {seconds:.1f} s")
     return failure(error, kind, ended_locally=True)
 
@@ -236,6 +237,6 @@ def classify_event(event: llm.RealtimeModelError) -> Failure:
 
 
 def plain_provider(provider: str) -> str:
-    """A provider's name as ``gen_ai.provider.name``: plain, lower-case, no URL, user or port."""
+    """Return a name as ``gen_ai.provider.name``: lower-case, without URL, user or port."""
     host = provider.lower().rsplit("/", 1)[-1].rpartition("@")[2].split(":", 1)[0]
     return "_".join(host.split()) or "unknown"

@@ -1,31 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Amazon Nova Sonic, on Bedrock.
 
-A reply carries no id of its request, there is no cancel, and what comes is spoken, whoever asked
-or no longer asks. So a request is sent once; after silence the same request is listened for.
+A reply carries no id of its request, there is no cancel, and every reply is spoken, even if its
+request was given up. So a request is sent once. After silence the adapter keeps listening.
 
 Facts (livekit-plugins-aws 1.8.9, ``experimental/realtime/realtime_model.py``):
 
 * ``generate_reply(instructions=...)`` sends a text once the stream is up. Its future fails after
   the model's ``generate_reply_timeout``, or with the raw exception of the send, of any class.
-  Cancelling it drops a text not yet sent, and does nothing else.
-* ``generate_reply()`` sends nothing. It returns the future of the user's message that is being
-  answered, the same one for each call and without a time-out; else one that never resolves.
+  Cancelling it only drops a text that was not sent yet.
+* ``generate_reply()`` sends no request. It returns the future of the user's message that is being
+  answered, the same one for each call and without a time-out. Without such a message it returns a
+  future that never resolves.
 * ``emit_generation_event`` announces a reply by ``generation_created`` when it begins and again
-  at each text or tool call in it, always with ``user_initiated=False``; the first resolves the
-  slot, ``_pending_generation_fut``, of which there is one. An ``AgentSession`` speaks the reply
-  at that event, not for the future. Hence we listen to the event, in the order of asking, and
-  leave the slot alone.
-* After throttling, a model time-out or "System instability" it opens a new stream and says
-  nothing. If the chat context ends with a user's message, that is sent again by the plugin, and its
-  answer goes on in what had begun. Instructions are lost, and so is the rest of what was being
-  said, of which the plugin closes nothing: the agent would wait for its end.
-* The end of a reply is told by no event. It is closed by ``_close_current_generation``: when it is
-  whole, it calls a tool, or the caller speaks.
+  at each text or tool call in it, always with ``user_initiated=False``. The first one resolves the
+  single slot, ``_pending_generation_fut``. An ``AgentSession`` speaks the reply at that event, not
+  for the future. The adapter therefore matches events to requests in their order, and does not
+  change the slot.
+* After throttling, a model time-out or "System instability" the plugin opens a new stream without
+  an event. If the chat context ends with a user's message, the plugin sends it again, and its
+  answer continues the started reply. Instructions are lost, and so is the rest of the current
+  reply. The plugin does not close that reply, so the agent would wait for its end.
+* The end of a reply has no event. ``_close_current_generation`` closes a reply that is complete or
+  calls a tool, or if the caller speaks.
 * A connection cut or refused ends ``_response_task``, which reads the stream (``_main_atask``
-  begins it). No event tells, and nothing opens another stream, unless the session was being
-  recycled for other tools: then the next reader is there in about a second. The recycling after
-  six minutes ends likewise, but cancels itself (``_start_session_recycle_timer`` is called in the
+  begins it). There is no event and no other stream, unless the session was being recycled for
+  other tools. Then the next reader starts in about a second. The recycling after six minutes
+  ends the same way, but cancels itself (``_start_session_recycle_timer`` is called in the
   task that it cancels) and leaves a session with history without a reader.
 """
 
@@ -53,15 +54,15 @@ from traced_retry.livekit.adapter import (
 from traced_retry.livekit.single_slot import SlotDelivery, before
 
 _REMEMBERED = 64
-"""Requests given up whose replies are still watched for, at most."""
+"""The largest number of given-up requests with replies that may still come."""
 _TIMEOUT = 10.0
 """The plugin's own default, seconds."""
 _GRACE = 2.0
-"""Seconds after which a reader that ended is not being replaced any more."""
+"""Seconds to wait for the replacement of a reader that ended."""
 
 
 class AWSAdapter(Adapter):
-    """One session's requests, in the order they were asked; replies come in the same."""
+    """The requests of one session in their order. Replies come in the same order."""
 
     required_attributes: ClassVar[tuple[str, ...]] = (
         "_pending_generation_fut",
@@ -78,7 +79,7 @@ class AWSAdapter(Adapter):
         self.open: list[AWSRequest] = []
         """Requests asked and not yet answered, the oldest first."""
         self.given_up: deque[AWSRequest] = deque(maxlen=_REMEMBERED)
-        """Those of which the agent was told that they failed."""
+        """Requests with a failure that was reported to the agent."""
         self.speaking = SlotDelivery(session)
         self._newest: str | None = None
         self._unasked = False
@@ -88,26 +89,26 @@ class AWSAdapter(Adapter):
         session.on("input_speech_started", self._on_user_spoke)
 
     def target(self) -> Target:
-        """The plugin calls itself Amazon; semantic conventions have a name for the service."""
+        """Return the name from the semantic conventions. The plugin's own name is Amazon."""
         return Target("aws.bedrock", self.session.realtime_model.model)
 
     def request(self, call: Call) -> AWSRequest:
-        """One reply's request."""
+        """Create the request for one reply."""
         return AWSRequest(self, call)
 
     def pending(self) -> asyncio.Future[Generation] | None:
-        """The future in the plugin's slot."""
+        """Return the future in the plugin's slot."""
         found: asyncio.Future[Generation] | None
         found = self.session._pending_generation_fut  # type: ignore[attr-defined]
         return found
 
     def window(self) -> float:
-        """Seconds that one attempt lasts, unless the policy says so: the plugin's time-out."""
+        """Return the plugin's time-out, which limits an attempt unless the policy does."""
         model = self.session.realtime_model
         return float(getattr(model, "_generate_reply_timeout", _TIMEOUT))
 
     def watch(self, request: AWSRequest) -> None:
-        """Take up a request just sent; it fails where nobody reads the stream, now or later."""
+        """Add a request that was sent. It fails if the stream has no reader, now or later."""
         self.open.append(request)
         if self._reader is None:
             before(self.session, "_close_current_generation", self.speaking.end)
@@ -117,7 +118,7 @@ class AWSAdapter(Adapter):
             self.replies.report_failure(self._lost, "not_recoverable", only=request)
 
     def _watch_reader(self) -> bool:
-        """Have the end of what reads the stream, or will, told to us; False if we had already."""
+        """Watch the stream's reader task. Return False if it was already being watched."""
         session: Any = self.session
         reader: asyncio.Task[Any] = session._response_task or session._main_atask
         if reader is self._reader:
@@ -144,7 +145,7 @@ class AWSAdapter(Adapter):
                 self.replies.report_failure(self._lost, "not_recoverable")
 
     def _on_restarting(self, error: BaseException) -> None:
-        """The plugin opens another stream; only a user's message is answered there after all."""
+        """End the current reply, unless the plugin repeats a user's message in another stream."""
         items = self.session.chat_ctx.items
         asked_again = bool(items) and items[-1].type == "message" and items[-1].role == "user"
         if not asked_again:
@@ -153,9 +154,9 @@ class AWSAdapter(Adapter):
             self._cut_short(failure_from_event(kind, "the stream was lost during the reply", code))
 
     def _cut_short(self, why: Failure) -> None:
-        """Tell of a reply that was being spoken, and close it.
+        """Report a reply that was being spoken as failed, and close it.
 
-        The plugin never does: the agent would wait for its end, and say nothing else, for ever.
+        The plugin never closes it: the agent would wait for its end forever.
         """
         self.speaking.end(why)
         self.session._close_current_generation()  # type: ignore[attr-defined]
@@ -167,19 +168,19 @@ class AWSAdapter(Adapter):
                 self._unasked = not self.open
                 self._answer(event)
             elif self._unasked and self.given_up:
-                # Announced again: it is being spoken, and no words of the user's came first.
+                # Announced again: it is being spoken, and the user did not speak before it.
                 self._unasked = False
                 self.given_up.popleft().on_late()
 
     def _answer(self, event: Generation) -> None:
-        """Give a reply to the oldest request, and to those that sent nothing of their own."""
+        """Give a reply to the oldest request, and to those that sent no text."""
         sent = next((request.inner for request in self.open if request.sent), None)
         for request in list(self.open):
             if not request.sent or request.inner is sent:
                 request.answered(event)
 
     def _on_user_spoke(self, _: object) -> None:
-        # What comes now answers the user, or cannot be told from what does.
+        # The next reply may answer the user. There is no way to distinguish it.
         self.given_up.clear()
 
 
@@ -190,7 +191,7 @@ class AWSRequest(PassthroughRequest):
         super().__init__(call)
         self._adapter = adapter
         self.inner: asyncio.Future[Generation] | None = None
-        """The plugin's future; a reply to a user's message shares it with others."""
+        """The plugin's future. Replies to the same user's message share it."""
         self.sent = False
         """Whether anything was sent for it: our text, or the user's message."""
         self._own = False
@@ -198,13 +199,13 @@ class AWSRequest(PassthroughRequest):
         self._attempt: asyncio.Future[Generation] | None = None
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send it, or go on waiting; either under a future of ours that may end at any time."""
+        """Send the request or keep waiting, under a future of ours that may end at any time."""
         self._action = action
         if action == "send":
             before = self._adapter.pending()
             self.inner = inner = self.call()
             if inner.done():
-                # An audio-only model takes no text: an empty reply, and nothing to retry.
+                # An audio-only model takes no text: the reply is empty, and a retry cannot help.
                 return inner
             self.sent = inner is self._adapter.pending()
             self._own = self.sent and inner is not before
@@ -214,11 +215,11 @@ class AWSRequest(PassthroughRequest):
         return self._attempt
 
     def limit(self, action: semconv.Action) -> float | None:
-        """The plugin's time-out, which its futures of users' messages lack."""
+        """Return the plugin's time-out, because futures of users' messages have no time-out."""
         return self._adapter.window()
 
     def explain(self, error: BaseException) -> Failure:
-        """A failed send is judged by what it was before we made a ``RealtimeError`` of it."""
+        """Classify a failed send by the original error, which is the ``RealtimeError``'s cause."""
         if error.__cause__ is None:
             return super().explain(error)
         why = explain(error.__cause__)
@@ -227,14 +228,14 @@ class AWSRequest(PassthroughRequest):
         return failure(error, kind, code=why.code)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """Listen. Another request is sent only where that was asked for, and it would be ours."""
+        """Return ``listen``, or ``send`` if the policy allows it and the request was our text."""
         if why.error.__cause__ is not None:
-            return None  # it could not be sent: there is nothing to listen for
+            return None  # it could not be sent, so no reply will come
         resend = self._adapter.replies.policy.on_silence == "resend"
         return "send" if resend and self._own and self._action == "listen" else "listen"
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """On giving up, drop what was not sent yet, and watch for the reply to what was."""
+        """On giving up, drop an unsent request, and watch for the reply to a sent one."""
         if then == "listen":
             return
         self._close()
@@ -243,7 +244,7 @@ class AWSRequest(PassthroughRequest):
             self._withdraw()
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
-        """Barge-in: drop what was not sent yet. There is no cancel for what was."""
+        """Drop a request that was not sent yet. A sent one cannot be cancelled."""
         self._close()
         self._withdraw()
 
@@ -252,7 +253,7 @@ class AWSRequest(PassthroughRequest):
         return self._adapter.speaking.begin(result)
 
     def answered(self, event: Generation) -> None:
-        """The reply is there."""
+        """Resolve the request with its reply."""
         self._close()
         if self._attempt is not None and not self._attempt.done():
             self._attempt.set_result(event)
@@ -268,7 +269,7 @@ class AWSRequest(PassthroughRequest):
             self._adapter.open.remove(self)
 
     def _on_inner_done(self, inner: asyncio.Future[Generation]) -> None:
-        """Pass on what the plugin's future tells, but for its time-out while we go on listening."""
+        """Pass on the result of the plugin's future, but not its time-out during a ``listen``."""
         error = None if inner.cancelled() else inner.exception()  # marks it as retrieved
         attempt = self._attempt
         if attempt is None or attempt.done() or inner is not self.inner:
@@ -277,7 +278,7 @@ class AWSRequest(PassthroughRequest):
             self._close()
             attempt.cancel()
         elif error is None:
-            pass  # resolved by a reply that is another request's, or has reached us as an event
+            pass  # resolved by another request's reply, or the reply has reached us as an event
         elif not isinstance(error, llm.RealtimeError):
             raised = llm.RealtimeError(f"the request could not be sent ({type(error).__name__})")
             raised.__cause__ = error
@@ -287,7 +288,7 @@ class AWSRequest(PassthroughRequest):
 
 
 def _why_lost(error: BaseException | None) -> Failure:
-    """The failure of a stream that ended, by the class of what ended it: AWS's own codes."""
+    """Return the failure of a stream that ended. The exception's class is AWS's own code."""
     what = "the stream ended, and the plugin opens no other"
     kind = CODES.get(type(error).__name__)
     if kind is None:

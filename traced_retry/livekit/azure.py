@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Azure VoiceLive. Its server speaks the beta of OpenAI's protocol; its plugin is another.
+"""Azure VoiceLive: the beta of OpenAI's protocol, with another plugin.
 
 Each request carries an id that its response echoes, and the plugin takes more care of it than
 OpenAI's does. So there is less to do here than in :mod:`traced_retry.livekit.openai`.
@@ -7,11 +7,12 @@ OpenAI's does. So there is less to do here than in :mod:`traced_retry.livekit.op
 Facts (livekit-plugins-azure 1.8.9, ``livekit/plugins/azure/realtime/realtime_model.py``):
 
 * Cancelling the plugin's future, setting an exception on it and the plugin's own time-out (10 s,
-  the wait for a connection included) do the same: nothing is sent, the id is discarded, and a late
-  response is cancelled by its id and not surfaced. A request still queued is never sent.
+  the wait for a connection included) have the same effect: the plugin sends no event, discards the
+  id, and cancels a late response by its id without surfacing it. A request still queued is never
+  sent.
 * A request that a lost connection left unanswered is sent again on the next one, with its id, and
-  the same future resolves. Nothing is left for us but to wait: the caller hears one reply.
-* The plugin resolves or fails each future, and cancels none: nothing is superseded here.
+  the same future resolves. The adapter only waits: the caller hears one reply.
+* The plugin resolves or fails each future and never cancels one. No reply is superseded.
 * Error events that answer a request are never fatal, not even for lack of quota.
 * The raw events are mappings with the names of OpenAI's fields, and the beta's names of events.
 """
@@ -37,11 +38,11 @@ _NAMES: Final = {
     "response.audio.delta": "response.output_audio.delta",
     "response.audio_transcript.delta": "response.output_audio_transcript.delta",
 }
-"""Events that let the agent hear something, and their present names."""
+"""Beta names of events with output, and their present names."""
 
 
 class VoiceLiveAdapter(OpenAIAdapter):
-    """What one session's server said, as far as its replies are concerned."""
+    """The state of the replies of one session, read from the server's events."""
 
     required_attributes: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_send")
     relied_methods: ClassVar[tuple[str, ...]] = ("_send",)
@@ -54,7 +55,7 @@ class VoiceLiveAdapter(OpenAIAdapter):
         return Target(PROVIDER, model.model, *server)
 
     def request(self, call: Call) -> VoiceLiveRequest:
-        """One reply's request."""
+        """Create the request for one reply."""
         return VoiceLiveRequest(self, call)
 
     def stop(self, response_id: str) -> None:
@@ -78,7 +79,7 @@ class VoiceLiveRequest(OpenAIRequest):
     """One reply's request to a VoiceLive server."""
 
     def explain(self, error: BaseException) -> Failure:
-        """A future without a code tells in its words alone what ended it.
+        """Classify an error. Without a code, only its text has the reason.
 
         A connection that was lost and is up again is not what ended it: the plugin sent the
         request again, and there it met silence.

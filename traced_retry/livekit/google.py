@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemini Live, by API key or on Vertex AI.
 
-A reply carries no id of its request: whatever the server says next is taken for the answer. So a
-request is never sent again while an earlier one may still be answered. After silence the wait
-goes on under a fresh future (``listen``); then the session is begun anew without its resumption
-handle, so that the old turn is gone, and the request is sent there (``restart``).
+A reply carries no id of its request: the server's next turn counts as the answer. So a request is
+never sent again while an earlier one may still be answered. After silence the wait continues under
+a new future (``listen``). Then a new session is opened without the resumption handle, so that the
+old turn is gone, and the request is sent there (``restart``).
 
 Facts (livekit-plugins-google 1.7.0 and 1.8.9, ``realtime/realtime_api.py``):
 
@@ -12,26 +12,26 @@ Facts (livekit-plugins-google 1.7.0 and 1.8.9, ``realtime/realtime_api.py``):
   ``_start_new_generation`` if there is no generation to add it to. It looks up all three on the
   instance, so they can be replaced there.
 * A generation begins with the server's first sign of a turn. That may be a thought, or words of the
-  caller, which nobody hears. The turn may end without anything else (``turn_complete``).
-* A model with audio output speaks only what comes as audio. Text alone goes to the transcript.
+  caller, which are not heard. The turn may end without output (``turn_complete``).
+* A model with audio output speaks only audio. Text without audio goes to the transcript.
 * If a request is sent while a generation is being spoken, the server may put its answer into that
   generation, and the slot is not resolved. Or it ends that one first (``interrupted``).
 * ``generation_complete`` ends the words. ``turn_complete`` comes once the server thinks that the
   client has played them, which may be minutes later.
-* ``_pending_generation_fut`` is the one slot for whoever waits; the next generation resolves what
-  is in it, and is spoken as one of the server's own where it is empty. A time-out of 5.0 s and
-  the end of a future each clear the slot, if that future is still in it.
+* ``_pending_generation_fut`` is the single slot for a waiting request. The next generation resolves
+  it. If the slot is empty, the generation is spoken as one of the server's own. A time-out of 5.0 s
+  and the end of a future each clear the slot, if that future is still in it.
 * A second ``generate_reply`` cancels the future in the slot. The end of a session does so too.
-* ``_mark_restart_needed`` has the session closed some turns of the event loop later. Until then
-  what is read from it counts: a late reply, which resolves what is in the slot by then, and also a
-  new resumption handle.
-* A session connected without a handle is told the chat context (function calls excepted), and
-  then whatever is in ``_msg_ch``; the channel is renewed when a restart is marked.
+* ``_mark_restart_needed`` closes the session some turns of the event loop later. Until then its
+  messages count: a late reply, which resolves the slot, and also a new resumption handle.
+* A session connected without a handle gets the chat context (without function calls), and then the
+  messages in ``_msg_ch``. A marked restart renews the channel.
 * No error reaches the future. A lost connection emits a recoverable ``error`` event, sleeps and
-  connects again, with the handle; a connection that is refused emits one that is not recoverable.
+  connects again, with the handle. A refused connection emits one that is not recoverable.
 * Each connection made emits ``metrics_collected`` with an empty request id, before the chat
-  context is told and before anything is read from it.
-* Cancelling the future sends nothing, but with manual activity detection an ``activity_start``.
+  context is sent and before a message is read.
+* Cancelling the future sends an ``activity_start`` with manual activity detection, and otherwise no
+  event.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from traced_retry.livekit.streams import Streams
 
 PLUGIN_TIMEOUT = 5.0
 SEND_WINDOW = PLUGIN_TIMEOUT - 0.05
-"""Seconds until we listen instead of the plugin: before its own timer clears the slot."""
+"""Seconds until we listen instead of the plugin, before its own timer clears the slot."""
 LISTEN_WINDOW = 5.0
 
 _METHODS = ("_start_new_generation", "_handle_server_content", "_handle_tool_calls")
@@ -75,7 +75,7 @@ _STATUS: dict[int, Kind] = {
     404: "invalid_request",
     429: "rate_limit",
     503: "overloaded",
-    1007: "invalid_request",  # also what becomes of a bad API key
+    1007: "invalid_request",  # also sent for an invalid API key
 }
 _CLOSE_CODES = range(1000, 5000)
 
@@ -106,7 +106,7 @@ class _Answer:
 
 
 class GoogleAdapter(Adapter):
-    """The plugin's one slot, and who waits in it."""
+    """The plugin's single slot, and the request that waits in it."""
 
     required_attributes: ClassVar[tuple[str, ...]] = (
         "_pending_generation_fut",
@@ -131,7 +131,7 @@ class GoogleAdapter(Adapter):
         self.asked: GoogleRequest | None = None
         """The request with an attempt in progress, if any."""
         self._restarting = False
-        """Whether what is still read comes from a session that we have given up."""
+        """Whether the messages still come from a session that we have given up."""
         self._discarded_response: str | None = None
         self._renew_later = False
         self._answer: _Answer | None = None
@@ -151,7 +151,7 @@ class GoogleAdapter(Adapter):
         before(self.session, "_handle_tool_calls", self._on_tool_calls)
 
     def target(self) -> Target:
-        """``gcp.gemini`` or ``gcp.vertex_ai``; the server where the user named one."""
+        """Return ``gcp.gemini`` or ``gcp.vertex_ai``, and the server if the user named one."""
         model = self.session.realtime_model
         vertex = model.provider == "Vertex AI"
         options = getattr(getattr(model, "_opts", None), "http_options", None)
@@ -161,11 +161,11 @@ class GoogleAdapter(Adapter):
         return Target("gcp.vertex_ai" if vertex else "gcp.gemini", model.model, *server)
 
     def request(self, call: Call) -> GoogleRequest:
-        """One reply's request."""
+        """Create the request for one reply."""
         return GoogleRequest(self, call)
 
     def classify_event(self, event: llm.RealtimeModelError) -> Failure:
-        """By its close code, or the status of a message or of HTTP."""
+        """Classify an event by close code, message status or HTTP status."""
         return _why(event.error)
 
     @property
@@ -176,22 +176,22 @@ class GoogleAdapter(Adapter):
 
     @property
     def speaking(self) -> bool:
-        """Whether the server is in the middle of an answer, be it to us or to the user."""
+        """Whether the server is in the middle of an answer, to us or to the user."""
         generation = self.plugin._current_generation
         return not (generation is None or generation._done or generation._completed_timestamp)
 
     @property
     def free(self) -> bool:
-        """Whether no one waits for the next generation."""
+        """Whether no request waits for the next generation."""
         waiting = self.plugin._pending_generation_fut
         return waiting is None or waiting.done()
 
     def put(self, future: asyncio.Future[Generation] | None) -> None:
-        """Have ``future`` resolved by the next generation."""
+        """Put ``future`` into the slot, so that the next generation resolves it."""
         self.plugin._pending_generation_fut = future
 
     def renew(self) -> None:
-        """Begin the session anew: no turn of the old one is answered, be it sent or queued."""
+        """Open a new session, so that no turn of the old one is answered, sent or queued."""
         plugin = self.plugin
         plugin._session_resumption_handle = None
         self._withdraw()
@@ -204,22 +204,22 @@ class GoogleAdapter(Adapter):
             self.replies.report_failure(lost, only=self.asked)
 
     def finish(self, answer: _Answer) -> None:
-        """End a generation whose end the server does not send, or the agent would wait for it."""
+        """End a generation without an end from the server, or the agent would wait for it."""
         if not answer.over:
             self.plugin._mark_current_generation_done()
 
     def interrupt(self) -> None:
-        """What the plugin does, and not our hook: other replies are not meant."""
+        """Call the plugin's own ``interrupt`` and not our hook, which would end other replies."""
         type(self.plugin).interrupt(self.plugin)
 
     def silence(self) -> None:
-        """See to it that what was asked is never heard: now, or when the server has spoken."""
+        """Make sure that the answer is never heard: restart now, or after the current turn."""
         self._renew_later = self.speaking
         if not self._renew_later:
             self.renew()
 
     def _withdraw(self) -> None:
-        """Take requests for a reply out of the plugin's queue; the rest stays, in order."""
+        """Take requests for a reply out of the plugin's queue, and keep the rest in order."""
         for message in self._take_queue():
             if not _is_request(message):
                 self.plugin._send_client_event(message)
@@ -237,7 +237,7 @@ class GoogleAdapter(Adapter):
             messages.append(queue.recv_nowait())
         return messages
 
-    # --- what the plugin says ------------------------------------------------------------------
+    # --- events of the plugin ------------------------------------------------------------------
 
     def _on_metrics(self, metrics: Any) -> None:
         with suppress_and_log("reading a metrics event"):
@@ -249,7 +249,7 @@ class GoogleAdapter(Adapter):
             return  # A restart was marked meanwhile, so the plugin closes this connection as well.
         if self._restarting:
             if self.plugin._session_resumption_handle is not None:
-                # The old session's last word, read after we had dropped its handle; this
+                # The old session's last message, read after we had dropped its handle. This
                 # connection may have been made with it.
                 self.renew()
                 return
@@ -258,7 +258,7 @@ class GoogleAdapter(Adapter):
         asyncio.get_running_loop().call_soon(self.replies.wake)
 
     def _on_starting(self) -> None:
-        """Keep what the old session says from whoever waits for the new one."""
+        """Keep turns of the old session from the request that waits for the new one."""
         if not self._restarting:
             self._start_new_generation()
             return
@@ -271,7 +271,7 @@ class GoogleAdapter(Adapter):
         if event == "generation_created":
             with suppress_and_log("reading a generation event"):
                 if self._is_repetition(*args):
-                    return  # The agent has the first one, and its streams go on with this one.
+                    return  # The agent has the first one, and its streams continue with this one.
         self._emit(event, *args)
 
     def _is_repetition(self, event: Generation) -> bool:
@@ -322,7 +322,7 @@ class GoogleAdapter(Adapter):
             if generation is None:
                 return
             if generation.response_id == self._discarded_response:
-                generation.output_text = ""  # else it becomes part of the chat context
+                generation.output_text = ""  # otherwise it becomes part of the chat context
             if (answer := self.answer(generation.response_id)) is not None:
                 answer.over = True
                 answer.in_transcript = bool(generation.output_text)
@@ -347,7 +347,7 @@ class GoogleAdapter(Adapter):
         delivery.end(failed, cancelled=answer.interrupted)
 
     def answer(self, response_id: str | None) -> _Answer | None:
-        """The answer with that response id, if it is the latest we asked for."""
+        """Return the answer with that response id, if it is the latest that we requested."""
         found = self._answer
         return found if found is not None and found.response_id == response_id else None
 
@@ -377,11 +377,11 @@ class GoogleRequest(PassthroughRequest):
         self._action: semconv.Action = "send"
         self._refused = False
         self._heard_by: asyncio.Future[Generation] | None = None
-        """What listens, from when the attempt before was abandoned."""
+        """The listening future, from the time when the earlier attempt was abandoned."""
         self._answer: _Answer | None = None
         """The generation that answers the current attempt."""
         self._streams: Streams | None = None
-        """What the agent reads, from its first generation on."""
+        """The streams that the agent reads, from its first generation on."""
 
     @property
     def has_streams(self) -> bool:
@@ -389,7 +389,7 @@ class GoogleRequest(PassthroughRequest):
         return self._streams is not None
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send it; or go on listening, in the place of the attempt before."""
+        """Send the request, or keep listening in the place of the earlier attempt."""
         self._action, self.lost, self._answer = action, None, None
         attempt, self._heard_by = self._heard_by, None
         if attempt is None:
@@ -405,19 +405,19 @@ class GoogleRequest(PassthroughRequest):
         return attempt
 
     def limit(self, action: semconv.Action) -> float | None:
-        """A little less than the plugin's own time-out; to the deadline where only that ends it."""
+        """Return slightly less than the plugin's time-out, or None if only the deadline ends it."""
         if action != "listen":
             return SEND_WINDOW
         return None if self._adapter.replies.policy.on_silence == "listen" else LISTEN_WINDOW
 
     def explain(self, error: BaseException) -> Failure:
-        """The plugin refuses at once what the model cannot do."""
+        """Classify an error. The plugin refuses at once a request that the model cannot handle."""
         if self._refused and isinstance(error, llm.RealtimeError):
             return failure(error, "invalid_request")
         return super().explain(error)
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """Send after a loss; after silence listen once, then as ``on_silence`` says.
+        """Return ``send`` after a loss. After silence listen once, then follow ``on_silence``.
 
         If the answer may have been heard or is being spoken, only listen.
         """
@@ -438,19 +438,19 @@ class GoogleRequest(PassthroughRequest):
         return None if self.may_be_heard else "restart"
 
     def ready(self) -> bool:
-        """Connected, and nobody else is being answered. To listen takes nothing."""
+        """Return whether a request can be answered now. A ``listen`` is always possible."""
         adapter = self._adapter
         if self._heard_by is not None:
             return True
         return adapter.connected and adapter.free and not adapter.speaking
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """Leave the slot to what follows, and the old turn behind where it might be answered."""
+        """Free the slot, and restart the session if the old turn might still be answered."""
         self._close()
         if self._answer is not None:
             self._adapter.finish(self._answer)
             if self._answer.complete and then != "restart":
-                return  # The server will say no more of it.
+                return  # The server sends no more of it.
         if then == "listen":
             self._heard_by = asyncio.get_running_loop().create_future()
             self._adapter.put(self._heard_by)
@@ -462,13 +462,13 @@ class GoogleRequest(PassthroughRequest):
                 self._adapter.silence()
             else:
                 self._adapter.renew()
-        attempt.cancel()  # out of the slot, it takes nothing along but the plugin's timer
+        attempt.cancel()  # out of the slot, its cancel only stops the plugin's timer
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
-        """Barge-in: what the plugin does, and where that tells the server nothing, a restart."""
+        """Interrupt as the plugin does, and restart if that does not stop the server."""
         self._close()
         if attempt.done() and not attempt.cancelled() and attempt.exception() is None:
-            # The reply began in the very moment of the cancel: nobody will read it.
+            # The reply began in the moment of the cancel. It will not be read.
             self._adapter.interrupt()
             return
         self._leave(attempt)
@@ -478,7 +478,7 @@ class GoogleRequest(PassthroughRequest):
             self._adapter.silence()
 
     def delivery(self, result: Generation) -> Delivery | None:
-        """Watch the reply to its end; before its first word another may go on with it."""
+        """Watch the reply to its end. Before its first word, another generation may continue it."""
         self._answer = answer = self._adapter.answer(result.response_id)
         if answer is None:
             return None
@@ -491,7 +491,7 @@ class GoogleRequest(PassthroughRequest):
         return answer.delivery
 
     def heard(self, answer: _Answer) -> None:
-        """There is output: no other generation may follow this one."""
+        """Record output. No other generation may follow this one."""
         answer.delivery.mark_output()
         if self._answer is answer and self._streams is not None:
             self._streams.commit()
@@ -540,14 +540,14 @@ def _is_request(message: Any) -> bool:
 
 
 def _interrupts(plugin: Any) -> bool:
-    """Whether the server was told that the user speaks, and stops for that."""
+    """Return whether the server knows that the user speaks, and stops for that."""
     config = getattr(plugin._opts, "realtime_input_config", None)
     stops = getattr(config, "activity_handling", None) != "NO_INTERRUPTION"
     return bool(plugin._in_user_activity) and stops
 
 
 def _why(error: BaseException) -> Failure:
-    """What an ``error`` event means: by its close code, or the status of a message or of HTTP."""
+    """Classify the error of an event by close code, message status or HTTP status."""
     closed, refused = getattr(error, "rcvd", None), getattr(error, "response", None)
     if closed is not None:
         code = closed.code
@@ -562,5 +562,5 @@ def _why(error: BaseException) -> Failure:
         )
     kind = _STATUS.get(code, "connection_lost" if code in _CLOSE_CODES else "server_error")
     if kind == "connection_lost" and "quota" in str(error):
-        kind = "quota"  # Gemini closes with 1011 and says so in words
+        kind = "quota"  # Gemini closes with 1011 and gives the reason as text
     return failure_from_event(kind, what, str(code))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``wrap`` one model or ``instrument`` all: their sessions' ``generate_reply`` retries.
+"""``wrap`` one model or ``instrument`` all, so that ``generate_reply`` of their sessions retries.
 
-The session object stays what it was: only methods of the instance are replaced
-(``generate_reply``, ``interrupt``, ``aclose``; ``say`` where the plugin has one; by OpenAI's
-adapter also ``emit``), so identity, ``isinstance``, labels, events and private state of the plugin
-are untouched.
+Only methods of the session's instance are replaced: ``generate_reply``, ``interrupt``, ``aclose``,
+``say`` if the plugin has one, and ``emit`` by OpenAI's adapter. Identity, ``isinstance``, labels,
+events and private state of the plugin stay unchanged.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ LiveKit then waits for the pending replies. It kills a job's process that does n
 (livekit-agents 1.7.0 to 1.8.9)."""
 
 _HOOK = "_traced_retry"
-"""Name of the attribute that our hook leaves on what it is installed on."""
+"""Name of the attribute that marks a session with our hook."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _config(
     on_exhausted: OnExhausted | None,
 ) -> _Config:
     # LiveKit's own tracer follows livekit.agents.telemetry.set_tracer_provider, which does not
-    # set the global provider; without that call it follows the global one.
+    # set the global provider. Without that call it follows the global one.
     tracer = livekit_telemetry.tracer if tracer_provider is None else None
     telemetry = Telemetry(tracer_provider, meter_provider, tracer=tracer, in_livekit=True)
     may_retry = supported.check_livekit()
@@ -117,13 +116,13 @@ def check_arguments(policy: object, on_exhausted: object) -> None:
 
 
 class SessionHook:
-    """Our side of one session: its adapter, its open replies, and what ends them early."""
+    """Our state of one session: its adapter, its open replies and their early ends."""
 
     def __init__(self, session: llm.RealtimeSession[Any], config: _Config) -> None:
         self._config = config
         self._session = session
         # A session that brings a retry of its own around `_do_generate_reply` (the shape of
-        # livekit/agents#6242) is called at that inner method: one loop, not two.
+        # livekit/agents#6242) is called at that inner method, so that only one loop runs.
         inner = getattr(session, "_do_generate_reply", None)
         self._plain_generate_reply = session.generate_reply
         self._generate_reply = session.generate_reply if inner is None else inner
@@ -153,10 +152,10 @@ class SessionHook:
         self._config = config
         self._initialize_telemetry()
 
-    # --- what the session's user calls ---------------------------------------------------------
+    # --- methods for the session's user ---------------------------------------------------------
 
     def generate_reply(self, **kwargs: Any) -> asyncio.Future[Generation]:
-        """Ask for a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
+        """Request a reply, as the plugin's own ``generate_reply``, with retries and a trace."""
         with suppress_and_log("looking for the speech"):
             if (error := note_request()) is not None:
                 failed: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
@@ -185,13 +184,13 @@ class SessionHook:
         )
 
     def say(self, *args: Any, **kwargs: Any) -> asyncio.Future[Generation]:
-        """Have a text spoken, as the plugin's own ``say``, with a trace; it is sent once."""
+        """Trace the plugin's own ``say``. It is sent once."""
         if switch.is_off():
             return self._say(*args, **kwargs)
         adapter = self._adapter_in_force()
         request = SayRequest(adapter, functools.partial(self._say, *args, **kwargs))
         target = replace(self._target, say=True)
-        # on_exhausted is not told: what it does then may be to say something.
+        # on_exhausted is not called, because it may itself call say().
         return self._start(request, observed(self._config.policy), target)
 
     def _start(
@@ -219,21 +218,21 @@ class SessionHook:
         self._open[reply] = request
         future = reply.start()
         if request.speech is not None and reply in self._open:
-            # An agent that has no reply yet cancels its future; one that has, cannot.
+            # An agent without its reply cancels the future. With its reply it cannot.
             request.stop_watching = when_interrupted(
                 request.speech, lambda: future.add_done_callback(lambda _: reply.interrupt())
             )
         return future
 
     def interrupt(self) -> None:
-        """Cut the present generation; a reply that waits for its first word ends with it."""
+        """Cut the current generation. A reply that waits for its first word ends with it."""
         self._interrupt()
         for reply in list(self._open):
-            if reply.resolved:  # else the agent cancels the future
+            if reply.resolved:  # otherwise the agent cancels the future
                 reply.interrupt(cut=True)
 
     async def aclose(self) -> None:
-        """Close the session; what is still asked of it ends as ``session_closed``."""
+        """Close the session. Its open replies end as ``session_closed``."""
         closed = failure_from_event(
             "session_closed", "the realtime session was closed", ended_locally=True
         )
@@ -257,11 +256,11 @@ class SessionHook:
 
     @property
     def policy(self) -> RetryPolicy:
-        """The policy in force."""
+        """Return the current policy."""
         return self._config.policy
 
     def wake(self) -> None:
-        """Have each open reply look again."""
+        """Check each open reply again."""
         for reply in list(self._open):
             reply.wake()
 
@@ -272,7 +271,7 @@ class SessionHook:
         *,
         only: Request[Any] | None = None,
     ) -> None:
-        """Tell the open replies that their request is lost."""
+        """Report to the open replies that their request is lost."""
         for reply, request in list(self._open.items()):
             if only is None or request is only:
                 reply.report_failure(copy_error(why), stop)
@@ -286,13 +285,13 @@ class SessionHook:
         return self.generate_reply(**kwargs)
 
     def _initialize_telemetry(self) -> None:
-        """Have the session's metrics at their start, before its first reply."""
+        """Initialize the session's metrics before its first reply."""
         self._identify_target()
         if self._config.policy.budget is not None:
             self._config.policy.budget.open(self._target.provider, time.monotonic)
 
     def _identify_target(self) -> None:
-        """Find out whom replies are asked of; its counters start at zero."""
+        """Read the target of the requests, and start its counters at zero."""
         self._target = Target("unknown")
         with suppress_and_log("naming the provider"):
             self._target = self._adapter.target()
@@ -378,7 +377,7 @@ class SessionHook:
         return None if self._config.on_exhausted is None else self._schedule_callback
 
     def _schedule_callback(self, failed: FailedReply) -> None:
-        # Soon, not now: what asked for the reply is then told already, and may be asked anew.
+        # In the next turn: the code that requested the reply has the error by then.
         asyncio.get_running_loop().call_soon(self._run_callback, failed)
 
     def _run_callback(self, failed: FailedReply) -> None:
@@ -397,9 +396,9 @@ async def _await_and_log(awaitable: Awaitable[None]) -> None:
 
 
 def _install(session: llm.RealtimeSession[Any], config: _Config, *, explicit: bool) -> None:
-    """Hook ``session``; a hook that is there already is only told of an explicit config."""
+    """Add the hook to ``session``. An existing hook only gets an explicit config."""
     if isinstance(session.realtime_model, llm.RealtimeModelFallbackAdapter):
-        return  # it passes the future of its active child through, and the child has the hook
+        return  # it returns the future of its active child, and the child has the hook
     hook = getattr(session, _HOOK, None)
     if hook is None:
         SessionHook(session, config)
@@ -415,16 +414,17 @@ def wrap(
     meter_provider: metrics.MeterProvider | None = None,
     on_exhausted: OnExhausted | None = None,
 ) -> llm.RealtimeModel:
-    """Have every session of ``model`` retry and trace its replies; returns the same ``model``.
+    """Add retries and traces to every session of ``model``, and return ``model``.
 
     Args:
         model: any LiveKit realtime model. One without an adapter is traced and never re-sent.
-        policy: default: :meth:`RetryPolicy.from_env`.
-        tracer_provider: default: the one given to ``livekit.agents.telemetry``, else the global.
-        meter_provider: default: the global one.
-        on_exhausted: called (or awaited) with a :class:`FailedReply` whenever a reply has failed
-            for good; not for a ``say()``. A function runs on the event loop and must not block it.
-            What it raises is logged once and changes nothing.
+        policy: the retry policy. Default: :meth:`RetryPolicy.from_env`.
+        tracer_provider: the target of spans. Default: the provider given to
+            ``livekit.agents.telemetry``, else the global one.
+        meter_provider: the target of metrics. Default: the global one.
+        on_exhausted: called (or awaited) with a :class:`FailedReply` if a reply failed
+            permanently, but not for a ``say()``. A function runs on the event loop and must not
+            block. Its exceptions are logged once and suppressed.
 
     Raises:
         PolicyError: if an environment variable is invalid.
@@ -489,8 +489,8 @@ def instrument(
 ) -> None:
     """Do what :func:`wrap` does for every realtime session created from now on.
 
-    The arguments are those of :func:`wrap`. Calling it again changes nothing, with a warning. A
-    model that was wrapped keeps the policy it was wrapped with.
+    The arguments are those of :func:`wrap`. A second call only logs a warning. A wrapped model
+    keeps its own policy.
 
     Raises:
         PolicyError: if an environment variable is invalid.
@@ -512,7 +512,7 @@ def instrument(
 def reinstrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) -> None:
     """Use these arguments for sessions created from now on.
 
-    If an argument is invalid, raise as :func:`instrument` does, and change nothing.
+    If an argument is invalid, raise as :func:`instrument` does, and keep the old arguments.
     """
     check_arguments(policy, on_exhausted)
     config = _config(policy, None, None, on_exhausted)
@@ -536,7 +536,7 @@ def _replace_init(config: _Config) -> None:
 
 
 def is_instrumented() -> bool:
-    """Whether :func:`instrument` is in force."""
+    """Return whether :func:`instrument` is active."""
     return _original_init is not None
 
 
@@ -544,7 +544,8 @@ def uninstrument() -> None:
     """Undo :func:`instrument`, and with it :func:`enable`, for sessions created from now on.
 
     Sessions that exist, and models given to :func:`wrap`, keep retrying. Call
-    :func:`traced_retry.disable` to switch them off too. Without an :func:`instrument`, do nothing.
+    :func:`traced_retry.disable` to switch them off too. Without an :func:`instrument`, this call
+    has no effect.
     """
     global _original_init  # noqa: PLW0603
     if _original_init is not None:

@@ -23,17 +23,19 @@ from traced_retry.livekit.first_use import at_first_use, is_imported
 
 
 class OptionsError(UsageError):
-    """An option that is not known; the message names it and those that are."""
+    """An unknown option. The message names it and the known ones."""
 
 
 @dataclass(init=False)
 class RetryOptions:
-    """Our options in a declarative configuration file, below ``traced_retry``: the settings of
-    :class:`traced_retry.RetryPolicy`. One that is absent or null is what the environment says.
+    """Options below ``traced_retry`` in a declarative configuration file.
+
+    They are the settings of :class:`traced_retry.RetryPolicy`. The environment decides about an
+    option that is absent or null.
 
     Raises:
-        OptionsError: an option is not known.
-        PolicyError: a value cannot be.
+        OptionsError: if an option is unknown.
+        PolicyError: if a value is invalid.
     """
 
     max_retries: int | None = None
@@ -56,35 +58,37 @@ class RetryOptions:
         self.policy()
 
     def policy(self) -> RetryPolicy:
-        """The policy that these options make of the environment's."""
+        """Return the environment's policy with these options."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if "budget" in given:
             # YAML reads a plain off as false.
             text = "off" if given["budget"] is False else str(given["budget"])
-            with contextlib.suppress(ValueError):  # the policy says what is allowed
+            with contextlib.suppress(ValueError):  # the policy raises the error
                 given["budget"] = _budget(text)
         return dataclasses.replace(RetryPolicy.from_env(), **given)
 
 
 class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
-    """:func:`traced_retry.instrument` in the shape that OpenTelemetry's auto-instrumentation loads.
+    """:func:`traced_retry.instrument` for OpenTelemetry's auto-instrumentation.
 
     ``TracedRetryInstrumentor().instrument(policy=..., tracer_provider=..., meter_provider=...)``,
     or with the options of :class:`RetryOptions` instead of a policy.
     """
 
     configuration: ClassVar[type[RetryOptions]] = RetryOptions
-    """What the SDK checks a declarative configuration file's options against."""
+    """The class that the SDK uses to check the options of a declarative configuration file."""
 
     _cancel: Callable[[], bool] | None = None
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """What must be installed for this to be loaded."""
+        """Return the packages that the instrumentor needs."""
         return ("livekit-agents >= 1.7.0",)
 
     def instrument(self, **kwargs: Any) -> None:
-        """Instrument, unless that was done. Under ``opentelemetry-instrument`` a configuration
-        file does it first, and the loading of all instrumentors would then warn.
+        """Instrument, unless that was done.
+
+        Under ``opentelemetry-instrument`` a configuration file does it first, and the loading of
+        all instrumentors would then warn.
 
         If the program has not imported LiveKit, wait until it uses LiveKit. An invalid variable is
         then logged and not raised.

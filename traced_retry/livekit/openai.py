@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI Realtime, and what shares its engine: Azure OpenAI, xAI, LiveKit inference.
+"""OpenAI Realtime and the providers with its engine: Azure OpenAI, xAI, LiveKit inference.
 
 Each request carries an id that its response echoes. So a request may be abandoned safely: its id
 goes into the plugin's set of discarded ones, and the plugin then cancels the late response by id
@@ -8,13 +8,13 @@ instead of speaking it.
 Facts (livekit-plugins-openai 1.8.9, ``livekit/agents/llm/_realtime/openai.py``):
 
 * Cancelling the plugin's future sends ``response.cancel`` *without* an id, which would stop any
-  response; setting an exception on it sends nothing. So we never cancel to cut a wait short.
+  response. Setting an exception on it sends no event. So we never cancel to cut a wait short.
 * A reconnect clears the discarded ids, but leaves a request still queued to be sent after it. So
-  we keep our own set, and hand an id over just before the plugin looks at its response.
+  we keep our own set, and add an id to the plugin's just before it checks the response.
 * A response that fails after it was created (``response.done``) closes the streams that the agent
-  was given, with nothing in them if nothing was said. ``response.cancel`` with its id stops one.
+  was given, empty if the response had no output. ``response.cancel`` with its id stops one.
 * A request that fails with an ``error`` event of no code (``server_error``) and one discarded at a
-  reconnect reach the future alike, as a bare ``RealtimeError``. The raw events tell them apart.
+  reconnect reach the future alike, as a bare ``RealtimeError``. The raw events distinguish them.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ _OUTPUT = frozenset(
         "response.output_item.done",  # of a function call: its arguments are complete
     }
 )
-"""Events that let the agent hear something, or call a tool."""
+"""Events with output: words, sound or a tool call."""
 _LIMIT = "max_output_tokens"
-"""Why a response is ``incomplete`` that reached the session's ``max_response_output_tokens``."""
+"""The reason of an ``incomplete`` response that reached ``max_response_output_tokens``."""
 _SILENT = 8.0
-"""Seconds without an event after which a response that holds up a reply of ours is cancelled.
+"""Seconds without an event until a response that delays a reply of ours is cancelled.
 
 A reasoning model may need several seconds for its first word.
 """
 _UNANSWERED = 2.0
-"""Seconds after which a ``response.cancel`` without an answer counts as lost."""
+"""Seconds until a ``response.cancel`` without an answer counts as lost."""
 _REMEMBERED = 256
-"""Abandoned ids kept per session, at most; the server answers a request or forgets it."""
+"""The largest number of abandoned ids per session. The server answers or forgets a request."""
 
 
 class OpenAIAdapter(Adapter):
-    """What one session's server said, as far as its replies are concerned."""
+    """The state of the replies of one session, read from the server's events."""
 
     required_attributes: ClassVar[tuple[str, ...]] = (
         "_response_created_futures",
@@ -84,7 +84,7 @@ class OpenAIAdapter(Adapter):
         "_handle_error",
     )
     raw_event: ClassVar[str] = "openai_server_event_received"
-    """The session's event that carries each event of the server, before it is dealt with."""
+    """The session's event that carries each server event, before the plugin handles it."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         super().__init__(session, replies)
@@ -92,9 +92,9 @@ class OpenAIAdapter(Adapter):
         self.echoes: bool | None = None
         """Whether responses carry the id of their request. None before the first one."""
         self._unanswered_turns = 0
-        """Turns of the caller that were committed and to which no response has begun."""
+        """Committed turns of the caller without a response."""
         self.errors: dict[str, object] = {}
-        """The ``error`` events that answered a request, by its id, until it asks."""
+        """The ``error`` events that answered a request, by its id, until the request reads them."""
         self.open: list[OpenAIRequest] = []
         """Requests sent and not yet answered."""
         self.active: set[str] = set()
@@ -102,12 +102,12 @@ class OpenAIAdapter(Adapter):
         self._last_event = 0.0
         """Time of the last event of a response, on the event loop's clock."""
         self._watch: asyncio.TimerHandle | None = None
-        """Looks for silence of the active response, while a reply waits for its end."""
+        """The timer that detects silence of the active response while a reply waits for its end."""
         self._abandoned: dict[str, None] = {}
         self._speaking: dict[str, OpenAIRequest] = {}
-        """Whose responses have begun, by response id."""
+        """Requests with a started response, by response id."""
         self._unheard: set[asyncio.Future[Generation]] = set()
-        """Requests whose generation the agent takes for that of an earlier one."""
+        """Requests with a generation that continues an earlier one for the agent."""
         self._emit = session.emit
         session.emit = self._emit_once  # type: ignore[method-assign]
         session.on(self.raw_event, self._on_raw_event)
@@ -121,14 +121,14 @@ class OpenAIAdapter(Adapter):
         return Target(_provider(model), model.model, *server)
 
     def request(self, call: Call) -> OpenAIRequest:
-        """One reply's request."""
+        """Create the request for one reply."""
         return OpenAIRequest(self, call)
 
     def ready(self) -> bool:
         """Return whether the socket is up and no response is active.
 
         The server rejects a request if a response is active. If that response has no event for
-        :data:`_SILENT` seconds, it is cancelled, so it holds replies up for a limited time.
+        :data:`_SILENT` seconds, it is cancelled, so it delays replies only for a limited time.
         """
         if self.active and self._watch is None:
             self._watch_active()
@@ -146,11 +146,11 @@ class OpenAIAdapter(Adapter):
                 self.stop(response_id)
 
     def pending(self) -> set[str]:
-        """Ids of the requests that the plugin waits for."""
+        """Return the ids of the requests that the plugin waits for."""
         return set(self.session._response_created_futures)  # type: ignore[attr-defined]
 
     def discard(self, ids: set[str]) -> None:
-        """Have the responses to these requests cancelled by id when they come."""
+        """Cancel the responses to these requests by id when they come."""
         self._abandoned.update(dict.fromkeys(ids))
         for abandoned in ids:
             self.errors.pop(abandoned, None)
@@ -159,7 +159,7 @@ class OpenAIAdapter(Adapter):
         self.session._discarded_event_ids.update(ids)  # type: ignore[attr-defined]
 
     def stop(self, response_id: str) -> None:
-        """Have the server end that response, and no other.
+        """Cancel only that response on the server.
 
         If the server does not answer within :data:`_UNANSWERED` seconds, treat the response as
         ended.
@@ -182,7 +182,7 @@ class OpenAIAdapter(Adapter):
             self.replies.wake()
 
     def announce_once(self, attempt: asyncio.Future[Generation]) -> None:
-        """Keep ``generation_created`` of ``attempt`` back: the agent had one for this reply."""
+        """Suppress ``generation_created`` of ``attempt``: the agent had one for this reply."""
         self._unheard.add(attempt)
         attempt.add_done_callback(self._unheard.discard)
 
@@ -194,7 +194,7 @@ class OpenAIAdapter(Adapter):
             return
         self._emit(event, *args)
 
-    # --- what the server says ------------------------------------------------------------------
+    # --- events of the server ------------------------------------------------------------------
 
     def _on_raw_event(self, event: Mapping[str, Any]) -> None:
         with suppress_and_log("reading a server event"):
@@ -229,8 +229,8 @@ class OpenAIAdapter(Adapter):
         return self._speaking.get(response_id)
 
     def _on_response_created(self, response: Mapping[str, Any]) -> None:
-        # One at a time: the plugin knows only the latest. xAI's server leaves one in flight where
-        # it begins another, and tells no end of it.
+        # One at a time: the plugin knows only the latest. If xAI's server begins another one, it
+        # sends no end of the first.
         response_id = text(response.get("id"))
         self.active = {response_id} if response_id else set()
         self._last_event = asyncio.get_running_loop().time()
@@ -318,13 +318,13 @@ class OpenAIAdapter(Adapter):
             self._lose()
 
     def _on_reconnected(self, _: object) -> None:
-        # Without an error before it where the plugin renews a connection that has become old.
+        # There is no error before it if the plugin renews an old connection.
         with suppress_and_log("reading a reconnect"):
             self._lose()
             self._on_connected()
 
     def _lose(self) -> None:
-        """What was asked or begun on the connection before is not answered any more."""
+        """Forget the requests and responses of the earlier connection. They get no answer."""
         self.connection_losses += 1
         self.active.clear()
         lost, self._speaking = self._speaking, {}
@@ -349,12 +349,12 @@ class OpenAIRequest(PassthroughRequest):
         self._losses = 0
         self._current: asyncio.Future[Generation] | None = None
         self._streams: Streams | None = None
-        """What the agent reads, from its first generation on."""
+        """The streams that the agent reads, from its first generation on."""
         self._flowing = False
-        """Whether they have come to the present generation."""
+        """Whether the streams have reached the current generation."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send it, and learn its id."""
+        """Send the request, and read its id."""
         before = self._adapter.pending()
         self._losses = self._adapter.connection_losses
         self.may_be_answered = False
@@ -370,7 +370,7 @@ class OpenAIRequest(PassthroughRequest):
         return attempt
 
     def explain(self, error: BaseException) -> Failure:
-        """Use the raw event where there was one: the future's error may have lost its code."""
+        """Classify by the raw event if there is one. The future's error may lack the code."""
         errors = self._adapter.errors
         raw = next((errors.pop(id_) for id_ in self.ids if id_ in errors), None)
         why = explain(error)
@@ -386,14 +386,14 @@ class OpenAIRequest(PassthroughRequest):
         return why
 
     def timed_out(self, seconds: float) -> Failure:
-        """Our own time-out; it was the connection's fault where that is down."""
+        """Return the failure of our own time-out: ``connection_lost`` if the connection is down."""
         return timeout_failure(seconds, "timeout" if self._adapter.connected else "connection_lost")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
         """Return "send" if the id makes that safe.
 
-        There is no id if a subclass of the plugin sends later than asked. An id is of no use if the
-        server does not echo it, be it once.
+        There is no id if a subclass of the plugin sends later than asked. An id does not help if
+        the server failed to echo it, even once.
         """
         if self.may_be_answered:
             if self._adapter.echoes is None:
@@ -402,11 +402,11 @@ class OpenAIRequest(PassthroughRequest):
         return "send" if self.ids and self._adapter.echoes is not False else None
 
     def ready(self) -> bool:
-        """See :meth:`OpenAIAdapter.ready`."""
+        """Return whether a request can be answered: see :meth:`OpenAIAdapter.ready`."""
         return self._adapter.ready()
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """Discard the id; end the plugin's future as its own time-out does, without a cancel."""
+        """Discard the id, and end the plugin's future like its own time-out, without a cancel."""
         self._adapter.discard(self.ids)
         self._close()
         if not attempt.done():
@@ -415,7 +415,7 @@ class OpenAIRequest(PassthroughRequest):
             self._stop(attempt)
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
-        """Barge-in: what the agent alone would do, and the id stays discarded over a reconnect."""
+        """Cancel as the agent alone would, and keep the id discarded over a reconnect."""
         self._close()
         if not attempt.done():
             self._adapter.discard(self.ids)
@@ -424,9 +424,9 @@ class OpenAIRequest(PassthroughRequest):
             self._stop(attempt)
 
     def delivery(self, result: Generation) -> Delivery | None:
-        """Watch the response to its end; before its first word another may go on with it."""
+        """Watch the response to its end. Before its first word, another one may continue it."""
         if self.delivered is None:
-            return None  # its id is not known to us: its streams are none of our business
+            return None  # its id is unknown to us, so its streams are left alone
         if self._streams is None:
             self._streams = Streams(result)
         else:
@@ -437,19 +437,19 @@ class OpenAIRequest(PassthroughRequest):
         return self.delivered
 
     def heard(self) -> None:
-        """There is output: nothing may follow this generation any more."""
+        """Record output. No other generation may follow this one."""
         if self.delivered is not None:
             self.delivered.mark_output()
         if self._streams is not None and self._flowing:
             self._streams.commit()
 
     def ended(self) -> None:
-        """The agent waits for nothing."""
+        """Close the streams, because the agent no longer waits."""
         if self._streams is not None:
             self._streams.close()
 
     def _stop(self, attempt: asyncio.Future[Generation]) -> None:
-        """End the response where it has begun and nobody will read it."""
+        """Cancel a response that has started and will not be read."""
         if attempt.cancelled() or attempt.exception() is not None:
             return
         response_id = text(attempt.result().response_id)
@@ -457,7 +457,7 @@ class OpenAIRequest(PassthroughRequest):
             self._adapter.stop(response_id)
 
     def _on_done(self, attempt: asyncio.Future[Generation]) -> None:
-        # Comes a turn late: where nothing is waited, the next attempt may be open by then.
+        # This runs a turn late. After a wait of 0, the next attempt may be open by then.
         if attempt is self._current:
             self._close()
 

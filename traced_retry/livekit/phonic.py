@@ -3,15 +3,15 @@
 
 Facts (livekit-plugins-phonic 1.8.9, ``realtime/realtime_model.py``):
 
-* The slot is resolved by whatever the server begins to say. The plugin's time-out (10 s) empties
-  it. A request waits in a task of its own until the conversation is ready; the time-out does not
-  stop that task, so it would be sent after the agent was told of failure.
+* The next reply of the server resolves the slot. The plugin's time-out (10 s) empties it. A request
+  waits in a task of its own until the conversation is ready. The time-out does not stop that task,
+  so it would send the request after its failure was reported.
 * The caller's typed words are sent along with the first request and forgotten then.
 * There is no reconnect. A lost connection emits an ``error`` event with ``recoverable=True`` and
-  then the same with False; any other end of the session only the latter, at which the hook stops.
-  But a close with 1000 emits nothing at all: the main task just ends.
-* The end of a reply is told by no event. It is closed by ``_close_current_generation``: when it is
-  whole, the caller speaks, or something else is asked; and by the main task, as that ends.
+  then the same with False. Any other end of the session emits only the latter, and the hook stops.
+  A close with 1000 emits no event: the main task just ends.
+* The end of a reply has no event. ``_close_current_generation`` closes a reply that is complete. It
+  also closes it if the caller speaks, on another request, and at the end of the main task.
 * The error of a connection that was refused has the request's headers in its text: the API key.
 """
 
@@ -54,11 +54,11 @@ class PhonicAdapter(SingleSlotAdapter):
         session.on("generation_created", self._on_generation)
 
     def request(self, call: Call) -> PhonicRequest:
-        """One reply's request."""
+        """Create the request for one reply."""
         return PhonicRequest(self, call)
 
     def let_go(self, attempt: asyncio.Future[Generation]) -> bool:
-        """See the base class; a request that was not sent yet never will be."""
+        """Let go of the attempt. A request that was not sent yet is then never sent."""
         gone = super().let_go(attempt)
         task: asyncio.Task[None] | None = self.session._generate_reply_task  # type: ignore[attr-defined]
         if gone and task is not None:
@@ -66,7 +66,7 @@ class PhonicAdapter(SingleSlotAdapter):
         return gone
 
     def watch_for_the_end(self) -> None:
-        """Notice what no event tells: the end of a reply, and that of the conversation."""
+        """Watch for the end of a reply and of the conversation, which have no event."""
         if not self._watched:
             self._watched = True
             before(self.session, "_close_current_generation", self._on_closing)
@@ -90,7 +90,7 @@ class PhonicAdapter(SingleSlotAdapter):
                 self.heard()
 
     def on_error(self, event: llm.RealtimeModelError) -> None:
-        """The conversation is over. Nobody after us sees the key."""
+        """End the conversation, and remove the API key from the error."""
         if getattr(event.error, "headers", None):
             event.error.headers = None  # type: ignore[attr-defined]
         if event.recoverable:
@@ -110,7 +110,7 @@ class PhonicRequest(SingleSlotRequest):
         self._typed: str | None = None
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send it, the caller's typed words with each ``send``; or listen."""
+        """Send the request with the caller's typed words, or listen."""
         session: Any = self._adapter.session
         if action == "send":
             self._typed = session._pending_user_text = session._pending_user_text or self._typed
@@ -118,7 +118,7 @@ class PhonicRequest(SingleSlotRequest):
         return super().attempt(action)
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
-        """Barge-in: as the plugin does, forget what the caller typed and was not sent yet."""
+        """Forget the caller's typed words that were not sent yet, as the plugin does."""
         if self._adapter.let_go(attempt):
             self._adapter.session._pending_user_text = None  # type: ignore[attr-defined]
 

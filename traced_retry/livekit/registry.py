@@ -13,8 +13,8 @@ from traced_retry.core.guard import log_once
 from traced_retry.livekit.adapter import Adapter
 
 ADAPTERS: Final = {
-    # The engine moved from the plugin into the framework after 1.7.0; either may be the home of
-    # the class that a session of OpenAI, xAI, Azure OpenAI or LiveKit inference derives from.
+    # The engine moved from the plugin into the framework after 1.7.0. Either may define the base
+    # class of a session of OpenAI, xAI, Azure OpenAI or LiveKit inference.
     "livekit.agents.llm._realtime.openai": "traced_retry.livekit.openai:OpenAIAdapter",
     "livekit.plugins.openai.realtime.realtime_model": "traced_retry.livekit.openai:OpenAIAdapter",
     "livekit.plugins.azure.realtime.realtime_model": "traced_retry.livekit.azure:VoiceLiveAdapter",
@@ -31,7 +31,7 @@ ADAPTERS: Final = {
 
 
 TESTED: Final = ("livekit.plugins.xai.", "livekit.agents.inference.")
-"""Start of the modules whose subclasses of OpenAI's session are tested with its adapter."""
+"""Prefixes of modules with subclasses of OpenAI's session that are tested with its adapter."""
 
 
 def adapter_class(session: llm.RealtimeSession[Any]) -> type[Adapter]:

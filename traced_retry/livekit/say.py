@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``say``, where a plugin speaks a given text itself: told of as a reply is, never sent again.
+"""``say`` of plugins that speak a given text themselves: traced like a reply, and never sent again.
 
-No provider names the request in what it then says, so a text sent twice could be heard twice.
+The response to a ``say`` carries no id of the request, so a text sent twice could be heard twice.
 
 Facts (livekit-plugins-xai, -ultravox, -phonic 1.8.9):
 
-* xAI's plugin gives the id of the oldest ``say`` to the next response that has none, whatever that
-  answers: an order, not an id. A response that comes after its time-out (10 s) is cancelled.
-* Ultravox's and Phonic's use the one slot of ``generate_reply``: whichever was asked last has it,
-  and the other's future is cancelled. What comes after the time-out (5 and 10 s) is spoken.
+* xAI's plugin gives the id of the oldest ``say`` to the next response without an id, even if that
+  answers another request: an order, not an id. A response that comes after its time-out (10 s) is
+  cancelled.
+* Ultravox's and Phonic's use the single slot of ``generate_reply``. The last request has it, and
+  the other's future is cancelled. A response after the time-out (5 and 10 s) is spoken.
 * The text may be a stream. With xAI and Ultravox the time-out begins when that has ended.
 """
 
@@ -25,7 +26,7 @@ from traced_retry.livekit.adapter import Adapter, Call, Generation, PassthroughR
 from traced_retry.livekit.single_slot import SingleSlotAdapter
 
 _NEVER: Final = 86_400.0
-"""Seconds; longer than any call."""
+"""Seconds, longer than any call."""
 
 
 def observed(policy: RetryPolicy) -> RetryPolicy:
@@ -45,7 +46,7 @@ class SayRequest(PassthroughRequest):
         self._losses = adapter.connection_losses
 
     def explain(self, error: BaseException) -> Failure:
-        """What xAI's plugin drops at a reconnect it tells of in words alone."""
+        """Classify a failure. xAI's plugin reports a drop at a reconnect only as text."""
         why = super().explain(error)
         if (
             why.kind == "unknown"
@@ -56,7 +57,7 @@ class SayRequest(PassthroughRequest):
         return why
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """The plugin has given up; where nothing stops the server, what it says next is late."""
+        """Abandon the request. If the server cannot be stopped, watch for its late speech."""
         super().abandon(attempt, then)
         if isinstance(self._adapter, SingleSlotAdapter):
             self._adapter.watch_for(self)

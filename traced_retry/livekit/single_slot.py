@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Listening, for plugins with one slot for the open request and no ids in the replies.
 
-Such a plugin keeps the future of the open request in one slot of its session, and resolves what
-is there with whatever the server begins next. Sending again after a silence would have the caller
-hear two replies. So the next attempt is ``listen``: nothing is sent, and a fresh future takes the
-slot in the very call that ends the attempt before, ahead of the plugin's own time-out, which then
-finds the slot taken and leaves it alone.
+Such a plugin keeps the future of the open request in one slot of its session, and resolves it with
+the server's next reply. If the request were sent again after a silence, the caller could hear two
+replies. So the next attempt is ``listen``: no request is sent. In the call that ends the earlier
+attempt, a new future takes the slot. This happens before the plugin's own time-out, which then
+finds another future in the slot and does not change it.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from traced_retry.livekit.adapter import (
 _AHEAD = 0.1
 """Seconds by which an attempt ends before the plugin's own time-out would empty the slot."""
 _SLIVER = 1.0
-"""Seconds before the deadline that are not worth a window of their own."""
+"""Seconds before the deadline that are too short for another window."""
 _LONGEST = 60.0
-"""Seconds from its first words after which a reply is taken for heard, its end unreported."""
+"""Seconds from its first words until a reply without a reported end counts as heard."""
 
 
 class SlotDelivery:
-    """The reply that is being spoken, watched to its end; several, where they share one.
+    """The reply that is being spoken, watched to its end. Several requests may share it.
 
-    Ultravox's, Phonic's and AWS's plugins keep what they speak in ``_current_generation``, and None
-    as soon as it is whole, or was cut because the caller spoke. That is looked at, its streams
-    never are.
+    The plugins of Ultravox, Phonic and AWS keep the current reply in ``_current_generation``. It is
+    None as soon as the reply is complete, or was cut because the caller spoke. Only this attribute
+    is read, and never the streams.
 
     Ultravox's and Phonic's have the channels of sound, words and tool calls in it. A reply without
     sound (without words, if the model has no audio output) and without a tool call has failed. It
@@ -59,7 +59,7 @@ class SlotDelivery:
         self._open: list[tuple[Delivery, asyncio.TimerHandle]] = []
         self._latest: Any = None
         self._has_output = True
-        """Whether the latest generation has output, or need not have any."""
+        """Whether the latest generation has output, or does not need any."""
         session.on("generation_created", self._on_generation)
         session.on("input_speech_started", self._on_interrupted)
 
@@ -80,7 +80,7 @@ class SlotDelivery:
         send(value)
 
     def _on_interrupted(self, _: object) -> None:
-        self._has_output = True  # The caller spoke first, so the reply owes nothing.
+        self._has_output = True  # The caller spoke first, so the reply needs no output.
 
     def begin(self, result: Generation) -> Delivery | None:
         """Watch the reply ``result``. Return None if it is over, and had output."""
@@ -99,7 +99,7 @@ class SlotDelivery:
         return delivery
 
     def check(self) -> None:
-        """See whether it is whole."""
+        """Check whether the reply is complete."""
         if self._open and self._session._current_generation is not self._generation:
             self.end()
 
@@ -110,14 +110,14 @@ class SlotDelivery:
         for delivery, timer in ended:
             timer.cancel()
             if why is None and not self._has_output:
-                delivery.first_output_at = None  # Its beginning was taken for its first word.
+                delivery.first_output_at = None  # Its beginning counted as its first word.
                 delivery.end(empty_failure("reply"))
             else:
                 delivery.end(why)
 
 
 def before(session: llm.RealtimeSession[Any], method: str, callback: Callable[..., None]) -> None:
-    """Call back, with the same arguments, each time before the session's ``method`` is called."""
+    """Call back with the same arguments before each call of the session's ``method``."""
     original = getattr(session, method)
 
     @functools.wraps(original)
@@ -130,20 +130,20 @@ def before(session: llm.RealtimeSession[Any], method: str, callback: Callable[..
 
 
 class SingleSlotAdapter(Adapter):
-    """One session of a plugin that has one slot for the request it waits for."""
+    """One session of a plugin with a single slot for the open request."""
 
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "listen")
     slot: ClassVar[str]
     """Name of the session's attribute with the future of the open request, or None."""
     window: ClassVar[float]
-    """Seconds after which the plugin itself gives up, and that one ``listen`` takes."""
+    """Seconds until the plugin gives up, and the length of one ``listen``."""
 
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         super().__init__(session, replies)
         self.connected = True
-        """Whether the plugin is not known to have lost its server."""
+        """Whether the plugin is connected, as far as known."""
         self.dead: Failure | None = None
-        """Why nothing can be asked of this session any more, where we know better than the hook."""
+        """The failure of a dead session, if the adapter knows it better than the hook."""
         self.speaking = SlotDelivery(session)
         self._given_up: PassthroughRequest | None = None
         session.on("input_speech_started", lambda _: self.watch_for(None))
@@ -155,51 +155,51 @@ class SingleSlotAdapter(Adapter):
             self.on_error(*args)
 
     def on_error(self, event: llm.RealtimeModelError) -> None:
-        """Take note of an ``error`` event, before the hook and all others are told of it."""
+        """Handle an ``error`` event before the hook and all other listeners get it."""
 
     def request(self, call: Call) -> SingleSlotRequest:
-        """One reply's request."""
+        """Create the request for one reply."""
         return SingleSlotRequest(self, call)
 
     @property
     def waiting(self) -> asyncio.Future[Generation] | None:
-        """The future that the server's next reply resolves."""
+        """Return the future that the server's next reply resolves."""
         future: asyncio.Future[Generation] | None = getattr(self.session, self.slot)
         return None if future is None or future.done() else future
 
     def install(self, future: asyncio.Future[Generation] | None) -> None:
-        """Have the server's next reply resolve ``future``, or nothing."""
+        """Let the server's next reply resolve ``future``, or no future."""
         setattr(self.session, self.slot, future)
 
     def let_go(self, attempt: asyncio.Future[Generation]) -> bool:
-        """Have the server's next reply no longer resolve ``attempt``; False if it did not."""
+        """Free the slot of ``attempt``. Return False if the slot has another future."""
         if self.waiting is not attempt:
             return False
         self.install(None)
         return True
 
     def die(self, why: Failure) -> None:
-        """End what is asked of this session, now and later."""
+        """Fail all requests of this session, now and later."""
         self.dead = why
         self.replies.report_failure(why, "not_recoverable")
 
     def watch_for(self, request: PassthroughRequest | None) -> None:
         """Count the server's next reply as the late one of ``request``.
 
-        What it begins after another request, or after the caller spoke, is taken for an answer to
-        that, and is not counted.
+        A reply after another request, or after the caller spoke, counts as the answer to that and
+        not as late.
         """
         self._given_up = request
 
     def heard(self) -> None:
-        """The server begins a reply."""
+        """Count a late reply when the server begins it."""
         request, self._given_up = self._given_up, None
         if request is not None and self.waiting is None:
             request.on_late()
 
 
 class SingleSlotRequest(PassthroughRequest):
-    """One reply's request: sent once, then listened for."""
+    """The request for one reply: sent once, then listened for."""
 
     def __init__(self, adapter: SingleSlotAdapter, call: Call) -> None:
         super().__init__(call)
@@ -209,7 +209,7 @@ class SingleSlotRequest(PassthroughRequest):
         self._action: semconv.Action = "send"
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send it, or take the slot for the wait to go on."""
+        """Send the request, or take the slot to keep waiting."""
         if not self._attempts:
             self._began = asyncio.get_running_loop().time()
         self._attempts += 1
@@ -224,7 +224,7 @@ class SingleSlotRequest(PassthroughRequest):
         return attempt
 
     def limit(self, action: semconv.Action) -> float | None:
-        """The plugin's own time; the last ``listen`` costs nothing, and lasts to the deadline."""
+        """Return the plugin's time-out. The last ``listen`` lasts until the deadline."""
         policy, window = self._adapter.replies.policy, self._adapter.window
         if self._attempts >= policy.max_retries:
             return None
@@ -234,27 +234,27 @@ class SingleSlotRequest(PassthroughRequest):
         return window if left > window + _SLIVER else None
 
     def timed_out(self, seconds: float) -> Failure:
-        """Our own time-out; it was the connection's fault where that is down."""
+        """Return the failure of our own time-out: ``connection_lost`` if the connection is down."""
         return timeout_failure(seconds, "timeout" if self._adapter.connected else "connection_lost")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """After silence, listen; send again only where the user chose to hear a reply twice."""
+        """Return ``listen`` after silence, or ``send`` if the policy allows a second reply."""
         if why.kind not in ("timeout", "connection_lost"):
             return None
         resend = self._adapter.replies.policy.on_silence == "resend"
         return "send" if resend and self._action == "listen" else "listen"
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """Keep the slot for a ``listen`` that follows; else let go of it."""
+        """Keep the slot for a ``listen`` that follows. Otherwise free it."""
         if then != "listen":
             self._adapter.let_go(attempt)
         if then is None:
             self._adapter.watch_for(self)
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
-        """Barge-in. The caller speaks, and the server answers that; nothing is told to it."""
+        """Free the slot, because the server answers the caller's speech. No event is sent."""
         self._adapter.let_go(attempt)
 
     def delivery(self, result: Generation) -> Delivery | None:
-        """Watch the reply to its end: it may be cut short."""
+        """Watch the reply to its end, because it may be cut."""
         return self._adapter.speaking.begin(result)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``SpeechHandle`` on whose behalf a reply is asked.
+"""The ``SpeechHandle`` that requests a reply.
 
-A reply that fails after the agent was given its generation can no longer fail its future. What
-LiveKit's own pipeline does then is to store the error on the speech, where
-``SpeechHandle.exception()`` tells of it; so do we. Nor can its future be cancelled then. LiveKit
-interrupts the session instead, but 1.7.0 does not where a speech alone is interrupted.
+A reply that fails after the agent got its generation can no longer fail its future. LiveKit's own
+pipeline then stores the error on the speech, and ``SpeechHandle.exception()`` returns it. This
+module does the same. The future cannot be cancelled then either. LiveKit interrupts the session
+instead, but 1.7.0 does not if only a speech is interrupted.
 
 Private facts (livekit-agents 1.7.0 and 1.8.9): ``voice/agent.py`` keeps the speech of a task under
-``_get_activity_task_info(task).speech_handle``, with ``function_call`` set in a tool's task;
+``_get_activity_task_info(task).speech_handle``, with ``function_call`` set in a tool's task.
 ``SpeechHandle._error`` is what ``exception()`` returns, ``_interrupt_fut`` is done once it is
 interrupted. ``SpeechHandle._tasks`` are the tasks of a speech. ``AgentActivity._speech_tasks`` are
 those of all speeches. The task ``AgentActivity.realtime_reply`` requests a reply, after it has sent
@@ -30,7 +30,7 @@ from traced_retry.core.guard import log_once, suppress_and_log
 _WATCHERS = "_traced_retry_watchers"
 _REPLY_TASK = "AgentActivity.realtime_reply"
 _SOON = 0.1
-"""Seconds in which an interrupted speech normally ends."""
+"""The time in seconds that an interrupted speech normally needs to end."""
 _requested: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 _failed: weakref.WeakKeyDictionary[Any, BaseException] = weakref.WeakKeyDictionary()
 
@@ -48,7 +48,7 @@ class Watcher(Protocol):
 
 
 def current_speech() -> Any:
-    """The speech whose task runs now; None outside of one, and in a tool."""
+    """Return the speech of the current task, or None outside of a speech and in a tool."""
     with suppress_and_log("looking for the speech"):
         task = asyncio.current_task()
         if task is None or _get_activity_task_info is None:
@@ -60,9 +60,9 @@ def current_speech() -> Any:
 
 
 def when_interrupted(speech: Any, callback: Callable[[], None]) -> Callable[[], None]:
-    """Call back as soon as ``speech`` is interrupted; never, where that is the case already.
+    """Call back as soon as ``speech`` is interrupted, but not if it already was.
 
-    Returns what takes that back: an ``AgentSession`` keeps each speech until it is closed.
+    Return a function that removes the callback, because an ``AgentSession`` keeps each speech.
     """
     interrupted: asyncio.Future[None] | None = getattr(speech, "_interrupt_fut", None)
     if interrupted is None:
@@ -96,7 +96,7 @@ def agent_activity(session: llm.RealtimeSession[Any]) -> Any:
 
 
 def watch_shutdown(agent_session: AgentSession[Any], watcher: Watcher) -> None:
-    """Have ``agent_session.shutdown(drain=True)`` call ``watcher.drain()``.
+    """Make ``agent_session.shutdown(drain=True)`` call ``watcher.drain()``.
 
     LiveKit has no event for it. The watcher is referred to weakly.
     """
@@ -160,7 +160,7 @@ def note_request() -> BaseException | None:
 
 
 def record_error(speech: Any, error: BaseException) -> None:
-    """Have ``speech.exception()`` return ``error``."""
+    """Store ``error``, so that ``speech.exception()`` returns it."""
     if not hasattr(speech, "_error"):
         log_once("SpeechHandle has no _error any more: a reply that failed late is not told there")
     elif speech._error is None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One reply's streams, fed by one generation after another until one of them is heard.
+"""The streams of one reply, fed by several generations until one of them is heard.
 
 A generation may fail after the agent was given its ``GenerationCreatedEvent`` and before its first
 word. The agent then reads from streams that must neither end nor be replaced. So they are relayed:
-where a generation ends unheard, each stream waits, and goes on with that of the next. Once there
-is output no other generation can follow, and a relay adds nothing but one call.
+if a generation ends without output, each stream waits and continues with that of the next. After
+the first output no other generation can follow, and a relay adds only one call.
 
-Only what LiveKit documents of the event is used: two streams, and in each message two more.
+Only documented parts of the event are used: two streams, and two more in each message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Generation:
-    """One generation, and what follows it."""
+    """One generation and its successor."""
 
     def __init__(self, event: llm.GenerationCreatedEvent) -> None:
         self.messages = aiter(event.message_stream)
@@ -29,9 +29,9 @@ class _Generation:
         self.following: asyncio.Future[_Generation | None] = (
             asyncio.get_running_loop().create_future()
         )
-        """The next generation; None once it is known that there is none."""
+        """The next generation, or None once it is known that no other follows."""
         self.first: asyncio.Future[llm.MessageGeneration | None] | None = None
-        """Its first message, where the agent has one already that goes on with it."""
+        """Its first message, if the agent already has a message that continues with it."""
         self.open: list[AsyncIterable[Any]] = [event.message_stream, event.function_stream]
         """The plugin's own streams that the agent reads."""
 
@@ -42,18 +42,18 @@ class _Generation:
 
 
 class Streams:
-    """The streams of ``event``, which is changed in place and given to the agent."""
+    """The streams of ``event``, which is changed in place and passed to the agent."""
 
     def __init__(self, event: llm.GenerationCreatedEvent) -> None:
         self._event = event
         self._turn = turn = _Generation(event)
         self._exposed: llm.MessageGeneration | None = None
-        """A message that the agent was given before anything was said."""
+        """A message that the agent got before the first output."""
         event.message_stream = _Messages(turn, self._expose)
         event.function_stream = _Relay(turn, event.function_stream, _functions)
 
     def switch_to(self, event: llm.GenerationCreatedEvent) -> None:
-        """The generation before has failed unheard; go on with that of ``event``."""
+        """Continue with the generation of ``event``, because the earlier one failed unheard."""
         turn = _Generation(event)
         if self._exposed is not None:
             turn.first = asyncio.ensure_future(self._attach(turn, self._exposed))
@@ -62,14 +62,14 @@ class Streams:
         self._turn = turn
 
     def commit(self) -> None:
-        """No other generation follows: there is output, or the reply is over."""
+        """End the relays' waits: there is output, or the reply is over."""
         if not self._turn.following.done():
             self._turn.following.set_result(None)
 
     def close(self) -> None:
-        """The reply is over without a word: end the streams, whatever the plugin does to its own.
+        """End the streams of a reply without output, even if the plugin keeps its own open.
 
-        A generation that nobody ends any more would have the agent wait for ever.
+        Otherwise the agent would wait forever for a generation without an end.
         """
         if self._turn.following.done():
             return
@@ -80,7 +80,7 @@ class Streams:
                 stream.send_nowait = _nowhere  # type: ignore[method-assign]
 
     def _expose(self, turn: _Generation, message: llm.MessageGeneration) -> llm.MessageGeneration:
-        """Let ``message`` of ``turn`` go on with a later generation, should that be needed."""
+        """Let ``message`` of ``turn`` continue with a later generation if necessary."""
         if self._exposed is None and not turn.following.done():
             self._exposed = message
             turn.open += [message.text_stream, message.audio_stream]
@@ -101,7 +101,7 @@ class Streams:
 
 
 class _Relay(Generic[T]):
-    """A stream that goes on with that of the next generation."""
+    """A stream that continues with that of the next generation."""
 
     def __init__(
         self,
@@ -176,4 +176,4 @@ async def _audio(turn: _Generation) -> AsyncIterable[Any] | None:
 
 
 def _nowhere(value: object) -> None:
-    """Where the plugin's later words go."""
+    """Return the stream for the plugin's later words."""

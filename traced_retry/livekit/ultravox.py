@@ -3,20 +3,20 @@
 
 Facts (livekit-plugins-ultravox 1.8.9, ``realtime/realtime_model.py``):
 
-* The slot is resolved by the state ``speaking`` or the agent's first words, where the epoch beside
-  it is set. The plugin's time-out (5 s) empties both.
+* The state ``speaking`` or the agent's first words resolve the slot if the epoch beside it is set.
+  The plugin's time-out (5 s) empties both.
 * Cancelling the slot's future makes the plugin send an empty immediate message. ``deferResponse``
-  is lost on its way (a pydantic alias), so by the protocol it asks for *one more* reply. So we
-  never cancel: to let go of a request is to empty the slot.
-* A tool call resolves no slot. If the reply holds nothing else, its request fails after 5 s, and
+  is lost on its way (a pydantic alias), so by the protocol it requests *one more* reply. The
+  adapter therefore never cancels. To let go of a request, it empties the slot.
+* A tool call resolves no slot. If the reply has no words, its request fails after 5 s, and
   LiveKit runs the tool only then, because the speech that waits for the request comes first.
 * ``generation_created`` of a reply says ``user_initiated=False``, comes as early as the state
-  ``thinking``, and makes the agent read the same streams a second time. So it tells nothing of
-  whether a reply is heard, and a stream is never looked into; the raw events tell.
-* A call that was lost is over: an ``error`` event with ``recoverable=False``, at which the hook
-  stops. Only a call that could not be reached is tried again; what was to be sent waits for it.
-* But where the loss is noticed by sending, nothing tells of it: the plugin just opens another call,
-  which begins with ``call_started``. It does the same for new instructions or tools, and then with
+  ``thinking``, and makes the agent read the same streams a second time. It does not show whether a
+  reply is heard. The adapter reads the raw events for that, and never the streams.
+* A lost call ends with an ``error`` event with ``recoverable=False``, and the hook stops. Only if a
+  call could not be reached does the plugin try again. Unsent messages wait for it.
+* If the plugin notices the loss while sending, there is no event. It opens another call, which
+  begins with ``call_started``. It does the same for new instructions or tools, and then with
   another ``_msg_ch``.
 * A server's event is emitted before the plugin acts on it.
 """
@@ -36,12 +36,12 @@ from traced_retry.livekit.adapter import Generation, Replies, failure_from_event
 from traced_retry.livekit.single_slot import SingleSlotAdapter, SlotDelivery, before
 
 _STATUS = re.compile(r"HTTP (\d{3})\b")
-"""The plugin tells why a call was refused only in words: ``HTTP 401: Unauthorized``."""
+"""The plugin gives the reason of a refused call only as text: ``HTTP 401: Unauthorized``."""
 _TOOL_CALL = "_handle_tool_invocation_event"
 
 
 class UltravoxAdapter(SingleSlotAdapter):
-    """What one call's server said, as far as its replies are concerned."""
+    """The state of the replies of one session, read from the server's events."""
 
     required_attributes: ClassVar[tuple[str, ...]] = (
         "_pending_generation_fut",
@@ -56,7 +56,7 @@ class UltravoxAdapter(SingleSlotAdapter):
     def __init__(self, session: llm.RealtimeSession[Any], replies: Replies) -> None:
         super().__init__(session, replies)
         self._channel: Any = None
-        """What the present call is sent."""
+        """The channel of messages to the current call."""
         self._created: Generation | None = None
         """The latest generation."""
         session.on("ultravox_server_event_received", self._on_server_event)
@@ -65,7 +65,7 @@ class UltravoxAdapter(SingleSlotAdapter):
             before(session, _TOOL_CALL, self._on_tool_call)
 
     def install(self, future: asyncio.Future[Generation] | None) -> None:
-        """See the base class; the slot is resolved only where the epoch beside it is set."""
+        """Set the slot, and the epoch beside it, without which the slot is not resolved."""
         super().install(future)
         # The plugin compares it with the time of an event: any moment before now will do.
         epoch = None if future is None else time.perf_counter()
@@ -104,7 +104,10 @@ class UltravoxAdapter(SingleSlotAdapter):
         )
 
     def on_error(self, event: llm.RealtimeModelError) -> None:
-        """The call is lost, or was refused; where it could not be reached the plugin tries on."""
+        """End the reply, because the call was lost or refused.
+
+        If the call was unreachable, the plugin tries again.
+        """
         self._cut()
         if event.recoverable:
             self.connected = False
@@ -116,7 +119,7 @@ class UltravoxAdapter(SingleSlotAdapter):
         return super().classify_event(event)
 
     def _cut(self) -> None:
-        """The call is gone, and with it the rest of what it was saying."""
+        """End the current reply, because its call is gone."""
         self.speaking.check()
         meant = self.session._msg_ch is not self._channel  # type: ignore[attr-defined]
         why = failure_from_event("connection_lost", "the call was lost during the reply")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report as one HTML page: no script, nothing loaded from elsewhere, light and dark."""
+"""A report as one HTML page without scripts or other files, light and dark."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ Written by ``FileSpanExporter`` of ``opentelemetry-exporter-otlp-json-file`` or 
 ``file`` exporter: one ``{"resourceSpans": [...]}`` a line, gzipped or not. Spans of others pass.
 
 A file may be larger than the memory. Only the spans of this project are decoded, out of the text of
-their line. A reply is given out as soon as all its spans are read. Memory then holds 64 bits of it,
-by which a second copy is recognized, and the replies of which spans are missing.
+their line. A reply is given out as soon as all its spans are read. Memory then holds only 64 bits
+of it, which identify a second copy. Replies with missing spans stay in memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _LINE_BYTES: Final = 32 * 2**20
 small gzipped file may expand to any size."""
 _LATEST: Final = 2**63
 _SECOND: Final = 10**9
-"""Nanoseconds; an int, for a float would round them away."""
+"""Nanoseconds, as an int because a float would round them."""
 _SAMPLE_BYTES: Final = 4096
 _REPORT_EVERY: Final = 8 * 2**20
 """Bytes between two reports of progress."""
@@ -91,7 +91,7 @@ class _Span:
     name: str
     start: int | None
     end: int | None
-    """Unix nanoseconds; None if unknown."""
+    """Unix nanoseconds, or None if unknown."""
     attributes: dict[str, Any]
     service: str | None
 
@@ -128,7 +128,7 @@ def read(paths: StrPath | Iterable[StrPath]) -> Replies:
 
 
 def order(reply: Reply) -> tuple[float, str]:
-    """Return the key by which replies are sorted: their start."""
+    """Return the key that sorts replies: their start."""
     return reply.start, reply.trace_id
 
 
@@ -206,7 +206,7 @@ class ReplyStream:
             yield reply
 
     def _complete(self, path: Path, before: int) -> Iterator[tuple[tuple[str, str], _Parts]]:
-        """Read one file. Give out each reply of which all spans were read."""
+        """Read one file. Yield each reply as soon as all its spans were read."""
         reported = 0
         try:
             with _open(path) as (file, raw):
@@ -275,7 +275,7 @@ class ReplyStream:
         return self._selection.failed and _SUCCEEDED.search(line, start, end) is not None
 
     def _add(self, span: _Span) -> tuple[tuple[str, str], _Parts] | None:
-        """Keep a span until its reply is complete; then return the reply's parts."""
+        """Keep a span until its reply is complete, then return the reply's parts."""
         own = span.name in _REPLIES
         ids = (span.trace_id, span.span_id if own else span.parent_id)
         key = hash(ids)
@@ -481,7 +481,9 @@ def _parse(line: str) -> tuple[dict[str, Any], bool]:
     try:
         return _json(line), True
     except (ValueError, RecursionError):
-        if begins > 0:  # a process was killed as it wrote; the next one went on in the same line
+        if (
+            begins > 0
+        ):  # a process was killed as it wrote, and the next one continued in the same line
             return _parse(line[begins:])[0], False
         return {}, begins < 0
 

@@ -25,7 +25,7 @@ _WHY: Final = {
 
 
 def sentence(reply: Reply) -> str:
-    """Say what happened to ``reply``, so that a tired person understands."""
+    """Describe the course of ``reply``, so that a tired person understands."""
     if not reply.complete:
         return _incomplete(reply)
     say = _BY_STOP_REASON.get(reply.stop_reason or "") or _BY_OUTCOME.get(reply.outcome or "")
@@ -76,7 +76,7 @@ def seconds(value: float) -> str:
 
 
 def _said(groups: Mapping[Group, int]) -> str:
-    """``say: 12 spoken, 1 failed.``"""
+    """Return a summary such as ``say: 12 spoken, 1 failed.``."""
     words: tuple[tuple[Group, str], ...] = (
         ("first_try", "spoken"),
         ("recovered", "recovered"),

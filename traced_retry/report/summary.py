@@ -33,12 +33,12 @@ class ProviderSummary:
     cut_short: int
     """Interrupted by the caller or superseded by the provider."""
     unknown: int
-    """The reply's own span is missing, or its outcome is none that we know."""
+    """The reply's own span is missing, or its outcome is unknown."""
     retries: int
     silence_added_p50: float | None
     silence_added_p95: float | None
     """Seconds that retrying added to the silence: a reply's duration less its last attempt's, of
-    the replies that took more than one attempt. None where there are none."""
+    the replies that took more than one attempt. None if there is no such reply."""
 
 
 class Summary:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A report in the terminal: per reply a sentence and a waterfall, per provider a row of numbers.
 
-Readable at 80 columns, without colour (colour only repeats what a word says) and in ASCII.
+Readable at 80 columns, without colour (each colour only repeats a word) and in ASCII.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ROOMY: Final = 100
 _NARROW: Final = 80
 """Below this width, trace ids and notes have lines of their own, so that they are not cut."""
 _RULE: Final = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-"""A rule below the headings, and nothing else."""
+"""A rule below the headings, and no other lines."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Page:
         self._console = console
         self._glyphs = _Glyphs.of(console)
         self._replies = replies
-        # All waterfalls share their columns: the notes get what they need, if the bars can live.
+        # All waterfalls share their columns. The notes get their width if the bars stay readable.
         free = console.width - _INDENT - _LABEL - _SECONDS - 2
         widest = max((cell_len(note(s)) for r in replies for s in r.steps), default=0)
         least, most = _BAR

@@ -26,15 +26,16 @@ PROVIDERS: Final = {
     "aws": "aws:AWSSimulator",
     "nvidia": "nvidia:PersonaPlexSimulator",
 }
-"""Where each provider's simulator is; LiveKit inference is served by OpenAI's."""
+"""The module and class of each provider's simulator. OpenAI's also serves LiveKit inference."""
 
 
 def simulator(provider: str) -> type[Simulator]:
-    """The simulator of ``provider``, one of :data:`PROVIDERS`.
+    """Return the simulator class of ``provider``, one of :data:`PROVIDERS`.
 
     Raises:
-        KeyError: it is none of them.
-        ModuleNotFoundError: it needs a package that is not installed (``traced-retry[simulator]``).
+        KeyError: if ``provider`` is not one of them.
+        ModuleNotFoundError: if the simulator needs a package that is not installed
+            (``traced-retry[simulator]``).
     """
     module, _, name = PROVIDERS[provider].partition(":")
     found: type[Simulator] = getattr(importlib.import_module(f"{__name__}.{module}"), name)

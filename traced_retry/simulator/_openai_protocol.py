@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's Realtime protocol, text only, as a server that does not fail speaks it."""
+"""OpenAI's Realtime protocol, text only, without faults."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ USAGE = {
 
 @dataclass
 class Response:
-    """A response begun; it is its connection's active one until it ends."""
+    """A response that has started. It is the active one of its connection until it ends."""
 
     metadata: Event | None
     id: str = field(default_factory=lambda: new_id("resp"))
-    item: Event = field(default_factory=dict)  # Its output so far; empty while there is none.
+    item: Event = field(default_factory=dict)  # The output so far.
 
 
 class OpenAIConnection(Connection):
-    """One client: its own conversation and active response. What answers a request is not here."""
+    """A client with its conversation and active response. Subclasses answer its requests."""
 
     def __init__(self, server: Simulator, ws: web.WebSocketResponse, model: str) -> None:
         super().__init__(ws)
@@ -74,7 +74,7 @@ class OpenAIConnection(Connection):
         message: str,
         kind: str = "invalid_request_error",
     ) -> None:
-        """Send an error event about the client's event of that id, or about none."""
+        """Send an error event. It names the client's event if ``event_id`` is given."""
         error = {"type": kind, "code": code, "message": message, "param": None}
         await self.send("error", error={**error, "event_id": event_id})
 
@@ -94,7 +94,7 @@ class OpenAIConnection(Connection):
         """Handle a response.create."""
 
     async def ignore(self, event: Event) -> None:
-        """Audio: text needs none, and a session is free to send it."""
+        """Ignore audio, which every client may send."""
 
     async def reject_unknown(self, event: Event) -> None:
         await self.reject(event.get("event_id"), "invalid_value", "Unknown type of event.")
@@ -110,7 +110,7 @@ class OpenAIConnection(Connection):
     # The caller
 
     async def speech_started(self) -> None:
-        """The caller begins to speak: what is active ends, as where interrupt_response is on."""
+        """Let the caller start to speak, which ends the active response."""
         where = {"audio_start_ms": 0, "item_id": new_id("item")}
         await self.send("input_audio_buffer.speech_started", **where)
         if self.active is not None:
@@ -169,7 +169,7 @@ class OpenAIConnection(Connection):
         return response
 
     async def finish(self, response: Response, status: str, **details: Any) -> None:
-        """End the active response; the details say why it was not completed."""
+        """End the active response, with the reason if it was not completed."""
         self.active = None
         self.idle.set()
         if response.item and status != "completed":
@@ -228,7 +228,7 @@ class OpenAIConnection(Connection):
 
 
 def describe(response: Response, status: str, **details: Any) -> Event:
-    """A response as its events carry it; the details say why it was not completed."""
+    """Return a response in the form of its events, with the reason if it was not completed."""
     return {
         "object": "realtime.response",
         "id": response.id,
@@ -242,11 +242,11 @@ def describe(response: Response, status: str, **details: Any) -> Event:
 
 
 def output_position(response: Response) -> Event:
-    """The fields that place an event within a response's output."""
+    """Return the fields that place an event within a response's output."""
     place = {"response_id": response.id, "item_id": response.item["id"]}
     return {**place, "output_index": 0, "content_index": 0}
 
 
 def new_id(prefix: str) -> str:
-    """A random id: a client may replay one server's items to another."""
+    """Return a random id, because a client may replay one server's items to another."""
     return f"{prefix}_{uuid.uuid4().hex[:20]}"

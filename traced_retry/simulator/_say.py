@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scripted answers to ``say`` texts, which a simulator speaks as they are."""
+"""Scripted answers to ``say`` texts, which a simulator speaks unchanged."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class SayScript:
 
     Args:
         script: a parsed script, or its text.
-        known: the words that mean something here.
+        known: the faults of this protocol.
 
     Raises:
-        ScriptError: the script cannot be read.
+        ScriptError: if the script is invalid.
 
     Attributes:
         heard: every text that the simulator was asked to speak, in order.

@@ -4,8 +4,8 @@
 Facts (livekit-plugins-aws 1.8.9, ``experimental/realtime/realtime_model.py`` and ``events.py``;
 frames: the ``application/vnd.amazon.eventstream`` format):
 
-* A session is one HTTP/2 stream whose two halves stay open. The client's frames are signed: each
-  holds a whole inner frame, whose payload is ``{"bytes": BASE64}`` of one JSON event.
+* A session is one HTTP/2 stream, and both halves stay open. The client's frames are signed. Each
+  holds a whole inner frame with the payload ``{"bytes": BASE64}`` of one JSON event.
 * A request for a reply is a text content with ``interactive`` set: ``contentStart``,
   ``textInput``, ``contentEnd``. It carries no id that a reply would echo, and no cancel exists.
 * The plugin's endpoint is hard-coded; see :meth:`AWSSimulator.redirected`.
@@ -42,7 +42,7 @@ UNSTABLE = "System instability detected. Please retry your request."
 """The one text of a ``validationException`` after which the plugin opens a new stream."""
 _STRING = 7
 _FRAME_OVERHEAD = 16  # Prelude, its checksum, and the message's.
-_FIXED_SIZE = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # Header types that are no bytes.
+_FIXED_SIZE = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # Header types that are not bytes.
 _SILENCE = base64.b64encode(bytes(960)).decode()  # 20 ms of 24 kHz mono.
 
 
@@ -50,7 +50,7 @@ _SILENCE = base64.b64encode(bytes(960)).decode()  # 20 ms of 24 kHz mono.
 
 
 def encode_frame(headers: dict[str, str], payload: bytes) -> bytes:
-    """One frame: lengths, their checksum, headers (strings), payload, checksum of all."""
+    """Return one frame: lengths, their checksum, headers (strings), payload, checksum of all."""
     packed = b"".join(
         struct.pack("!B", len(name))
         + name.encode()
@@ -64,12 +64,12 @@ def encode_frame(headers: dict[str, str], payload: bytes) -> bytes:
 
 
 def decode_frame(data: bytes) -> tuple[dict[str, str], bytes, int] | None:
-    """Headers (those that are strings), payload and length of the frame that ``data`` begins with.
+    """Return the string headers, payload and length of the frame at the start of ``data``.
 
-    None where it is not whole yet.
+    Return None if the frame is not complete yet.
 
     Raises:
-        ValueError: a checksum does not fit.
+        ValueError: if a checksum is wrong.
     """
     if len(data) < _FRAME_OVERHEAD:
         return None
@@ -105,16 +105,16 @@ def _decode_headers(data: bytes) -> dict[str, str]:
 
 
 class AWSSimulator(Simulator):
-    """Plays a script to Nova Sonic clients; a connection, here, is one HTTP/2 stream.
+    """A server that plays a script to Nova Sonic clients. A connection is one HTTP/2 stream.
 
     Each interactive text takes one element of the script. ``error:CODE`` ends the stream with
     that exception (``throttlingException``, ``modelTimeoutException``, ``validationException``,
     ``internalServerException``, ...; ``systemInstability`` is the ``validationException`` that
-    the plugin recovers from), and so does ``rate_limit``. ``unauthorized`` is taken by the next
-    stream that is opened; a request that meets it on an open one ends that stream.
+    the plugin recovers from), and so does ``rate_limit``. The next stream that is opened takes
+    ``unauthorized``. A request that takes it on an open stream ends that stream.
 
     Attributes:
-        history: role and text of each text that asked for nothing, in order.
+        history: role and text of each text that requests no reply, in order.
     """
 
     path = "/model/"
@@ -143,26 +143,26 @@ class AWSSimulator(Simulator):
 
     @property
     def url(self) -> str:
-        """``https://127.0.0.1:PORT``. Raises RuntimeError unless the server is running."""
+        """Return ``https://127.0.0.1:PORT``. Raise RuntimeError unless the server is running."""
         if self._server is None:
             raise RuntimeError("the simulator is not running")
         return f"https://{self._host}:{self._server.sockets[0].getsockname()[1]}"
 
     @property
     def ca(self) -> bytes:
-        """The certificate, PEM, that vouches for the server's own."""
+        """Return the certificate authority's certificate (PEM) for this server."""
         return self._ca.cert_pem.bytes()
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Is for servers of WebSockets, and this is none."""
+        """Raise an error, because this server has no WebSockets."""
         raise NotImplementedError
 
     async def start(self) -> None:
         """Start to listen.
 
         Raises:
-            OSError: the port is taken.
-            RuntimeError: the server is running already.
+            OSError: if the port is in use.
+            RuntimeError: if the server is running already.
         """
         if self._server is not None:
             raise RuntimeError("the simulator is running already")
@@ -187,13 +187,13 @@ class AWSSimulator(Simulator):
                 waiter.set_exception(RuntimeError("the simulator was closed"))
 
     def redirected(self) -> contextlib.AbstractContextManager[None]:
-        """While open, connect the real plugin to this server: see :func:`redirected`."""
+        """Connect the real plugin to this server in the ``with`` block: see :func:`redirected`."""
         return redirected(self.url, self.ca)
 
     # For the clients:
 
     def refusal(self) -> tuple[int, str] | None:
-        """HTTP status and error type for a stream just asked for; None lets it open."""
+        """Return HTTP status and error type for a new stream, or None to let it open."""
         if self.next_fault.name != "unauthorized":
             return None
         self.advance()
@@ -222,14 +222,15 @@ class AWSSimulator(Simulator):
 
 @contextlib.contextmanager
 def redirected(url: str, ca: bytes) -> Iterator[None]:
-    """While open, connect the real plugin to the simulator at ``url``, with made-up credentials.
+    """Connect the real plugin to the simulator at ``url`` in the ``with`` block.
 
-    The function replaces module attributes of the plugin, so it is for one simulator at a time. A
+    The plugin gets made-up credentials. The function replaces module attributes of the plugin, so
+    use it for one simulator at a time. A
     session keeps its transport: it stays redirected afterwards.
 
     Args:
         url: the simulator's.
-        ca: the certificate, PEM, that vouches for the simulator's own.
+        ca: the simulator's certificate authority, as PEM.
 
     Raises:
         RuntimeError: if the plugin is missing, or lacks an attribute to replace.
@@ -292,8 +293,8 @@ class _Client(asyncio.Protocol):
         if isinstance(event, h2.events.RequestReceived):
             self.open(event.stream_id)
         elif isinstance(event, h2.events.DataReceived):
-            # A window update at once, not when half the window is spent: it takes the TCP
-            # acknowledgement along, which the client's next small packet waits for (40 ms).
+            # Send a window update at once, not when half the window is used. It carries the TCP
+            # acknowledgement, which the client's next small packet waits for (40 ms).
             if event.flow_controlled_length:
                 self.h2.increment_flow_control_window(event.flow_controlled_length)
                 self.h2.increment_flow_control_window(event.flow_controlled_length, event.stream_id)
@@ -305,7 +306,7 @@ class _Client(asyncio.Protocol):
             session.end()
 
     def open(self, stream_id: int) -> None:
-        """Answers a request's headers at once; its body never ends by itself."""
+        """Answer the headers of a request at once. The body never ends by itself."""
         if refusal := self.server.refusal():
             status, kind = refusal
             headers = [
@@ -336,7 +337,7 @@ class _Client(asyncio.Protocol):
 
 
 class _Session:
-    """One stream: what it was told, and its answers."""
+    """The state of one stream and its answers."""
 
     def __init__(self, client: _Client, stream_id: int) -> None:
         self.client = client
@@ -347,7 +348,7 @@ class _Session:
         self._contents: dict[str, Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # --- what the client says ------------------------------------------------------------------
+    # --- events of the client ------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
         self._received += data
@@ -418,12 +419,12 @@ class _Session:
     # --- answers -------------------------------------------------------------------------------
 
     def reply(self, text: str) -> None:
-        """Says ``text``, and is done."""
+        """Say ``text`` and end the turn."""
         self.begin(text)
         self.finish(text)
 
     def begin(self, text: str) -> None:
-        """Begins a completion: its text, ahead of its sound as Nova Sonic sends it."""
+        """Start a completion with its text, which Nova Sonic sends before the sound."""
         stage = {"additionalModelFields": json.dumps({"generationStage": "SPECULATIVE"})}
         self.send("completionStart")
         content = self.start_content("TEXT", "ASSISTANT", **stage)
@@ -431,7 +432,7 @@ class _Session:
         self.send("contentEnd", **content, type="TEXT", stopReason="PARTIAL_TURN")
 
     def finish(self, text: str) -> None:
-        """The sound of what was begun, and the end of the turn."""
+        """Send the sound of the started completion, and the end of the turn."""
         content = self.start_content("AUDIO", "ASSISTANT")
         self.send("audioOutput", **content, content=_SILENCE)
         self.send("contentEnd", **content, type="AUDIO", stopReason="END_TURN")
@@ -440,7 +441,7 @@ class _Session:
         self.server.wake()
 
     def call_tool(self, name: str) -> None:
-        """Call a function, arguments "{}"; its result is answered with a reply."""
+        """Call a function with the arguments "{}". Its result is answered with a reply."""
         self.send("completionStart")
         content = self.start_content("TOOL", "TOOL")
         tool = {"toolName": name, "toolUseId": str(uuid.uuid4()), "content": "{}"}
@@ -473,7 +474,7 @@ class _Session:
         self.client.flush()
 
     def drop(self) -> None:
-        """Close the connection, once what was said before is on the wire."""
+        """Close the connection after all earlier events were sent."""
         self.lost = True
         self.client.transport.close()
 
@@ -486,7 +487,7 @@ class _Session:
             self.client.flush()
 
     def forget(self) -> None:
-        """The stream is over, and with it all that was to be said later."""
+        """End the stream and cancel its delayed events."""
         self.client.streams.pop(self.id, None)
         for task in self._tasks:
             task.cancel()
@@ -504,11 +505,15 @@ class _Session:
         task.add_done_callback(self._tasks.discard)
 
 
-# --- what the plugin is given -------------------------------------------------------------------
+# --- replacements for the plugin
+# -------------------------------------------------------------------
 
 
 class _Config:
-    """The SDK's configuration class, with another endpoint; old SDKs call it, new ones resolve."""
+    """The SDK's configuration class with another endpoint.
+
+    Old SDKs call the class, new ones resolve it.
+    """
 
     def __init__(self, real: Any, url: str) -> None:
         self._real = real
@@ -523,7 +528,7 @@ class _Config:
 
 
 def _trusting(real: Any, ca: bytes) -> Any:
-    """The SDK's transport, as a class that trusts the simulator's certificate and no other."""
+    """Return the SDK's transport as a class that trusts only the simulator's certificate."""
     from awscrt import io  # noqa: PLC0415 - the plugin brings it
 
     class Transport(real):  # type: ignore[misc]
@@ -534,13 +539,13 @@ def _trusting(real: Any, ca: bytes) -> Any:
             self._tls_ctx = io.ClientTlsContext(options)
 
         def __deepcopy__(self, memo: Any) -> Transport:
-            return self  # the SDK copies its configuration, and would get a plain transport
+            return self  # The SDK copies its configuration, and would get a plain transport.
 
     return Transport
 
 
 class _Credentials:
-    """Stands in for the plugin's lookup of credentials, which might find real ones."""
+    """A replacement for the plugin's lookup of credentials, which might find real ones."""
 
     async def get_identity(self, **_: Any) -> Any:
         from smithy_aws_core.identity import AWSCredentialsIdentity  # noqa: PLC0415 - optional

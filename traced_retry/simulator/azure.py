@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An Azure VoiceLive server, text only, that fails on a script.
 
-VoiceLive speaks the beta of OpenAI's Realtime protocol, under a path of its own and with the
-instructions of one request beside its parameters, not among them. Source:
+VoiceLive uses the beta of OpenAI's Realtime protocol with another path. The instructions of a
+request are beside its parameters, not among them. Source:
 ``livekit/plugins/azure/realtime/realtime_model.py`` 1.8.9, ``azure-ai-voicelive`` 1.3.1.
 """
 
@@ -16,16 +16,17 @@ from traced_retry.simulator.server import Connection
 
 
 class VoiceLiveSimulator(AzureOpenAISimulator):
-    """Plays a script to VoiceLive clients; ``url`` is what they take as ``endpoint``.
+    """A server that plays a script to VoiceLive clients. Pass ``url`` to them as ``endpoint``.
 
-    The elements are those of :class:`~traced_retry.simulator.OpenAISimulator`. LiveKit's plugin
-    sends a request again that was dropped unanswered, with its id: it takes the next element.
+    The elements are those of :class:`~traced_retry.simulator.OpenAISimulator`. If a request
+    was dropped without an answer, LiveKit's plugin sends it again with its id. It then takes the
+    next element.
     """
 
     path = "/voice-live/realtime"
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Create the server's side of a connection just accepted."""
+        """Create the server's side of a new connection."""
         return _VoiceLiveConnection(self, ws, http.query.get("model", "gpt-realtime"))
 
 

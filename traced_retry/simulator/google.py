@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Gemini Live server, text only, that fails on a script.
 
-google-genai speaks nothing but ``wss`` to the Gemini API, so this one has a certificate of its
-own, made at start-up; :attr:`GoogleSimulator.http_options` says how a client comes to trust it.
+google-genai uses only ``wss`` for the Gemini API. The server therefore creates a certificate at its
+start. With :attr:`GoogleSimulator.http_options` a client trusts it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from traced_retry.simulator.server import (
 )
 
 Turn = tuple[str, str]
-"""Whose words, ``user`` or ``model``, and what."""
+"""The words of one ``user`` or ``model`` turn."""
 
 QUOTA = "You exceeded your current quota, please check your plan and billing details."
 _CLOSE_CODES = range(1000, 5000)
@@ -34,38 +34,38 @@ _CLOSE_CODES = range(1000, 5000)
 
 @dataclass
 class _Conversation:
-    """What the server knows of a session, and of each that resumes it by one of its handles."""
+    """The server's state of a session and of each session that resumes it by a handle."""
 
     context: list[Turn] = field(default_factory=list)
     unanswered: dict[int, tuple[float, Request]] = field(default_factory=dict)
-    """Requests still to be answered, by number, each with the loop time at which it will be."""
+    """The loop time at which each open request is answered, by number."""
 
 
 class GoogleSimulator(Simulator):
-    """Plays a script to Gemini Live clients; ``http_options`` is what they take.
+    """A server that plays a script to Gemini Live clients. Pass them ``http_options``.
 
     Each turn the client completes takes one element, and so does a tool's response, which Gemini
     answers unasked. The answer to a turn outlives its connection: a client that comes back with
-    a resumption handle is given what was asked before, at once where it is due. A client that
-    comes back without one has begun anew, and tells the server what it should know.
+    a resumption handle gets the answers to its earlier requests, at once if they are due. A client
+    that comes back without a handle starts a new conversation and sends its context.
 
-    ``error:CODE`` closes the connection with that code where it is one of WebSocket's (1011, 1008,
-    1000, 1007, ...), else sends it in a message as Gemini does with 429. ``incomplete`` ends the
+    ``error:CODE`` closes the connection with that code if it is a WebSocket code (1011, 1008, 1000,
+    1007, ...). Otherwise it is sent in a message, as Gemini does with 429. ``incomplete`` ends the
     turn without a word, and ``empty`` does so after a thought. ``stalled`` thinks and never ends.
-    ``unauthorized`` is taken by the next connection attempt.
+    The next connection attempt takes ``unauthorized``.
 
     Args:
         script: a parsed script, or its text.
-        host: 127.0.0.1, and no other.
+        host: only 127.0.0.1 is allowed.
         port: 0 picks a free one.
         on_event: called with "received" or "sent" and each JSON event; must not raise.
         interrupts: end the present answer (``interrupted``) if another turn comes. Otherwise the
             answer to that turn goes on in the present one. Gemini has done both.
 
     Attributes:
-        contexts: per request, all that the model had before it: turns resumed, replayed or new,
-            those of the request included.
-        handles: per connection, the resumption handle it came with.
+        contexts: per request, the model's context: turns resumed, replayed or new, and those of
+            the request.
+        handles: the resumption handle of each connection.
     """
 
     path = "/ws/google.ai.generativelanguage.{version}.GenerativeService.BidiGenerateContent"
@@ -93,7 +93,7 @@ class GoogleSimulator(Simulator):
         self.conversations: dict[str, _Conversation] = {}
         authority = trustme.CA()
         self.ca = authority.cert_pem.bytes()
-        """The certificate, PEM, that vouches for the server's own."""
+        """Return the certificate authority's certificate (PEM) for this server."""
         self.server_ssl = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert(host).configure_cert(self.server_ssl)
         self.client_ssl = ssl.create_default_context()
@@ -101,16 +101,16 @@ class GoogleSimulator(Simulator):
 
     @property
     def http_options(self) -> dict[str, Any]:
-        """Arguments of ``google.genai.types.HttpOptions`` that lead a client here."""
+        """Return arguments of ``google.genai.types.HttpOptions`` that lead a client here."""
         return {"base_url": self.url, "async_client_args": {"ssl": self.client_ssl}}
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Create the server's side of a connection just accepted."""
+        """Create the server's side of a new connection."""
         return _GoogleConnection(ws, self)
 
 
 class _GoogleConnection(Connection):
-    """One client. What it is told comes from its conversation, which may be older than it."""
+    """A client. Its answers come from its conversation, which may be older than the connection."""
 
     def __init__(self, ws: web.WebSocketResponse, server: GoogleSimulator) -> None:
         super().__init__(ws)
@@ -119,7 +119,7 @@ class _GoogleConnection(Connection):
         self.speaking: Request | None = None
 
     async def greet(self) -> None:
-        """The client speaks first."""
+        """Do nothing, because the client speaks first."""
 
     async def receive(self, data: str) -> None:
         message = json.loads(data)
@@ -140,7 +140,7 @@ class _GoogleConnection(Connection):
                     await self.interrupt()
 
     async def set_up(self, handle: str | None) -> None:
-        """Begins anew, or goes on where the handle says."""
+        """Start a conversation, or resume the one that the handle names."""
         self.server.handles.append(handle)
         if handle in self.server.conversations:
             self.conversation = self.server.conversations[handle]
@@ -216,7 +216,7 @@ class _GoogleConnection(Connection):
                 await self.hang_up(WSCloseCode.POLICY_VIOLATION, by_script=True)
 
     async def interrupt(self) -> None:
-        """The user began to speak, so the client says: what is said or owed ends."""
+        """End the current and the open answers, because the client reports that the user speaks."""
         open_requests = list(self.conversation.unanswered)
         if open_requests or self.speaking:
             self.conversation.unanswered.clear()
@@ -229,7 +229,7 @@ class _GoogleConnection(Connection):
         await self.content(turnComplete=True)
 
     def owe(self, request: Request, seconds: float = 0.0) -> None:
-        """Have the request answered in so long, on whatever connection it then is."""
+        """Answer the request after ``seconds``, on the client's connection of that time."""
         self.conversation.unanswered[request.number] = (self.now + seconds, request)
 
     async def reply_open(self, request: Request) -> None:
@@ -264,7 +264,7 @@ class _GoogleConnection(Connection):
         await self.send({"serverContent": what})
 
     async def give_handle(self) -> None:
-        """A new handle for this conversation; the older ones stay good."""
+        """Return a new handle for this conversation. The older ones stay valid."""
         handle = f"handle-{len(self.server.conversations) + 1}"
         self.server.conversations[handle] = self.conversation
         await self.send({"sessionResumptionUpdate": {"newHandle": handle, "resumable": True}})

@@ -15,40 +15,40 @@ from traced_retry.simulator.server import Connection, Request, Simulator
 
 SERVER_ERROR = "The server had an error while processing your request."
 PAUSE = 0.1
-"""Seconds from a response's begin to its failure, where its client is to see it begin."""
+"""Seconds from the start of a response to its failure, so that the client sees the start."""
 RATE_LIMIT = "Rate limit reached on requests per min (RPM): Limit 3, Used 3, Requested 1."
 
 
 class OpenAISimulator(Simulator):
-    """Plays a script to OpenAI Realtime clients; ``url`` is what they take as base URL.
+    """A server that plays a script to OpenAI Realtime clients. Pass ``url`` to them as base URL.
 
-    Each ``response.create`` takes one element, except where a response is active already: that is
-    rejected and takes none. Two elements act on connections instead:
+    Each ``response.create`` takes one element. If a response is active already, the request is
+    rejected and takes no element. Two elements act on connections instead:
 
-    ``drop_queued`` acts once the request before it is dealt with (rejected, left unanswered, or
-    its response done) and the client's session.update or first item is confirmed. After
+    ``drop_queued`` acts after the request before it has ended (rejected, left unanswered, or its
+    response done) and the client's session.update or first item is confirmed. After
     ``wait_for("connection_lost")`` a request finds the socket down, and meets the next element.
 
-    ``unauthorized`` is taken by the next connection attempt. A request that meets it on an open
-    connection is not answered: the connection is closed, and the attempt to come back takes it.
+    The next connection attempt takes ``unauthorized``. A request that takes it on an open
+    connection is not answered. The connection is closed, and the attempt to come back takes it.
     """
 
     path = "/v1/realtime"
 
     @property
     def url(self) -> str:
-        """``http://127.0.0.1:PORT/v1``. Raises RuntimeError unless the server is running."""
+        """Return ``http://127.0.0.1:PORT/v1``. Raise RuntimeError unless the server is running."""
         return super().url + "/v1"
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Create the server's side of a connection just accepted."""
+        """Create the server's side of a new connection."""
         return _ScriptedConnection(self, ws, http.query.get("model", "gpt-realtime"))
 
 
 class _ScriptedConnection(OpenAIConnection):
-    """Answers each request as the script's next element says."""
+    """A client. The script's next element decides about each request."""
 
-    late = 0  # Answers still to begin.
+    late = 0  # Answers that have not started.
 
     async def receive(self, data: str) -> None:
         await super().receive(data)
@@ -58,7 +58,7 @@ class _ScriptedConnection(OpenAIConnection):
         """Take the script's next element for a request, unless a response is active."""
         fault = None if self.active else self.server.next_fault
         if fault and fault.name == "drop_queued":
-            # Sent while the drop waited for a late answer: it is lost with the socket, unheard.
+            # Sent while the drop waited for a late answer: it is lost with the socket.
             await self.drop_queued(fault)
             return
         if fault and fault.name != "unauthorized":
@@ -156,7 +156,7 @@ class _ScriptedConnection(OpenAIConnection):
         await self.reject(request.event_id, code, message)
 
     async def drop_if_next(self) -> None:
-        """Hangs up if the script says so before the next request, and nothing is under way."""
+        """Hang up if the script requires it now and no answer is in progress."""
         fault = self.server.next_fault
         busy = self.active is not None or self.late > 0
         if fault.name == "drop_queued" and self.configured and not busy and not self.ws.closed:
@@ -167,7 +167,7 @@ class _ScriptedConnection(OpenAIConnection):
         self.server.go_down(fault.seconds)
         await self.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
 
-    # What is done after a delay
+    # Delayed actions
 
     async def fail(self, response: Response, code: str) -> None:
         if self.active is response:  # Not cancelled meanwhile.
@@ -199,7 +199,7 @@ def error_type(code: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as OpenAI's messages give them: 200ms, 1.5s, 1m26.4s, 114h18m0s."""
+    """Return seconds in the form of OpenAI's messages: 200ms, 1.5s, 1m26.4s, 114h18m0s."""
     if 0 < seconds < 1:
         return f"{seconds * 1000:g}ms"
     minutes, rest = divmod(round(seconds, 3), 60)

@@ -22,7 +22,7 @@ BETA: Final = {
     "response.output_text.done": "response.text.done",
     "conversation.item.added": "conversation.item.created",
 }
-"""Events under the name they had in the beta of OpenAI's protocol; of those sent here. Source:
+"""The names of the simulator's events in the beta of OpenAI's protocol. Source:
 ``_AZURE_EVENT_MAPPING`` in ``livekit/agents/llm/_realtime/openai.py``, livekit-agents 1.8.9."""
 
 
@@ -31,7 +31,7 @@ class XAISimulator(OpenAISimulator):
 
     Args:
         script: a parsed script, or its text.
-        host: 127.0.0.1, and no other.
+        host: only 127.0.0.1 is allowed.
         port: 0 picks a free one.
         on_event: called with "received" or "sent" and each JSON event; must not raise.
         say: a separate script for the texts of ``force_message`` items: ``ok``,
@@ -51,7 +51,7 @@ class XAISimulator(OpenAISimulator):
         self.say = SayScript(say, {"ok", "silence", "late", "drop_before", "error"})
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Create the server's side of a connection just accepted."""
+        """Create the server's side of a new connection."""
         return _XAIConnection(self, ws, http.query.get("model", "grok-voice-latest"))
 
 
@@ -79,23 +79,23 @@ class _XAIConnection(_ScriptedConnection):
 
 
 class AzureOpenAISimulator(OpenAISimulator):
-    """``url`` is what ``RealtimeModel.with_azure`` takes as ``azure_endpoint``."""
+    """Azure's server. Pass ``url`` to ``RealtimeModel.with_azure`` as ``azure_endpoint``."""
 
     path = "/openai/v1/realtime"
 
     @property
     def url(self) -> str:
-        """``http://127.0.0.1:PORT``. Raises RuntimeError unless the server is running."""
+        """Return ``http://127.0.0.1:PORT``. Raise RuntimeError unless the server is running."""
         return Simulator.url.fget(self)  # type: ignore[attr-defined,no-any-return]
 
 
 class AzureOpenAIBetaSimulator(AzureOpenAISimulator):
-    """What a client that names an ``api_version`` talks to: another path, the beta's events."""
+    """The server for a client with an ``api_version``: another path and the beta's events."""
 
     path = "/openai/realtime"
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Create the server's side of a connection just accepted."""
+        """Create the server's side of a new connection."""
         return BetaConnection(self, ws, http.query.get("deployment", "gpt-realtime"))
 
 

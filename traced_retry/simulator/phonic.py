@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Phonic server that fails on a script, and a way to point the plugin at it.
 
-The protocol as livekit-plugins-phonic 1.8.9 speaks it: one WebSocket, on which no message names
-a request. The plugin takes no URL; :func:`redirected` gives its client another environment.
+The protocol is that of livekit-plugins-phonic 1.8.9: one WebSocket without request ids. The
+plugin has no setting for the URL. :func:`redirected` gives its client another environment.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _SILENCE = base64.b64encode(bytes(2 * 240)).decode()
 
 
 class PhonicSimulator(Simulator):
-    """Plays a script to Phonic clients; see :func:`redirected`.
+    """A server that plays a script to Phonic clients: see :func:`redirected`.
 
     Each ``generate_reply``, and each tool's result, takes one element. ``error``, ``rate_limit``
-    and ``quota`` are error messages with a code (which the plugin drops); the last one closes the
-    connection as well. ``unauthorized`` is taken by the next connection attempt; a request that
-    meets it on an open connection is not answered: the connection is closed.
+    and ``quota`` are error messages with a code, which the plugin drops. ``quota`` also closes the
+    connection. The next connection attempt takes ``unauthorized``. A request that takes it on an
+    open connection is not answered, and the connection is closed.
 
     Args:
         script: a parsed script, or its text.
-        host: 127.0.0.1, and no other.
+        host: only 127.0.0.1 is allowed.
         port: 0 picks a free one.
         on_event: called with "received" or "sent" and each JSON event; must not raise.
-        ready: say so upon a client's config. Otherwise a client that may not ask yet waits for
-            :meth:`begin`.
-        say: what becomes of each text it is told to speak, as a script of its own: ``ok``,
+        ready: answer a client's config with "ready". Otherwise a client waits for :meth:`begin`
+            before it sends requests.
+        say: a separate script for the texts of ``say``: ``ok``,
             ``silence``, ``late`` or ``drop_before``.
     """
 
@@ -69,34 +69,34 @@ class PhonicSimulator(Simulator):
 
     @property
     def url(self) -> str:
-        """``ws://127.0.0.1:PORT``. Raises RuntimeError unless the server is running."""
+        """Return ``ws://127.0.0.1:PORT``. Raise RuntimeError unless the server is running."""
         return super().url.replace("http", "ws", 1)
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Create the server's side of a connection just accepted."""
+        """Create the server's side of a new connection."""
         return _Conversation(self, ws)
 
     async def begin(self) -> None:
-        """Let every client ask, where it was not ``ready`` from the start."""
+        """Let every client send requests, if the server was not ``ready`` from the start."""
         self.ready = True
         for connection in self._open:
             assert isinstance(connection, _Conversation)
             await connection.send("ready_to_start_conversation")
 
     async def end_conversations(self) -> None:
-        """Close every connection as a server does that has nothing more to say (1000)."""
+        """Close every connection normally (1000)."""
         await asyncio.gather(*(c.hang_up(WSCloseCode.OK, by_script=True) for c in self._open))
 
 
 @contextlib.contextmanager
 def redirected(url: str) -> Iterator[None]:
-    """Have sessions of ``livekit.plugins.phonic`` that begin within connect to ``url``.
+    """Connect sessions of ``livekit.plugins.phonic`` to ``url`` in the ``with`` block.
 
-    The plugin has no setting for it. Its module's ``AsyncPhonic`` is replaced for the time being,
-    in the whole process, so that it gets an environment of ours; its REST side is led astray.
+    The plugin has no setting for it. The function replaces the module's ``AsyncPhonic`` in the
+    whole process, so that it gets another environment. Its REST calls fail.
 
     Raises:
-        RuntimeError: this version of the plugin makes its client in another way.
+        RuntimeError: if this version of the plugin creates its client in another way.
     """
     from livekit.plugins.phonic.realtime import realtime_model as plugin  # noqa: PLC0415
     from phonic.environment import PhonicEnvironment  # noqa: PLC0415
@@ -113,14 +113,14 @@ def redirected(url: str) -> Iterator[None]:
 
 
 class _Conversation(Connection):
-    """One client: answers each request as the script's next element says."""
+    """A client. The script's next element decides about each request."""
 
     def __init__(self, server: PhonicSimulator, ws: web.WebSocketResponse) -> None:
         super().__init__(ws)
         self.server = server
 
     async def greet(self) -> None:
-        """Nothing: the client's config comes first."""
+        """Do nothing, because the client's config comes first."""
 
     async def send(self, kind: str, **fields: Any) -> None:
         event = {"type": kind, **fields}

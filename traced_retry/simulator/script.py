@@ -14,17 +14,17 @@ _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}(/[A-Za-z0-9_.-]{1,64})?")
 
 
 class ScriptError(UsageError):
-    """A script that cannot be read; the message names the bad element and lists the known ones."""
+    """An invalid script. The message names the invalid element and lists the known ones."""
 
 
 @dataclass(frozen=True)
 class FaultKind:
-    """What a script may say after a fault's name, and what the fault does.
+    """The argument of a fault and its effect.
 
     Attributes:
         argument: ``SECONDS``, ``CODE`` or ``NAME``; "" for a fault that takes no argument.
         meaning: a few words for an error message or ``--help``.
-        default: the argument where the script gives none: None if it must, "" if it may go without.
+        default: the argument if the script has none. None means required, "" means optional.
     """
 
     argument: str
@@ -32,7 +32,7 @@ class FaultKind:
     default: str | None = None
 
     def usage(self, name: str) -> str:
-        """The element as help writes it: ``late:SECONDS``, ``active[:SECONDS]``, ``ok``."""
+        """Return the element as help shows it: ``late:SECONDS``, ``active[:SECONDS]``, ``ok``."""
         if not self.argument:
             return name
         return f"{name}:{self.argument}" if self.default is None else f"{name}[:{self.argument}]"
@@ -73,21 +73,21 @@ FAULTS: dict[str, FaultKind] = {
 
 
 def describe_faults(known: Collection[str] = tuple(FAULTS)) -> str:
-    """One line for each known fault: how a script writes it, and what it does."""
+    """Return one line for each known fault: its form in a script and its effect."""
     kinds = ((name, kind) for name, kind in FAULTS.items() if name in known)
     return "\n".join(f"  {kind.usage(name):<24}{kind.meaning}" for name, kind in kinds)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One element of a script, with the default filled in where it gave no argument."""
+    """One element of a script, with the default if the script has no argument."""
 
     name: str
     argument: str = ""
 
     @property
     def seconds(self) -> float:
-        """The argument of a fault that takes SECONDS; 0 where it was left out."""
+        """Return the argument of a fault that takes SECONDS, or 0 if it was left out."""
         return float(self.argument or 0)
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Script:
-    """A list of faults, never empty. The last one repeats for ever."""
+    """A list of one or more faults. The last one repeats forever."""
 
     faults: tuple[Fault, ...]
 
@@ -105,19 +105,19 @@ class Script:
         """Parse ``name[:argument]`` elements separated by commas: ``rate_limit,late:3,ok``.
 
         Raises:
-            ScriptError: an element is empty or unknown, or its argument is missing or bad.
+            ScriptError: if an element is empty or unknown, or its argument is missing or invalid.
         """
         return cls(tuple(_parse_element(element.strip()) for element in text.split(",")))
 
     def at(self, position: int) -> Fault:
-        """The fault at a position counted from 0; past the end it is the last one."""
+        """Return the fault at a position counted from 0, or the last one past the end."""
         return self.faults[min(position, len(self.faults) - 1)]
 
     def check(self, known: frozenset[str], where: str) -> None:
-        """See that each fault means something to the simulator called ``where``.
+        """Check that the simulator called ``where`` knows each fault.
 
         Raises:
-            ScriptError: one of them does not.
+            ScriptError: if it does not know one.
         """
         for fault in self.faults:
             if fault.name not in known:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the simulators share: a local WebSocket server that keeps the place in its script."""
+"""The base of the simulators: a local WebSocket server that keeps its position in a script."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ OnEvent = Callable[[Literal["received", "sent"], dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Request:
-    """One request for a reply as the server heard it, whether it was answered or not.
+    """A request for a reply that the server received, answered or not.
 
     Attributes:
         event_id: the client's id of the request, if it gave one.
-        number: 1 for the first request this server heard, over all its connections.
+        number: 1 for the first request that this server received, over all its connections.
         at: seconds on the running loop's clock.
-        fault: the script's element it met; None if a response was active already.
-        instructions: those of this request alone, if it gave any.
+        fault: the script's element that it took, or None if a response was active already.
+        instructions: the instructions of this request, if it has any.
         metadata: echoed in the response.
     """
 
@@ -47,23 +47,23 @@ class Request:
 
 
 class Simulator(ABC):
-    """A WebSocket server on 127.0.0.1 that plays a script; use it as an async context manager.
+    """A WebSocket server on 127.0.0.1 that plays a script. Use it as an async context manager.
 
-    The script is one for all connections. Nothing is logged.
+    All connections share the script. The server writes no log.
 
     Args:
         script: a parsed script, or its text.
-        host: 127.0.0.1; the server has no authentication, so it takes no other.
+        host: only 127.0.0.1 is allowed, because the server has no authentication.
         port: 0 picks a free one.
         on_event: called with "received" or "sent" and each JSON event; must not raise.
 
     Raises:
-        ScriptError: the script cannot be read.
-        ValueError: the host is not 127.0.0.1.
+        ScriptError: if the script is invalid.
+        ValueError: if the host is not 127.0.0.1.
 
     Attributes:
-        requests: every request for a reply heard, in order.
-        cancels: the response id, or None, of every cancellation heard.
+        requests: every request for a reply that was received, in order.
+        cancels: the response id, or None, of every cancellation that was received.
         completed: the texts of the responses completed.
         connections: how many connections were accepted.
         refused: how many connection attempts were refused.
@@ -72,7 +72,7 @@ class Simulator(ABC):
 
     path: ClassVar[str]
     faults: ClassVar[frozenset[str]] = frozenset(FAULTS)
-    """The words of the script that mean something in this provider's protocol."""
+    """The faults that this provider's protocol knows."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Simulator(ABC):
         self._position = 0
         self._down_until = 0.0
         self._open: set[Connection] = set()
-        # What became of the newest connection attempt or loss; an accepted one clears both.
+        # The result of the newest connection attempt or loss. An accepted one clears both.
         self._lost_one = False
         self._refused_one = False
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
@@ -108,7 +108,7 @@ class Simulator(ABC):
 
     @abstractmethod
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Create the provider's side of a connection just accepted."""
+        """Create the provider's side of a new connection."""
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -124,21 +124,21 @@ class Simulator(ABC):
 
     @property
     def url(self) -> str:
-        """``http://127.0.0.1:PORT``. Raises RuntimeError unless the server is running."""
+        """Return ``http://127.0.0.1:PORT``. Raise RuntimeError unless the server is running."""
         if self._runner is None:
             raise RuntimeError("the simulator is not running")
         scheme = "http" if self.server_ssl is None else "https"
         return f"{scheme}://{self._host}:{self._runner.addresses[0][1]}"
 
     def add_routes(self, app: web.Application) -> None:  # noqa: B027 - most serve nothing else
-        """What the provider serves besides its WebSocket."""
+        """Add the provider's other routes. Most providers have only the WebSocket."""
 
     async def start(self) -> None:
         """Start to listen.
 
         Raises:
-            OSError: the port is taken.
-            RuntimeError: the server is running already.
+            OSError: if the port is in use.
+            RuntimeError: if the server is running already.
         """
         if self._runner is not None:
             raise RuntimeError("the simulator is running already")
@@ -167,17 +167,17 @@ class Simulator(ABC):
                 waiter.set_exception(RuntimeError("the simulator was closed"))
 
     async def wait_for(self, condition: str | Callable[[], bool]) -> None:
-        """Return as soon as the condition holds; it is tried at each event on the wire.
+        """Return as soon as the condition holds. It is checked at each event on the socket.
 
         Args:
             condition: a function without arguments, or one of these words, each a state that
                 lasts until a client is connected again: "connection_lost" (the script closed a
-                connection, and the client has seen it), "connection_refused" (moreover the
-                client has tried to come back in vain). Or "connected": a connection is open.
+                connection, and the client has seen it), "connection_refused" (the client also
+                failed to come back). Or "connected": a connection is open.
 
         Raises:
-            ValueError: the word is not one of these.
-            RuntimeError: the server was closed first.
+            ValueError: if the word is not one of these.
+            RuntimeError: if the server was closed first.
         """
         if isinstance(condition, str):
             condition = self._named(condition)
@@ -217,13 +217,13 @@ class Simulator(ABC):
         self._down_until = asyncio.get_running_loop().time() + seconds
 
     def record(self, direction: Literal["received", "sent"], event: dict[str, Any]) -> None:
-        """Shows an event to the caller, then looks whether someone waited for it."""
+        """Report an event to ``on_event``, then check the waiting conditions."""
         if self._on_event is not None:
             self._on_event(direction, event)
         self.wake()
 
     def wake(self) -> None:
-        """Try every waiter's condition now, since it may hold for an instant only."""
+        """Check every waiter's condition now, because it may hold only for an instant."""
         for condition, waiter in self._waiters:
             if waiter.done():
                 continue
@@ -268,7 +268,7 @@ class Simulator(ABC):
 
 
 class Connection(ABC):
-    """One client of a simulator. Its work after a delay runs in tasks that end with it."""
+    """A client of a simulator. Its delayed work runs in tasks that end with it."""
 
     def __init__(self, ws: web.WebSocketResponse) -> None:
         self.ws = ws
@@ -279,7 +279,7 @@ class Connection(ABC):
 
     @abstractmethod
     async def greet(self) -> None:
-        """Send what the provider sends first."""
+        """Send the provider's first events."""
 
     @abstractmethod
     async def receive(self, data: str) -> None:
@@ -302,7 +302,7 @@ class Connection(ABC):
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def hang_up(self, code: int, *, by_script: bool = False, reason: str = "") -> None:
-        """Send a close frame and waits, at most CLOSE_TIMEOUT, for the client's."""
+        """Send a close frame, and wait at most CLOSE_TIMEOUT for the client's."""
         self.lost = self.lost or by_script
         self._settled.clear()
         try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An Ultravox server, text only, that fails on a script.
 
-The protocol as livekit-plugins-ultravox 1.8.9 speaks it: POST ``/api/calls`` gives a ``joinUrl``,
-and the WebSocket there carries states, transcripts and tool calls. No message of it names a
-request, and none carries an error: a server that gives up closes the call.
+The protocol is that of livekit-plugins-ultravox 1.8.9: POST ``/api/calls`` returns a ``joinUrl``,
+and its WebSocket carries states, transcripts and tool calls. Messages have neither request ids nor
+errors. A server that gives up closes the call.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from traced_retry.simulator.server import (
 Event = dict[str, Any]
 
 _REFUSALS = {"unauthorized": 401, "quota": 402, "rate_limit": 429}
-"""Faults that refuse the next call, and the HTTP status they do it with."""
+"""The HTTP status of each fault that refuses the next call."""
 
 
 class UltravoxSimulator(Simulator):
-    """Plays a script to Ultravox clients; ``url`` is what they take as base URL.
+    """A server that plays a script to Ultravox clients. Pass ``url`` to them as base URL.
 
-    A ``user_text_message`` without ``deferResponse`` asks for a reply and takes one element, as
-    does a tool's result. So does the empty immediate message by which the plugin means to cancel:
-    it leaves out ``deferResponse``. That one counts in ``cancels`` as well.
+    A ``user_text_message`` without ``deferResponse`` requests a reply and takes one element. A
+    tool's result does the same. So does the plugin's cancel, an empty immediate message without
+    ``deferResponse``. It also counts in ``cancels``.
 
-    ``unauthorized``, ``quota`` and ``rate_limit`` are taken by the next POST that would create a
-    call. A request that meets one of them in a call is not answered: the call is closed.
+    The next POST that would create a call takes ``unauthorized``, ``quota`` and ``rate_limit``. A
+    request that takes one of them in a call is not answered, and the call is closed.
 
     Args:
         script: a parsed script, or its text.
-        host: 127.0.0.1, and no other.
+        host: only 127.0.0.1 is allowed.
         port: 0 picks a free one.
         on_event: called with "received" or "sent" and each JSON event; must not raise.
-        thinks: say at once that the model is thinking, and only the answer comes late. The plugin
+        thinks: report at once that the model is thinking, and delay only the answer. The plugin
             then creates the generation long before it is spoken.
-        say: what becomes of each ``forced_agent_message``, as a script of its own: ``ok``,
+        say: a separate script for the texts of each ``forced_agent_message``: ``ok``,
             ``silence``, ``late`` or ``drop_before``.
     """
 
@@ -73,11 +73,11 @@ class UltravoxSimulator(Simulator):
 
     @property
     def url(self) -> str:
-        """``http://127.0.0.1:PORT/api``. Raises RuntimeError unless the server is running."""
+        """Return ``http://127.0.0.1:PORT/api``. Raise RuntimeError unless the server is running."""
         return super().url + "/api"
 
     def add_routes(self, app: web.Application) -> None:
-        """Calls are created by a POST, and joined by WebSocket."""
+        """Add the route that creates a call. A client joins the call by WebSocket."""
         app.router.add_post("/api/calls", self._create_call)
 
     async def _create_call(self, http: web.Request) -> web.StreamResponse:
@@ -89,12 +89,12 @@ class UltravoxSimulator(Simulator):
         return web.json_response({"callId": str(uuid.uuid4()), "joinUrl": join}, status=201)
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
-        """Create the server's side of a call just joined."""
+        """Create the server's side of a new call."""
         return _Call(self, ws)
 
 
 class _Call(Connection):
-    """One call: answers each request as the script's next element says."""
+    """A call. The script's next element decides about each request."""
 
     def __init__(self, server: UltravoxSimulator, ws: web.WebSocketResponse) -> None:
         super().__init__(ws)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An event loop whose clock jumps instead of waiting.
+"""An event loop with a clock that jumps instead of waiting.
 
 Real sockets on 127.0.0.1 work on the loop: bytes that one end wrote are readable at the other end
 at once. So the loop looks for readable sockets first, and its clock jumps to the next timer only if
-there are none. The loop waits for work in its executor. Ten seconds of silence thus take no time,
-and durations are exact.
+no socket is readable. The loop waits for work in its executor. Ten seconds of silence thus take no
+time, and durations are exact.
 """
 
 from __future__ import annotations

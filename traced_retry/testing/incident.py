@@ -2,8 +2,8 @@
 """Turn the stored replies of an incident into a fault script.
 
 Each request that was sent becomes one element of the script: its answer, or its fault. A span has
-no content, so the script has none. A request that the caller interrupted, or that ended with its
-session, is not answered.
+no content, so the script has no content either. A request that the caller interrupted, or that
+ended with its session, is not answered.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _AFTER_OUTPUT: Final = {"connection_lost": "drop_during", "timeout": "drop_durin
 
 
 def incident_script(replies: Iterable[Reply]) -> Script:
-    """Return the script that makes a simulator do what the provider did.
+    """Return the script that makes a simulator repeat the provider's faults.
 
     Args:
         replies: the replies of one session, in the order of their start.

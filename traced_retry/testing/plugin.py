@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures and a marker for pytest, which loads this module by its entry point.
 
-Nothing else is imported until a test uses a fixture.
+Other modules are imported only if a test uses a fixture.
 """
 
 from __future__ import annotations

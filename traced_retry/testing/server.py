@@ -16,7 +16,7 @@ def realtime_server(script: str = "ok", *, provider: str = "openai") -> Simulato
     Args:
         script: the faults of the requests in order, such as ``"rate_limit:3,late:12,ok"``. The
             last one repeats. ``traced-retry simulate --help`` lists them.
-        provider: the provider whose protocol is spoken, such as ``"openai"`` or ``"google"``.
+        provider: the provider of the protocol, such as ``"openai"`` or ``"google"``.
 
     Raises:
         ScriptError: if the script is invalid.

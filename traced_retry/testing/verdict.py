@@ -36,9 +36,9 @@ Start = Callable[[Simulator], Awaitable["AgentSession[Any]"]]
 Ask = Callable[["AgentSession[Any]"], Awaitable["BaseException | None"]]
 
 DEADLINE: Final = 20.0
-"""Seconds in which a reply must be heard or reported as failed."""
+"""The time limit in seconds for a reply to be heard or reported as failed."""
 _HUNG: Final = 300.0
-"""Seconds after which a reply that is neither heard nor reported is called hung."""
+"""The time limit in seconds. A reply that is then neither heard nor reported is called hung."""
 _SETTLE: Final = 30.0
 """Seconds that are left after a reply for a second one to be heard."""
 _TOLERANCE: Final = 0.5
@@ -124,7 +124,7 @@ def check_agent(
         ask: an async function that gets the session and has your agent give one reply. It returns
             or raises the error that your code learned of. Default: ``session.generate_reply()``,
             then ``SpeechHandle.exception()``.
-        deadline: seconds in which each reply must be heard or reported as failed.
+        deadline: the time limit in seconds for each reply to be heard or reported as failed.
         provider: the protocol of the server, such as ``"openai"`` or ``"xai"``.
         cases: the faults.
 
