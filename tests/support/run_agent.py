@@ -28,7 +28,10 @@ from traced_retry.simulator import OpenAISimulator
 async def run(agent, options):
     """Run the jobs, one after the other."""
     server = agent.server
-    server.update_options(job_executor_type=JobExecutorType[options.executor.upper()])
+    # LiveKit's own limit, 10 s, passes during the imports of a process on a busy machine.
+    server.update_options(
+        job_executor_type=JobExecutorType[options.executor.upper()], initialize_process_timeout=60
+    )
     server._host = "127.0.0.1"
     server._mp_ctx_str = options.start
     server._mp_ctx = multiprocessing.get_context(options.start)

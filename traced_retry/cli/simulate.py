@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import signal
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -78,7 +80,7 @@ def simulate(
     server = kind(script, port=port)
     try:
         asyncio.run(_serve(provider, server, ca))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         done, asked = len(server.completed), len(server.requests)
         typer.echo(f"{asked} requests, {done} answered in full, {len(server.cancels)} cancelled")
     except OSError as error:
@@ -90,6 +92,12 @@ def simulate(
 async def _serve(provider: str, server: Simulator, ca: Path | None) -> None:
     from traced_retry.simulator.reach import WITH_TLS, constructor  # noqa: PLC0415
 
+    # The handler of asyncio.run does not wake the loop if Ctrl-C comes just before the loop waits.
+    # Windows has this handler alone.
+    task = asyncio.current_task()
+    assert task is not None
+    with contextlib.suppress(NotImplementedError):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     async with server:
         if provider in WITH_TLS:
             port = server.url.rpartition(":")[2]
