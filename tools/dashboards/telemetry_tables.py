@@ -32,50 +32,50 @@ def values(names: tuple[str, ...]) -> str:
 
 
 MEANS: Final = {
-    semconv.PROVIDER: "semantic conventions' value where there is one, else a lower-case name",
+    semconv.PROVIDER: "the name from the semantic conventions, or a lower-case name",
     semconv.INITIATOR: f"{values(semconv.INITIATORS)}: who started the reply",
     semconv.MODEL: "",
     semconv.SERVER_ADDRESS: "",
     semconv.SERVER_PORT: "",
     semconv.OUTCOME: "see below",
-    semconv.ATTEMPTS: "how many there were",
-    semconv.DELAY_TOTAL: "seconds waited between attempts, summed",
+    semconv.ATTEMPTS: "number of attempts",
+    semconv.DELAY_TOTAL: "sum of the waits between attempts, in seconds",
     semconv.STOP_REASON: "see below",
-    semconv.ATTEMPT: "its number, from 1",
+    semconv.ATTEMPT: "number of the attempt, from 1",
     semconv.ACTION: values(semconv.ACTIONS),
-    semconv.DELAY: "seconds really waited before it",
-    semconv.LK_RETRY_COUNT: "its number, from 0, as on LiveKit's own attempts",
+    semconv.DELAY: "real wait before the attempt, in seconds",
+    semconv.LK_RETRY_COUNT: "number of the attempt, from 0, as on LiveKit's own attempts",
     semconv.RESULT: values(semconv.RESULTS),
-    semconv.ERROR_TYPE: "bounded; of a reply that of the error the agent is told",
-    semconv.RECOVERABLE: "whether another attempt could pass",
+    semconv.ERROR_TYPE: "bounded. On the reply: the type of the error raised to the agent",
+    semconv.RECOVERABLE: "whether another attempt can help",
     semconv.DECISION: values(semconv.DECISIONS),
-    semconv.ERROR_CODE: "the provider's own, exact",
-    semconv.NEXT_DELAY: "seconds; planned, a reconnect may make it longer",
+    semconv.ERROR_CODE: "the provider's exact code",
+    semconv.NEXT_DELAY: "planned wait in seconds. A reconnect may make it longer",
     semconv.RESPONSE_ID: "the provider's id of the response",
     semconv.LK_SPEECH_ID: "the id of LiveKit's `SpeechHandle`, as on its `agent_turn` span",
 }
 UNLESS_ALWAYS: Final = {
-    semconv.MODEL: "where known",
-    semconv.SERVER_ADDRESS: "where known",
-    semconv.SERVER_PORT: "where known",
+    semconv.MODEL: "if known",
+    semconv.SERVER_ADDRESS: "if known",
+    semconv.SERVER_PORT: "if known",
     semconv.LK_RETRY_COUNT: "inside LiveKit",
     semconv.STOP_REASON: "unless it was heard",
-    semconv.ERROR_TYPE: "when it failed",
-    semconv.RECOVERABLE: "when it failed",
-    semconv.DECISION: "when it failed",
-    semconv.ERROR_CODE: "when it failed with one",
-    semconv.NEXT_DELAY: "when a retry follows",
+    semconv.ERROR_TYPE: "if it failed",
+    semconv.RECOVERABLE: "if it failed",
+    semconv.DECISION: "if it failed",
+    semconv.ERROR_CODE: "if it failed with a code",
+    semconv.NEXT_DELAY: "if a retry follows",
     semconv.RESPONSE_ID: "once a response has begun and has one",
     semconv.LK_SPEECH_ID: "if there is one",
 }
 """The condition of each optional attribute. A new attribute without an entry stops the build."""
 OUTCOMES: Final[dict[semconv.Outcome, str]] = {
-    "succeeded": "heard, at the first attempt",
-    "recovered": "heard, after a retry",
-    "exhausted": "could have passed, and did not in time",
-    "not_recoverable": "no further attempt could have passed, or been safe",
-    "interrupted": "by the caller",
-    "superseded": "by the provider, for a newer request",
+    "succeeded": "heard at the first attempt",
+    "recovered": "heard after a retry",
+    "exhausted": "a further attempt could help, but the limits were reached",
+    "not_recoverable": "a further attempt could not help, or was not safe",
+    "interrupted": "interrupted by the caller",
+    "superseded": "dropped by the provider for a newer request",
 }
 TYPES: Final = {str: "string", int: "int", float: "double", bool: "boolean"}
 
@@ -165,7 +165,7 @@ def _span(spans: _Spans, name: str) -> list[list[str]]:
         if not all(key in end for _, end in recorded):
             when += f", {UNLESS_ALWAYS[key]}"
         rows.append([f"`{key}`", TYPES[kind], when, MEANS[key]])
-    # Attributes from the start come first; within each part the order is that of the vocabulary.
+    # Attributes from the start come first. Within each part the order is that of the vocabulary.
     order = [f"`{key}`" for key in MEANS]
     rows.sort(key=lambda row: (row[2].startswith("at the end"), order.index(row[0])))
     return [["attribute", "type", "when", "what"], *rows]

@@ -105,7 +105,7 @@ class AWSAdapter(Adapter):
         return bool(self.open)
 
     def turn_window(self) -> float | None:
-        """The plugin's own time for a request."""
+        """Return the plugin's time-out for a request."""
         return self.window()
 
     def request(self, call: Call) -> AWSRequest:

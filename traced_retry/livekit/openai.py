@@ -64,7 +64,7 @@ _SILENT = 8.0
 A reasoning model may need several seconds for its first word.
 """
 _UNANSWERED = 2.0
-"""Seconds after which a ``response.cancel`` without an answer counts as lost."""
+"""Seconds until a ``response.cancel`` without an answer counts as lost."""
 _TURN_WINDOW = 10.0
 """Seconds in which the server has to begin its answer to the caller, which are those that the
 plugin gives to a request."""
@@ -98,7 +98,7 @@ class OpenAIAdapter(Adapter):
         self.echoes: bool | None = None
         """Whether responses carry the id of their request. None before the first one."""
         self._unanswered_turns = 0
-        """Turns of the caller that were committed and to which no response has begun."""
+        """Committed turns of the caller without a response."""
         self._answers_turns = False
         """Whether the server starts replies by itself, according to its last description of the
         session."""
@@ -124,7 +124,7 @@ class OpenAIAdapter(Adapter):
         self._speaking: dict[str, OpenAIRequest] = {}
         """Requests with a started response, by response id."""
         self._unheard: set[asyncio.Future[Generation]] = set()
-        """Requests whose generation the agent takes for that of an earlier one."""
+        """Requests with a generation that continues an earlier one for the agent."""
         self._handlers: dict[str, Callable[[Mapping[str, Any]], None]] = {
             "session.created": self._on_session,
             "session.updated": self._on_session,
@@ -202,7 +202,7 @@ class OpenAIAdapter(Adapter):
         asyncio.get_running_loop().call_later(_UNANSWERED, self._give_up_on, response_id)
 
     def _give_up_on(self, response_id: str) -> None:
-        """End a response whose cancel got no answer."""
+        """End a response after its cancel got no answer."""
         if response_id not in self.active:
             return
         with suppress_and_log("ending a response without an answer"):

@@ -18,40 +18,40 @@ Call = Callable[[], "asyncio.Future[Generation]"]
 
 
 class PassthroughRequest:
-    """A request to a provider of which nothing is known: traced, never sent again.
+    """A request to an unknown provider: traced, and never sent again.
 
-    It is also what the adapters' requests derive from. See
-    :class:`~traced_retry.core.request.Request` for when the loop calls which method.
+    The adapters' requests derive from it. :class:`~traced_retry.core.request.Request` describes
+    when the loop calls each method.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.on_late: Callable[[], None] = lambda: None
-        """To be called when the reply is heard after the agent was told that it had failed."""
+        """The function to call if the reply is heard after its failure was reported."""
         self.speech: Any = None
-        """The ``SpeechHandle`` on whose behalf it is asked, if there is one."""
+        """The ``SpeechHandle`` that requests the reply, if there is one."""
         self.set_speech_id: Callable[[str | None], None] = lambda _: None
         """To be called with the id of the ``SpeechHandle``, if it is known later."""
         self.stop_watching: Callable[[], None] = lambda: None
-        """To be called when that one's interruption means nothing to the reply any more."""
+        """The function that stops watching the ``SpeechHandle`` for interruption."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send it, as the plugin does."""
+        """Send the request as the plugin does."""
         return self.call()
 
     def limit(self, action: semconv.Action) -> float | None:
-        """The plugin's own time-out, and the deadline."""
+        """Return None: the plugin's own time-out and the deadline apply."""
         return None
 
     def explain(self, error: BaseException) -> Failure:
-        """Classify by the default table; the plugins' own time-outs carry no code."""
+        """Classify by the default table. The plugins' own time-outs carry no code."""
         why = explain(error)
         if why.kind == "unknown" and why.code is None and "timed out" in str(error):
             return failure(error, "timeout")
         return why
 
     def timed_out(self, seconds: float) -> Failure:
-        """A ``RealtimeError``, for LiveKit catches nothing else."""
+        """Return a ``RealtimeError``, because LiveKit catches no other class."""
         return timeout_failure(seconds)
 
     def internal_failure(self, error: BaseException) -> Failure:
@@ -63,30 +63,30 @@ class PassthroughRequest:
         return failure(raised, "bug")
 
     def next_action(self, why: Failure) -> semconv.Action | None:
-        """Nothing is known to be safe."""
+        """Return None: no action is known to be safe."""
         return None
 
     def ready(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """Cancel it, as the agent itself would on giving up."""
+        """Cancel the attempt, as the agent itself would on giving up."""
         attempt.cancel()
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
-        """Carry the caller's cancel inward."""
+        """Cancel the plugin's future for the caller."""
         attempt.cancel()
 
     def delivery(self, result: Generation) -> Delivery | None:
-        """Nothing is known of what follows."""
+        """Return None: this provider does not report the end of a reply."""
         return None
 
     def ended(self) -> None:
-        """The reply is over, whatever its outcome."""
+        """Clean up after the reply, with any outcome."""
 
 
 def timeout_failure(seconds: float, kind: Kind = "timeout") -> Failure:
-    """The failure of an attempt that we ended ourselves."""
+    """Return the failure of an attempt that we ended ourselves."""
     error = llm.RealtimeError(f"generate_reply got no answer within {seconds:.1f} s")
     return failure(error, kind, ended_locally=True)

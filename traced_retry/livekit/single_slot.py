@@ -179,7 +179,7 @@ class SingleSlotAdapter(Adapter):
         self.watch_for(None)
 
     def turn_window(self) -> float | None:
-        """The plugin's own time for a request."""
+        """Return the plugin's time-out for a request."""
         return self.window
 
     def _on_emit(self, event: str, *args: Any) -> None:
