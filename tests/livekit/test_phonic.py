@@ -139,7 +139,7 @@ class TestCutShort:
         await talk.ask_plugin()
         (connection,) = talk.server._open
         await connection.reply(talk.server.requests[0])
-        await connection.begin()
+        await connection.begin(talk.server.requests[0])
         await connection.hang_up(1011, by_script=True)
         await talk.settle()
 

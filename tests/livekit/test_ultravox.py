@@ -368,7 +368,7 @@ class TestContract:
         slot = talk.realtime._pending_generation_fut = asyncio.Future()
         await talk.server.wait_for("connected")
         (call,) = talk.server._open
-        await call.begin()
+        await call.begin(talk.server.take_turn())
         await talk.settle()
 
         assert not slot.done()
