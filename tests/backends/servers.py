@@ -30,17 +30,7 @@ _BUILD = "python tools/backends/build.py"
 _APT = "apt-get install prometheus prometheus-alertmanager"
 HOW = {
     "jaeger": f"{_BUILD} jaeger",
-    **{
-        name: f"{_BUILD} {name}"
-        for name in (
-            "otelcol",
-            "prometheus3",
-            "promtool3",
-            "victoria-metrics",
-            "vmagent",
-            "vmalert-tool",
-        )
-    },
+    "otelcol": f"{_BUILD} otelcol",
     "prometheus": _APT,
     "promtool": _APT,
     "prometheus-alertmanager": _APT,
