@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import itertools
 import json
@@ -16,7 +17,9 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import aiohttp
 import pytest
+from livekit.plugins import openai
 from support.fresh import COMMAND, Program, program
 
 from traced_retry import semconv
@@ -317,6 +320,32 @@ class TestSimulate:
         assert first.startswith("openai on http://127.0.0.1:")
         assert "script rate_limit,late:3,ok" in first
         assert "0 requests, 0 answered in full, 0 cancelled" in rest
+
+    @pytest.mark.real_time
+    async def test_caller_speaks_by_itself(self):
+        """With an element for turns, the caller speaks, and the plugin gets the answers."""
+        with Program(
+            COMMAND,
+            "traced-retry",
+            *("simulate", "openai", "--script", "turn:ok,turn:failed", "--turn-every", "0.1"),
+            environ=environment(),
+        ) as process:
+            url = process.stdout.readline().split()[2].rstrip(",")
+            async with aiohttp.ClientSession() as http:
+                model = openai.realtime.RealtimeModel(
+                    api_key="none", base_url=url, http_session=http, modalities=["text"]
+                )
+                session = model.session()
+                answered = asyncio.get_running_loop().create_future()
+                session.once("generation_created", answered.set_result)
+                generation = await asyncio.wait_for(answered, 20)
+                await session.aclose()
+            process.interrupt()
+            done = process.communicate(timeout=20)
+
+        assert not generation.user_initiated
+        assert 0 == done.returncode, done.stderr
+        assert "turn 1: ok" in done.stdout
 
     @pytest.mark.parametrize("provider", sorted(set(PROVIDERS) - {"openai"}))
     def test_each_provider(self, provider):

@@ -72,3 +72,29 @@ def test_other_blocks_say_why_they_are_not_run():
     """A block is a shell's or Python's and is run, or the text after it has the reason."""
     for language, code, after in BLOCKS:
         assert language in ("sh", "python") or "Not run" in after, code
+
+
+RUN_ELSEWHERE = {
+    "README.md": "tests/packages",
+    "docs/index.md": "tests/packages",
+    "docs/settings.md": "tests/packages",
+    "docs/simulate.md": "tests/packages",
+    "docs/recipes.md": "this module",
+    "docs/testing.md": "tests/testing/test_plugin.py",
+}
+"""The pages whose blocks a test runs."""
+
+
+def test_blocks_of_other_pages_are_marked_as_not_run():
+    """A reader knows of each command and block of code if a test has run it."""
+    root = Path(__file__).parents[2]
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("[de]*s/README.md")]
+    unmarked = [
+        name
+        for page in pages
+        if (name := str(page.relative_to(root))) not in RUN_ELSEWHERE
+        if re.search(r"^```(?!text)\w+$", page.read_text(), re.MULTILINE)
+        and "Not run" not in page.read_text()
+    ]
+
+    assert [] == unmarked

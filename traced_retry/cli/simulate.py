@@ -9,6 +9,7 @@ import itertools
 import signal
 import tempfile
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +38,11 @@ def simulate_epilog() -> str:
     else:
         faults = describe_faults()
     head = "\b\nElements of a script, separated by commas. The last one repeats forever:\n"
-    return head + faults
+    tail = (
+        "\n\nPut turn: in front of an element to answer the caller with it, who then speaks "
+        'every --turn-every seconds: "turn:ok,turn:failed".'
+    )
+    return head + faults + tail
 
 
 def simulate(
@@ -54,6 +59,9 @@ def simulate(
     faults: Annotated[
         bool, typer.Option("--faults", help="List the faults of this protocol, and exit.")
     ] = False,
+    turn_every: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two turns of the caller.")
+    ] = 5.0,
     ca: Annotated[
         Path | None,
         typer.Option(
@@ -79,7 +87,7 @@ def simulate(
         return
     server = kind(script, port=port)
     try:
-        asyncio.run(_serve(provider, server, ca))
+        asyncio.run(_serve(provider, server, ca, turn_every if "turn:" in script else None))
     except (KeyboardInterrupt, asyncio.CancelledError):
         done, asked = len(server.completed), len(server.requests)
         typer.echo(f"{asked} requests, {done} answered in full, {len(server.cancels)} cancelled")
@@ -89,7 +97,23 @@ def simulate(
         ) from None
 
 
-async def _serve(provider: str, server: Simulator, ca: Path | None) -> None:
+def _has_requests(server: Simulator, number: int) -> bool:
+    return len(server.requests) >= number
+
+
+async def _speak(server: Simulator, every: float) -> None:
+    """Have the caller speak as long as a client is connected."""
+    while True:
+        await server.wait_for("connected")
+        await asyncio.sleep(every)
+        with contextlib.suppress(RuntimeError, ConnectionError):  # The client has left.
+            await server.caller_speaks()
+            typer.echo(f"turn {len(server.turns)}: {server.turns[-1].fault}")
+
+
+async def _serve(
+    provider: str, server: Simulator, ca: Path | None, turn_every: float | None
+) -> None:
     from traced_retry.simulator.reach import WITH_TLS, constructor  # noqa: PLC0415
 
     # The handler of asyncio.run does not wake the loop if Ctrl-C comes just before the loop waits.
@@ -106,10 +130,16 @@ async def _serve(provider: str, server: Simulator, ca: Path | None) -> None:
         typer.echo(f"{provider} on {server.url}, script {server.script}; Ctrl-C ends it")
         typer.echo(constructor(provider, server, ca))
         typer.echo("")
-        for number in itertools.count(1):
-            await server.wait_for(lambda number=number: len(server.requests) >= number)  # type: ignore[misc]
-            request = server.requests[number - 1]
-            typer.echo(f"request {request.number}: {request.fault or 'rejected, one is active'}")
+        async with asyncio.TaskGroup() as group:
+            if turn_every is not None:
+                group.create_task(_speak(server, turn_every))
+            for number in itertools.count(1):
+                heard = partial(_has_requests, server, number)
+                await server.wait_for(heard)
+                request = server.requests[number - 1]
+                typer.echo(
+                    f"request {request.number}: {request.fault or 'rejected, one is active'}"
+                )
 
 
 def _write(path: Path, certificate: bytes) -> None:

@@ -116,26 +116,26 @@ class Telemetry:
             semconv.METRIC_ATTEMPTS, "{attempt}", "Attempts to get a reply that have ended."
         )
         self.replies = meter.create_counter(
-            semconv.METRIC_REPLIES, "{reply}", "Replies asked for that have ended, by outcome."
+            semconv.METRIC_REPLIES, "{reply}", "Replies that have ended, by outcome."
         )
         self.attempt_duration = _seconds(
-            meter, semconv.METRIC_ATTEMPT_DURATION, "From an attempt's start to its end."
+            meter, semconv.METRIC_ATTEMPT_DURATION, "Time from the start of an attempt to its end."
         )
         self.reply_duration = _seconds(
             meter,
             semconv.METRIC_REPLY_DURATION,
-            "From asking for a reply to its first sign or its failure: the caller's silence.",
+            "Time until a reply starts or fails: the caller's silence.",
         )
         self.delay = _seconds(
-            meter, semconv.METRIC_DELAY, "Waited before an attempt after the first."
+            meter, semconv.METRIC_DELAY, "Time waited before an attempt, except the first."
         )
         self.in_flight = meter.create_up_down_counter(
-            semconv.METRIC_IN_FLIGHT, "{reply}", "Replies asked for that have not ended."
+            semconv.METRIC_IN_FLIGHT, "{reply}", "Replies that have not ended."
         )
         self.late_replies = meter.create_counter(
             semconv.METRIC_LATE_REPLIES,
             "{reply}",
-            "Replies heard after the agent was told that they had failed.",
+            "Replies heard after their failure was reported.",
         )
         meter.create_observable_gauge(
             semconv.METRIC_BUDGET_REMAINING,

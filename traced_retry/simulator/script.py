@@ -148,8 +148,10 @@ class Script:
                 raise _error(f"{fault.name!r} means nothing to {where}", known)
 
     def __str__(self) -> str:
-        turns = [] if self.turns == (Fault("ok"),) else [f"{_TURN}{fault}" for fault in self.turns]
-        return ",".join([*map(str, self.faults), *turns])
+        ok = (Fault("ok"),)
+        turns = [] if self.turns == ok else [f"{_TURN}{fault}" for fault in self.turns]
+        faults = [] if turns and self.faults == ok else map(str, self.faults)
+        return ",".join([*faults, *turns])
 
 
 def _parse_element(element: str) -> Fault:
