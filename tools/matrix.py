@@ -149,6 +149,11 @@ class Row:
     must: str = ""
     """What it must come to with us, where replies carry the id of their request."""
 
+    @property
+    def turn(self) -> bool:
+        """Whether the caller speaks, and the provider starts the reply."""
+        return self.script.startswith("turn:")
+
 
 ROWS = (
     Row("ok", "ok"),
@@ -202,6 +207,20 @@ ROWS = (
     ),
     Row("wait of 114 hours, with a second reply", "rate_limit:411480,ok", what="queue"),
     Row("answer without the id of its request", "unlabelled"),
+    Row("the caller speaks", "turn:ok", must="succeeded"),
+    Row(
+        "the answer to the caller fails before its first word",
+        "turn:failed_later",
+        must="recovered",
+    ),
+    Row("the same, with a rate limit", "turn:rate_limit", must="recovered"),
+    Row("the connection is lost before the answer", "turn:drop_before", must="recovered"),
+    Row("the answer is cut off after its first words", "turn:drop_during", must=STARTED),
+    Row("the answer ends incomplete", "turn:incomplete", must="not_recoverable (not_recoverable)"),
+    Row("the answer is empty", "turn:empty", must="exhausted (unsafe_to_resend)"),
+    Row("the caller is never answered", "turn:silence", must="exhausted (unsafe_to_resend)"),
+    Row("the caller is answered after 12 s", "turn:late:12", must="exhausted (unsafe_to_resend)"),
+    Row("the caller speaks, and a tool is called", "turn:tool:look_up,ok", must="succeeded"),
 )
 
 
@@ -215,7 +234,8 @@ class Cell:
     """How many of these in part."""
     tools: int = 0
     """How often a tool ran."""
-    seconds: float = 0.0
+    seconds: float | None = 0.0
+    """Seconds until the agent's code knew. None if they were not measured."""
     told: str = ""
     """Outcome and stop reason of the first with us; what the agent knows without."""
     known: bool = False
@@ -230,7 +250,8 @@ class Cell:
         count += " in part" * bool(self.cut)
         if self.tools:
             count += f" and {self.tools} tool call" + "s" * (self.tools > 1)
-        return f"{count}, {self.told}, {self.seconds:.1f} s"
+        seconds = "" if self.seconds is None else f", {self.seconds:.1f} s"
+        return f"{count}, {self.told}{seconds}"
 
 
 def blindly(session: Any) -> None:
@@ -272,7 +293,7 @@ def what_is_known(cell: Cell, handles: list[SpeechHandle]) -> str:
         return "hangs"
     if any(handle.exception() for handle in handles):
         return "told failed"
-    if cell.heard < len(handles):
+    if cell.heard < cell.asked:
         return "silence"
     return "not told" if cell.cut else "ok"
 
@@ -302,10 +323,13 @@ async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901, PLR09
             blindly(realtime)
         began, second = loop.time(), None
         cell.asked = 2 if row.what in ("queue", "supersede") else 1
-        handles = [
-            session.generate_reply(instructions=f"{MARK} question")
-            for _ in range(2 if row.what == "queue" else 1)
-        ]
+        if row.turn:
+            handles = await speak(server, session)
+        else:
+            handles = [
+                session.generate_reply(instructions=f"{MARK} question")
+                for _ in range(2 if row.what == "queue" else 1)
+            ]
         if row.at is not None:
             await asyncio.sleep(row.at_instead.get(provider, row.at))
             with contextlib.suppress(Exception):
@@ -318,8 +342,10 @@ async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901, PLR09
                 else:
                     await session.aclose()
         playouts = [asyncio.ensure_future(handle.wait_for_playout()) for handle in handles]
-        _, hanging = await asyncio.wait(playouts, timeout=60)
-        cell.seconds = loop.time() - began
+        hanging: set[asyncio.Future[None]] = set()
+        if playouts:
+            _, hanging = await asyncio.wait(playouts, timeout=60)
+        cell.seconds = None if row.turn else loop.time() - began
         if hanging:
             cell.problems.append("the caller hangs")
         await asyncio.sleep(40)
@@ -327,7 +353,7 @@ async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901, PLR09
         said = [
             i.text_content or "" for i in items if i.type == "message" and i.role == "assistant"
         ]
-        cell.heard = sum(text.count("reply") for text in said)
+        cell.heard = sum(text.count("reply") + text.count("answer") for text in said)
         cell.cut = cell.heard - sum(text.count(it) for text in said for it in server.completed)
         cell.announced = sum(announced)
         if said != sorted(said):
@@ -335,21 +361,40 @@ async def play(provider: str, row: Row, mode: str) -> Cell:  # noqa: C901, PLR09
         if second is not None and second.done() and not second.cancelled():
             cell.heard += second.exception() is None and cell.heard == 0
         cell.told = what_is_known(cell, handles)
-        cell.known = handles[0].done() and handles[0].exception() is not None
+        # A turn without an answer has no handle.
+        cell.known = not handles or (handles[0].done() and handles[0].exception() is not None)
         for playout in hanging:
             playout.cancel()
         with contextlib.suppress(Exception):
             await session.aclose()
     if mode == "ours":
-        judge(cell, row, recorder, with_ids=provider in WITH_IDS)
+        with_ids = provider in WITH_IDS and not (row.turn and provider == "azure-voicelive")
+        judge(cell, row, recorder, with_ids=with_ids)
     recorder.shutdown()
     return cell
+
+
+async def speak(server: Any, session: AgentSession[None]) -> list[SpeechHandle]:
+    """Have the caller speak, and return the handles of the provider's replies within 15 s."""
+    handles: list[SpeechHandle] = []
+    session.on("speech_created", lambda event: handles.append(event.speech_handle))
+    await server.wait_for("connected")
+    await asyncio.sleep(1)  # the plugin configures its session
+    await server.caller_speaks()
+    for _ in range(15):
+        await asyncio.sleep(1)
+        if handles:
+            break
+    return list(handles)
 
 
 def judge(cell: Cell, row: Row, recorder: Recorder, *, with_ids: bool) -> None:
     """Hold the cell to the promise."""
     replies = recorder.replies
     first = replies[0] if replies else {}
+    if row.turn:  # The time until the agent's code knows, without the steps of the script.
+        spans = [s for s in recorder.spans() if s.name == "generate_reply"]
+        cell.seconds = (spans[0].end_time - spans[0].start_time) / 1e9 if spans else None
     outcome, stop = (first.get(f"traced_retry.{name}") for name in ("outcome", "stop_reason"))
     came_to = " ".join(filter(None, (outcome, stop and f"({stop})")))
     letters = [a["traced_retry.action"][0].upper() for a in recorder.attempts]
@@ -371,7 +416,7 @@ def judge(cell: Cell, row: Row, recorder: Recorder, *, with_ids: bool) -> None:
         "heard twice": cell.heard > cell.asked,
         "announced twice": cell.announced > len(replies),
         "the tool ran twice": cell.tools > 1,
-        "past the deadline": cell.seconds > DEADLINE + 0.01,
+        "past the deadline": (cell.seconds or 0.0) > DEADLINE + 0.01,
         "a span stays open": recorder.open_spans,
         "heard after failure was told": known
         and cell.heard
@@ -379,7 +424,9 @@ def judge(cell: Cell, row: Row, recorder: Recorder, *, with_ids: bool) -> None:
         and outcome == "exhausted",
         "counted as heard, and was not": not stop and not cell.heard,
         "heard in part, and not told": cell.cut and not stop,
-        "the handle does not tell": stop in TOLD_BY_THE_HANDLE and not cell.known,
+        # A late answer to the caller has a handle of its own.
+        "the handle does not tell": stop in TOLD_BY_THE_HANDLE
+        and not (cell.known or (row.turn and late)),
         "content in a span, a metric, the log or the output": any(MARK in one for one in told),
         f"it must come to {must}": must and must != came_to,
         "not all were heard": must == "recovered" and cell.heard < cell.asked,
@@ -425,7 +472,9 @@ def main() -> int:
             if provider == "nvidia":
                 if row.name != "ok":
                     continue
-            elif {f.partition(":")[0] for f in script.split(",")} - PROVIDERS[provider][0].faults:
+            elif {f.removeprefix("turn:").partition(":")[0] for f in script.split(",")} - PROVIDERS[
+                provider
+            ][0].faults:
                 lines.append(f"| {row.name} | `{script}` | not in this protocol | | | |")
                 continue
             ours = run(provider, row, "ours")

@@ -94,6 +94,7 @@ def test_dimensions_and_buckets_are_ours(file, name):
     settings = spanmetrics(EXPORTERS / file, name)
     own = {
         semconv.PROVIDER,
+        semconv.INITIATOR,
         semconv.OUTCOME,
         semconv.STOP_REASON,
         semconv.ACTION,

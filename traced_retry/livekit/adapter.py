@@ -111,6 +111,9 @@ class Adapter:
         """
         return None
 
+    def close_turn(self) -> None:
+        """End the streams of a reply whose time is up, or the agent would wait for their end."""
+
     def expects_answer(self) -> bool:
         """Return whether a request is open, so that the provider's next reply answers it."""
         return False

@@ -100,6 +100,10 @@ class AWSAdapter(Adapter):
         self._watch_stream()
         return self.speaking.begin(generation, started=False)
 
+    def close_turn(self) -> None:
+        """End the streams of a reply whose time is up, or the agent would wait for their end."""
+        self.session._close_current_generation()  # type: ignore[attr-defined]
+
     def expects_answer(self) -> bool:
         """Return whether a request is open."""
         return bool(self.open)

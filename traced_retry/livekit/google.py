@@ -179,6 +179,11 @@ class GoogleAdapter(Adapter):
         """Classify an event by close code, message status or HTTP status."""
         return _why(event.error)
 
+    def close_turn(self) -> None:
+        """End the streams of a reply whose time is up, or the agent would wait for their end."""
+        if self._answer is not None:
+            self.finish(self._answer)
+
     @property
     def connected(self) -> bool:
         """Whether there is a session, and it is not about to be closed."""

@@ -308,7 +308,7 @@ class SessionHook:
             return
 
         def note(event: SpeechCreatedEvent) -> None:
-            turn.speech = event.speech_handle
+            turn.speech = turn.speech or event.speech_handle
 
         activity.session.on("speech_created", note)
         try:

@@ -23,6 +23,7 @@ from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.livekit.adapter import Adapter, Replies, empty_failure
 from traced_retry.livekit.request import Call, Generation, PassthroughRequest, timeout_failure
+from traced_retry.livekit.streams import nowhere
 
 _AHEAD = 0.1
 """Seconds by which an attempt ends before the plugin's own time-out would empty the slot."""
@@ -71,7 +72,9 @@ class SlotDelivery:
         speech = getattr(message or generation, "audio_ch" if audio else "text_ch", None)
         tools = getattr(generation, "function_ch", None)
         self._has_output = message is not None or None in (speech, tools)
-        for channel, tool in ((speech, False), (tools, True)):
+        # Nova Sonic's words come ahead of their sound.
+        words = getattr(message, "text_ch", None)
+        for channel, tool in ((speech, False), (words, False), (tools, True)):
             if channel is not None and not isinstance(channel.send_nowait, functools.partial):
                 channel.send_nowait = functools.partial(self._note, channel.send_nowait, tool)
 
@@ -112,6 +115,15 @@ class SlotDelivery:
         """Check whether the reply is complete."""
         if self._open and self._session._current_generation is not self._generation:
             self.end()
+
+    def close(self) -> None:
+        """Close the channels of the generation that is not over, and drop what comes later."""
+        generation = self._session._current_generation
+        for name in ("text_ch", "audio_ch", "function_ch", "message_ch"):
+            channel = getattr(generation, name, None)
+            if channel is not None and not channel.closed:
+                channel.close()
+                channel.send_nowait = nowhere
 
     def end(self, why: Failure | None = None, *, interrupted: bool = False) -> None:
         """End the delivery. The reply is whole, was ``interrupted``, or was cut by ``why``."""
@@ -169,6 +181,10 @@ class SingleSlotAdapter(Adapter):
     def turn_delivery(self, generation: Generation) -> Delivery | None:
         """Watch the reply to its end, as the answer to a request."""
         return self.speaking.begin(generation, started=False)
+
+    def close_turn(self) -> None:
+        """End the streams of a reply whose time is up, or the agent would wait for their end."""
+        self.speaking.close()
 
     def expects_answer(self) -> bool:
         """Return whether a request is open."""

@@ -77,7 +77,7 @@ class Streams:
         for stream in self._turn.open:
             if isinstance(stream, utils.aio.Chan):
                 stream.close()
-                stream.send_nowait = _nowhere  # type: ignore[method-assign]
+                stream.send_nowait = nowhere  # type: ignore[method-assign]
 
     def _expose(self, turn: _Generation, message: llm.MessageGeneration) -> llm.MessageGeneration:
         """Let ``message`` of ``turn`` continue with a later generation if necessary."""
@@ -175,5 +175,5 @@ async def _audio(turn: _Generation) -> AsyncIterable[Any] | None:
     return None if message is None else message.audio_stream
 
 
-def _nowhere(value: object) -> None:
+def nowhere(value: object) -> None:
     """Return the stream for the plugin's later words."""

@@ -13,6 +13,7 @@ Facts (livekit-agents and its plugins, 1.7.0 to 1.8.9):
   the reply.
 * ``input_speech_stopped`` reports the end of the caller's speech on Phonic. Ultravox's and AWS's
   plugins emit it as the reply begins, and Google's as it ends.
+* AWS's plugin announces a reply twice: as it begins, and with its first words.
 * Nova Sonic does not report that the caller has stopped speaking. Its plugin reports the words
   heard so far, with ``is_final=False``, and the last ones as the reply begins.
 * Gemini answers a turn on the next connection if its connection was lost.
@@ -53,6 +54,8 @@ class Turns:
         self._expected: asyncio.TimerHandle | None = None
         """Runs until the provider has to answer words that may not be the caller's last."""
         self._last_words = 0.0
+        self._first_speech: Any = None
+        """The ``SpeechHandle`` of the first announcement, on AWS, where LiveKit creates two."""
         session = adapter.session
         self._emit = session.emit
         session.emit = self._emit_and_follow  # type: ignore[method-assign]
@@ -85,14 +88,25 @@ class Turns:
         self._unanswered, self._late_until = turn, asyncio.get_running_loop().time() + _LATE
 
     def _emit_and_follow(self, event: Any, *args: Any) -> None:
-        turn = None
+        turn = first = None
         if event == "generation_created":
             with suppress_and_log("observing a reply of the provider"):
                 turn = self._turn_of(args[0])
-        if turn is None:
+                if turn is None and self._is_announced_twice(args[0]):
+                    first = Turn(self._adapter, self)
+        if (speaks := turn or first) is None:
             self._emit(event, *args)
-        else:
-            self._adapter.replies.emit(turn, functools.partial(self._emit, event, *args))
+            return
+        self._adapter.replies.emit(speaks, functools.partial(self._emit, event, *args))
+        if first is not None:
+            self._first_speech = first.speech
+
+    def _is_announced_twice(self, generation: Generation) -> bool:
+        """Return whether this is the first announcement of a reply that is announced twice."""
+        adapter = self._adapter
+        if generation.user_initiated or not adapter.last_words_are_unknown:
+            return False
+        return not adapter.expects_answer()
 
     def _turn_of(self, generation: Generation) -> Turn | None:
         """Return the turn that ``generation`` answers, or None if it answers a request."""
@@ -107,10 +121,12 @@ class Turns:
         turn = self._pending
         if turn is None:
             turn = Turn(self._adapter, self)
+            turn.speech, self._first_speech = self._first_speech, None
             turn.answer(generation)
             self._adapter.replies.start(self._adapter, turn, now)
         else:
             self._pending = None
+            turn.speech, self._first_speech = self._first_speech, None
             turn.answer(generation)
             self._adapter.replies.wake()
         return turn
@@ -133,6 +149,7 @@ class Turns:
             if event.is_final:
                 self._on_turn()
             elif self._adapter.last_words_are_unknown and not self._adapter.expects_answer():
+                self._unanswered = None
                 self._expect_nothing()
                 loop, window = asyncio.get_running_loop(), self._adapter.turn_window()
                 assert window is not None
@@ -154,6 +171,8 @@ class Turns:
         if self._adapter.turn_window() is None:
             return
         self._expect_nothing()
+        if self._adapter.last_words_are_unknown and self._unanswered is not None:
+            return  # These are the words of the turn that was reported, and its reply begins now.
         self._unanswered = None
         self._adapter.caller_spoke()
         stopped, self._stopped_speaking = self._stopped_speaking, None
@@ -197,6 +216,9 @@ class Turn(PassthroughRequest):
         """Count the provider's reply as late if it begins after all."""
         if self._delivered is None or not self._delivered.first_output:
             self._turns.may_be_late(self)
+        failed = None if self._delivered is None else self._delivered.failure
+        if failed is not None and failed.ended_locally:
+            self._adapter.close_turn()
         attempt.cancel()
 
     def ended(self) -> None:
