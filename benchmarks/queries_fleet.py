@@ -138,7 +138,7 @@ def recorded():
     """What the dashboards read of what the rules record: (name, labels, seconds apart, values)."""
     read = "".join(path.read_text() for path in (DASHBOARDS / "grafana").glob("*.json"))
     # One query asks for these by a pattern.
-    of_pattern = {name for name in RULES if name.startswith("provider:traced_retry_exhausted:")}
+    of_pattern = {name for name in RULES if name.startswith("provider:traced_retry_lost:")}
     asked = tuple(of_pattern | set(re.findall(NAME, read)))
     # In front of a variable there is but the beginning of a name.
     for name in sorted(name for name in RULES if name.startswith(asked)):
