@@ -30,7 +30,7 @@ test-all: lint types tests-all  ## `make test`, other versions of Python and of 
 # process each, so as many of them run at once as there are cores.
 .PHONY: tests-all
 tests-all:
-	$(MAKE) --jobs 2 --output-sync=line tests packages
+	$(MAKE) --jobs 2 tests packages
 	$(MAKE) oldest
 	$(MAKE) --jobs $(shell nproc) --output-sync=target fork pythons
 
