@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import yaml
+from backends.servers import command
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = ROOT / "dashboards"
@@ -59,3 +61,15 @@ def panels(dashboard):
             yield from panel.get("panels", [])
         else:
             yield panel
+
+
+def run_rule_test(folder, test):
+    """Run one test of rules with promtool, and return the finished process."""
+    path = folder / "test.yaml"
+    path.write_text(json.dumps(test))
+    return subprocess.run(
+        [command("promtool"), "test", "rules", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )

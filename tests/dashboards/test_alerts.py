@@ -7,12 +7,11 @@ well. There is one sample and one evaluation a minute.
 
 from __future__ import annotations
 
-import json
 import subprocess
 
 import pytest
 from backends.servers import command
-from dashboards.reading import RULES
+from dashboards.reading import RULES, run_rule_test
 
 GRAFANA = "http://127.0.0.1:3000"
 P = "openai"
@@ -107,14 +106,7 @@ def promtool(tmp_path):
                 }
             ],
         }
-        path = tmp_path / "test.yaml"
-        path.write_text(json.dumps(test))
-        done = subprocess.run(
-            [command("promtool"), "test", "rules", str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_rule_test(tmp_path, test)
         assert 0 == done.returncode, done.stdout + done.stderr
 
     return run

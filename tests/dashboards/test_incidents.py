@@ -7,15 +7,12 @@ environment of its own, so that one run of promtool plays all of them.
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from backends.servers import command
-from dashboards.reading import ROOT, RULES
+from dashboards.reading import ROOT, RULES, run_rule_test
 
 from traced_retry.monitoring import config
 from traced_retry.monitoring.files import files
@@ -99,14 +96,7 @@ def first_notices(folder, rules, incidents=INCIDENTS):
             }
         ],
     }
-    path = folder / "test.yaml"
-    path.write_text(json.dumps(test))
-    done = subprocess.run(
-        [command("promtool"), "test", "rules", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_rule_test(folder, test)
     shown = re.findall(
         r'environment_name=\\?"([\w-]+)\\?", severity=\\?"(\w+).*?got:(.*?)(?=expr:|\Z)',
         done.stdout + done.stderr,

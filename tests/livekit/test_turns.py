@@ -152,20 +152,10 @@ class TestAnswer:
 
         assert ([], []) == (recorder.replies, failures)
 
-    async def test_caller_speaks_again(self, start_conversation, recorder, failures):
-        """A turn that the caller goes on with is interrupted, and its reply is not lost."""
-        talk = await start_conversation("turn:silence,turn:ok", on_exhausted=failures)
-        await configured(talk)
-        await speak(talk, seconds=2.0)
-        await speak(talk)
-
-        assert ["answer 2"] == talk.heard
-        assert [("interrupted", "interrupted"), ("succeeded", None)] == ended(recorder, None)
-        assert [] == failures
-
-    async def test_barge_in(self, start_conversation, recorder, failures):
-        """The caller speaks while the answer begins, and the server ends it."""
-        talk = await start_conversation("turn:stalled,turn:ok", on_exhausted=failures)
+    @pytest.mark.parametrize("fault", ["silence", "stalled"])
+    async def test_caller_speaks_again(self, fault, start_conversation, recorder, failures):
+        """A turn that the caller goes on with is interrupted, before its answer or in it."""
+        talk = await start_conversation(f"turn:{fault},turn:ok", on_exhausted=failures)
         await configured(talk)
         await speak(talk, seconds=2.0)
         await speak(talk)

@@ -2,7 +2,7 @@
 """``wrap`` one model or ``instrument`` all, so that ``generate_reply`` of their sessions retries.
 
 Only methods of the session's instance are replaced: ``generate_reply``, ``interrupt``, ``aclose``,
-``say`` if the plugin has one, and ``emit`` by OpenAI's adapter. Identity, ``isinstance``, labels,
+``say`` if the plugin has one, and ``emit`` by the adapter. Identity, ``isinstance``, labels,
 events and private state of the plugin stay unchanged.
 """
 
@@ -207,7 +207,7 @@ class SessionHook:
             reply.report_failure(copy_error(why), stop)
         self._open[reply] = request
         if request.speech is not None:
-            trace.speech_id = getattr(request.speech, "id", None)
+            request.set_speech_id(getattr(request.speech, "id", None))
         future = reply.start(began=began)
         if request.speech is not None and reply in self._open:
             self._follow_speech(reply, request)
@@ -268,9 +268,8 @@ class SessionHook:
         only: Request[Any] | None = None,
     ) -> None:
         """Report to the open replies that their request is lost."""
-        for reply, request in list(self._open.items()):
-            if only is None or request is only:
-                reply.report_failure(copy_error(why), stop)
+        for reply in list(self._open) if only is None else self._replies_to(only):
+            reply.report_failure(copy_error(why), stop)
 
     def request_once(self) -> asyncio.Future[Generation]:
         """Call the plugin's own ``generate_reply``."""
@@ -294,9 +293,8 @@ class SessionHook:
 
     def interrupt_reply(self, only: PassthroughRequest) -> None:
         """End the reply of request ``only``, because the caller spoke before it did."""
-        for reply, request in list(self._open.items()):
-            if request is only:
-                reply.interrupt()
+        for reply in self._replies_to(only):
+            reply.interrupt()
 
     def emit(self, turn: PassthroughRequest, emit: Callable[[], None]) -> None:
         """Call ``emit``, which makes LiveKit speak the reply, and note its ``SpeechHandle``."""
@@ -317,13 +315,17 @@ class SessionHook:
             activity.session.off("speech_created", note)
         with suppress_and_log("following the speech of a reply of the provider"):
             turn.set_speech_id(getattr(turn.speech, "id", None))
-            for reply, request in list(self._open.items()):
-                if request is turn and turn.speech is not None:
-                    self._follow_speech(reply, request)
-                elif request is turn:  # LiveKit speaks nothing while it changes the agent.
+            for reply in self._replies_to(turn):
+                if turn.speech is not None:
+                    self._follow_speech(reply, turn)
+                else:  # LiveKit speaks nothing while it changes the agent.
                     reply.interrupt()
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _replies_to(self, only: Request[Any]) -> list[Reply[Generation]]:
+        """Return the open reply of that request, if there is one."""
+        return [reply for reply, request in self._open.items() if request is only]
 
     def _policy_for(self, adapter: Adapter) -> RetryPolicy:
         """Return the policy in force for the next reply."""

@@ -23,7 +23,7 @@ from traced_retry.core.guard import suppress_and_log
 from traced_retry.core.request import Delivery
 from traced_retry.livekit.adapter import Adapter, Replies, empty_failure
 from traced_retry.livekit.request import Call, Generation, PassthroughRequest, timeout_failure
-from traced_retry.livekit.streams import nowhere
+from traced_retry.livekit.streams import shut
 
 _AHEAD = 0.1
 """Seconds by which an attempt ends before the plugin's own time-out would empty the slot."""
@@ -122,8 +122,7 @@ class SlotDelivery:
         for name in ("text_ch", "audio_ch", "function_ch", "message_ch"):
             channel = getattr(generation, name, None)
             if channel is not None and not channel.closed:
-                channel.close()
-                channel.send_nowait = nowhere
+                shut(channel)
 
     def end(self, why: Failure | None = None, *, interrupted: bool = False) -> None:
         """End the delivery. The reply is whole, was ``interrupted``, or was cut by ``why``."""

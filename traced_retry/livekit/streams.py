@@ -76,8 +76,7 @@ class Streams:
         self.commit()
         for stream in self._turn.open:
             if isinstance(stream, utils.aio.Chan):
-                stream.close()
-                stream.send_nowait = nowhere  # type: ignore[method-assign]
+                shut(stream)
 
     def _expose(self, turn: _Generation, message: llm.MessageGeneration) -> llm.MessageGeneration:
         """Let ``message`` of ``turn`` continue with a later generation if necessary."""
@@ -175,5 +174,11 @@ async def _audio(turn: _Generation) -> AsyncIterable[Any] | None:
     return None if message is None else message.audio_stream
 
 
-def nowhere(value: object) -> None:
-    """Return the stream for the plugin's later words."""
+def shut(channel: utils.aio.Chan[Any]) -> None:
+    """Close a channel of the plugin, and drop the words that the plugin sends later."""
+    channel.close()
+    channel.send_nowait = _nowhere  # type: ignore[method-assign]
+
+
+def _nowhere(value: object) -> None:
+    """Drop the plugin's later words."""

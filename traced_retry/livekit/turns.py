@@ -118,16 +118,13 @@ class Turns:
         if late is not None and now < self._late_until:
             late.on_late()
             return None
-        turn = self._pending
-        if turn is None:
-            turn = Turn(self._adapter, self)
-            turn.speech, self._first_speech = self._first_speech, None
-            turn.answer(generation)
+        pending, self._pending = self._pending, None
+        turn = pending or Turn(self._adapter, self)
+        turn.speech, self._first_speech = self._first_speech, None
+        turn.answer(generation)
+        if pending is None:
             self._adapter.replies.start(self._adapter, turn, now)
         else:
-            self._pending = None
-            turn.speech, self._first_speech = self._first_speech, None
-            turn.answer(generation)
             self._adapter.replies.wake()
         return turn
 

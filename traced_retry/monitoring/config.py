@@ -127,25 +127,26 @@ class Thresholds:
         return replace(self, **{name: v for name, v in changes.items() if v is not None})
 
 
+_SLOWER: Final = (
+    BurnRate("critical", 6, "6h", "30m", "15m"),
+    BurnRate("warning", 3, "3h", "30m", "15m"),
+    BurnRate("warning", 2, "1d", "2h", "1h"),
+    BurnRate("warning", 1, "3d", "6h", "3h"),
+)
+
 PRESETS: Final = {
     "99": (
         99.0,
         (
             BurnRate("critical", 8, "1h", "5m", "2m"),
-            BurnRate("critical", 6, "6h", "30m", "15m"),
-            BurnRate("warning", 3, "3h", "30m", "15m"),
-            BurnRate("warning", 2, "1d", "2h", "1h"),
-            BurnRate("warning", 1, "3d", "6h", "3h"),
+            *_SLOWER,
         ),
     ),
     "99.5": (
         99.5,
         (
             BurnRate("critical", 14.4, "1h", "5m", "2m"),
-            BurnRate("critical", 6, "6h", "30m", "15m"),
-            BurnRate("warning", 3, "3h", "30m", "15m"),
-            BurnRate("warning", 2, "1d", "2h", "1h"),
-            BurnRate("warning", 1, "3d", "6h", "3h"),
+            *_SLOWER,
         ),
     ),
 }
