@@ -352,6 +352,7 @@ class Reply(Driver, Generic[T]):
             self._result = result
         if not (self._future.done() or (delivery is not None and delivery.failed_before_output)):
             self._future.set_result(self._result)
+            self._trace.has_generation = True
         if delivery is None:
             self._succeed(attempt)
             return None
