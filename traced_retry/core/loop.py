@@ -47,7 +47,7 @@ class FailedReply:
         stop_reason: the reason why no further attempt was made, such as ``"max_attempts"``,
             ``"deadline"`` or ``"budget"``.
         codes: the provider's code of each failed attempt, or its ``error.type`` if it has no code.
-        attempts: the number of attempts made. 0 if the provider had asked for a longer wait.
+        attempts: the number of attempts made. 0 if the reply ended before its first request.
         seconds: seconds from the request until the failure: the silence that the caller heard.
         trace_id: 32 hexadecimal digits, or None if the reply is not traced or its trace is not
             sampled.
