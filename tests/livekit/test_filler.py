@@ -399,6 +399,88 @@ def test_wrong_argument_is_refused(arguments, message):
         Filler(**arguments)
 
 
+FILLER = [rtc.AudioFrame(b"\x02\x00" * 480, 24_000, 1, 480)] * 50
+"""One second of sound."""
+SPEECH = rtc.AudioFrame(bytes(960), 24_000, 1, 480)
+"""20 ms of silence."""
+
+
+class TestOutput:
+    async def test_frame_of_reply_cuts_filler(self):
+        """The first frame of a reply is played at once, and the filler never again."""
+        speaker = Speaker()
+        output = FillerOutput(speaker)
+        output.start(FILLER)
+        await asyncio.sleep(0.105)
+        await output.capture_frame(SPEECH)
+        output.flush()
+        await output.wait_for_playout()
+        await asyncio.sleep(2.0)
+
+        assert 0.105 == pytest.approx(speaker.fillers[-1][1])
+        assert [(0.105, 0.125)] == [pytest.approx(of) for of in speaker.replies]
+        assert [] == speaker.mistakes
+
+    @pytest.mark.parametrize("speaker", [{}, {"confirms_after": 0.3}], ids=["fast", "slow"])
+    async def test_events_are_of_replies_only(self, speaker):
+        """The outputs above hear of the start and the end of speech, and not of a filler."""
+        output = FillerOutput(Speaker(**speaker))
+        events = []
+        output.on("playback_started", lambda _: events.append("started"))
+        output.on("playback_finished", lambda event: events.append(event.playback_position))
+        output.start(FILLER)
+        await asyncio.sleep(0.1)
+        assert [] == events
+        for _ in range(3):
+            await output.capture_frame(SPEECH)
+        output.flush()
+        await output.wait_for_playout()
+
+        assert ["started", pytest.approx(0.06, abs=0.002)] == events
+
+    async def test_speech_and_filler_do_not_overlap(self):
+        """A filler does not start while a segment of speech is being played."""
+        speaker = Speaker()
+        output = FillerOutput(speaker)
+        await output.capture_frame(SPEECH)
+        output.start(FILLER)
+        output.flush()
+        output.start(FILLER)
+        await output.wait_for_playout()
+
+        assert ([], 1) == (speaker.fillers, len(speaker.replies))
+
+    async def test_another_output_takes_its_place(self):
+        """An avatar that comes stops the filler."""
+        speaker = Speaker()
+        output = FillerOutput(speaker)
+        output.start(FILLER)
+        await asyncio.sleep(0.1)
+        output.on_detached()
+        await asyncio.sleep(2.0)
+
+        assert 0.1 == pytest.approx(speaker.fillers[-1][1])
+
+    async def test_output_that_fails_loses_no_reply(self, caplog):
+        """An error of the output ends the filler, is logged once, and lets the reply through."""
+
+        class Broken(Speaker):
+            async def capture_frame(self, frame):
+                if any(bytes(frame.data)):
+                    raise RuntimeError("SECRET")
+                await super().capture_frame(frame)
+
+        speaker = Broken()
+        output = FillerOutput(speaker)
+        output.start(FILLER)
+        await asyncio.sleep(0.1)
+        await output.capture_frame(SPEECH)
+
+        assert 1 == len(speaker.replies)
+        (record,) = [r.getMessage() for r in caplog.records if r.name == "traced_retry"]
+        assert record.startswith("playing a filler raised RuntimeError")
+
+
 class Room:
     """The part of a room that LiveKit's room output uses before it publishes its track."""
 
