@@ -484,7 +484,8 @@ def table(provider: str, against: list[str], problems: list[str]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
         print(f"{provider:<16}{row.name:<60}", *cells[2:], sep="  | ", flush=True)
     if left_out:
-        lines += ["", f"Not in this protocol: {'; '.join(left_out)}."]
+        names = ", ".join(f'"{name}"' for name in left_out)
+        lines += ["", f"Not in this protocol: {names}."]
     return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, as a process of its own."""
+"""Test the command line as a process."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def interrupted(replies):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One run of the demo as JSON, its store under a state directory of its own."""
+    """Run the demo once as JSON, with a store under its own state directory."""
     state = tmp_path_factory.mktemp("state")
     done = run_script("demo", "--json", XDG_STATE_HOME=str(state))
     assert 0 == done.returncode, done.stderr
@@ -68,7 +68,7 @@ def demo(tmp_path_factory):
 
 class TestDemo:
     def test_every_reply_is_heard_once_or_known_as_failed(self, demo):
-        """Heard once wherever the script ends in ok; else not at all, and never twice."""
+        """A reply is heard once if the script ends in ok. Otherwise it is not heard."""
         replies = demo[0]["replies"]
 
         assert {r["script"]: int(r["script"].endswith("ok")) for r in replies} == {
@@ -81,7 +81,7 @@ class TestDemo:
             assert well == (reply["stop_reason"] is None)
 
     def test_keys(self, demo):
-        """The machine-readable form is fixed."""
+        """The machine-readable form has fixed keys."""
         assert {"store", "seconds", "replies"} == set(demo[0])
         assert {
             "provider",
@@ -96,11 +96,11 @@ class TestDemo:
         } == {key for reply in demo[0]["replies"] for key in reply}
 
     def test_takes_less_than_half_a_minute(self, demo):
-        """Nobody waits for a demo."""
+        """The demo ends within half a minute."""
         assert demo[0]["seconds"] < 30
 
     def test_each_trace_is_in_the_store_and_fits_the_contract(self, demo):
-        """Reply and attempts of each trace id, with the attributes that the contract wants."""
+        """The store has reply and attempts of each trace, with the attributes of the contract."""
         spans = {}
         for line in Path(demo[0]["store"]).read_text().splitlines():
             for resource in json.loads(line)["resourceSpans"]:
@@ -124,13 +124,13 @@ class TestDemo:
                 assert (semconv.ERROR_TYPE in names) == (semconv.RECOVERABLE in names)
 
     def test_no_content_in_the_store(self, demo):
-        """Neither instructions nor what was said."""
+        """The store has neither instructions nor words."""
         stored = Path(demo[0]["store"]).read_text()
 
         assert not [s for s in ("Say hello", "Be brief", "reply 1", "a-key") if s in stored]
 
     def test_says_where_the_spans_are(self, demo):
-        """And `report` alone finds the newest store again."""
+        """The output names the store, and ``report`` without a file reads it."""
         state = demo[2]
         assert Path(demo[0]["store"]).is_relative_to(state)
 
@@ -140,12 +140,12 @@ class TestDemo:
         ]
 
     def test_quiet(self, demo):
-        """With --json nothing else is printed, LiveKit's log included."""
+        """With --json the output is JSON only, without LiveKit's log."""
         assert "" == demo[1].stderr
 
 
 def test_demo_beside_a_dead_server(tmp_path):
-    """It takes as long as without one, and prints neither the server's user nor its path."""
+    """The demo takes no longer than without a server, and prints neither its user nor its path."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         server = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -158,7 +158,7 @@ def test_demo_beside_a_dead_server(tmp_path):
 
     assert 0 == done.returncode, done.stderr
     assert time.monotonic() - started < 45  # It was 94 s when each scenario flushed to the server.
-    assert f"They were sent to http://{server} as well." in done.stdout
+    assert f"The spans were also sent to http://{server}." in done.stdout
     assert "k3y" not in done.stdout + done.stderr
 
 
@@ -180,7 +180,7 @@ def test_interrupted_demo_prints_the_location_of_its_spans(tmp_path):
 
     assert 130 == process.returncode
     assert "Traceback" not in rest
-    assert f"Interrupted. The spans until now are in\n  {store}" in rest
+    assert f"Interrupted. The spans recorded so far are in\n  {store}" in rest
     assert "succeeded" in run("report", store).stdout
 
 
@@ -194,14 +194,14 @@ class TestReport:
         assert {"succeeded", "recovered", "exhausted", "interrupted"} <= set(done.stdout.split())
 
     def test_html(self, demo, tmp_path):
-        """One page, and its path is printed."""
+        """The command writes one page and prints its path."""
         done = run("report", demo[0]["store"], "--html", tmp_path / "page.html")
 
         assert str(tmp_path / "page.html") == done.stdout.strip()
         assert "<html" in (tmp_path / "page.html").read_text()
 
     def test_no_such_file(self, tmp_path):
-        """One line that names the file, and status 2."""
+        """One line names the file, and the status is 2."""
         done = run("report", tmp_path / "nothing.jsonl")
 
         assert 2 == done.returncode
@@ -225,7 +225,7 @@ class TestReport:
         assert lost[0] not in done.stdout
 
         done = run("report", demo[0]["store"], "--provider", "aws")
-        assert f"No reply matches --provider aws; {len(every)} were read.\n" == done.stdout
+        assert f"No reply matches --provider aws. {len(every)} were read.\n" == done.stdout
 
     def test_json_lines_from_standard_input(self, demo):
         """A store comes through a pipe, and each reply is one line."""
@@ -253,7 +253,7 @@ class TestReport:
         ],
     )
     def test_other_files(self, name, content, problem, tmp_path):
-        """One line says the kind of file, and the kind that is read."""
+        """One line names the file's kind and the expected kind."""
         (tmp_path / name).write_bytes(content)
         done = run("report", tmp_path / name)
 
@@ -268,7 +268,7 @@ class TestReport:
         assert "page.html cannot be written" in done.stderr
 
     def test_options_that_do_not_fit(self, demo):
-        """The message names the options, or the value and what is expected."""
+        """The message names the options, or the value and the expected values."""
         done = run("report", demo[0]["store"], "--json", "--jsonl")
         assert (2, True) == (done.returncode, "exclude each other" in done.stderr)
 
@@ -276,7 +276,7 @@ class TestReport:
         assert (2, True) == (done.returncode, "invalid time 'yesterday'" in done.stderr)
 
     def test_no_store_yet(self, tmp_path):
-        """Says what makes one."""
+        """The message names the command that makes a store."""
         done = run("report", XDG_STATE_HOME=str(tmp_path))
 
         assert 2 == done.returncode
@@ -299,7 +299,7 @@ class TestScript:
         assert "rate_limit,rate_limit,rate_limit,rate_limit\n" == done.stdout
 
     def test_unknown_trace(self, demo):
-        """One line says so."""
+        """One line names the trace."""
         done = run("script", demo[0]["store"], "--trace", "0" * 32)
 
         assert (2, True) == (done.returncode, "there is no trace 000" in done.stderr)
@@ -307,7 +307,7 @@ class TestScript:
 
 class TestSimulate:
     def test_serves_until_interrupted(self):
-        """It prints where it listens, on 127.0.0.1, and a count at the end."""
+        """The command prints its address on 127.0.0.1, and a count at the end."""
         with subprocess.Popen(
             [SCRIPT, "simulate", "openai", "--script", "rate_limit,late:3,ok"],
             stdout=subprocess.PIPE,
@@ -349,7 +349,7 @@ class TestSimulate:
 
     @pytest.mark.parametrize("provider", sorted(set(PROVIDERS) - {"openai"}))
     def test_each_provider(self, provider):
-        """All of them listen on 127.0.0.1."""
+        """Each simulator listens on 127.0.0.1."""
         with Program(
             COMMAND, "traced-retry", "simulate", provider, environ=environment()
         ) as process:
@@ -407,7 +407,7 @@ class TestSimulate:
         assert "name another file with --ca" in done.stderr
 
     def test_unknown_fault(self):
-        """A clear error that lists the known ones."""
+        """The message lists the known faults."""
         done = run("simulate", "openai", "--script", "rate_limt")
 
         assert 2 == done.returncode
@@ -416,15 +416,15 @@ class TestSimulate:
         assert "Traceback" not in done.stderr
 
     def test_unknown_provider(self):
-        """Likewise."""
+        """The message lists the known providers."""
         done = run("simulate", "opnai")
 
         assert 2 == done.returncode
-        assert "'opnai' is not simulated; known: openai, xai" in " ".join(done.stderr.split())
+        assert "unknown provider 'opnai': expected openai, xai" in " ".join(done.stderr.split())
 
 
 class Receiver(http.server.BaseHTTPRequestHandler):
-    """An OTLP/HTTP endpoint that notes what is posted where."""
+    """An OTLP/HTTP endpoint that keeps the paths and bodies of requests."""
 
     posted: ClassVar[list] = []
 
@@ -439,7 +439,7 @@ class Receiver(http.server.BaseHTTPRequestHandler):
 
 class TestExport:
     def test_standard_variables_send_the_spans_there(self, tmp_path):
-        """With an OTLP endpoint in the environment, spans and metrics go there as well."""
+        """With an OTLP endpoint in the environment, spans and metrics also go to it."""
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -456,12 +456,12 @@ class TestExport:
         }
 
         assert 0 == done.returncode, done.stderr
-        assert f"They were sent to {endpoint} as well." in done.stdout
+        assert f"The spans were also sent to {endpoint}." in done.stdout
         assert semconv.SPAN_ATTEMPT.encode() in posted["/v1/traces"]
         assert semconv.METRIC_REPLIES.encode() in posted["/v1/metrics"]
 
     def test_a_protocol_that_is_not_spoken(self, tmp_path):
-        """The error names the variable, its value and what is allowed."""
+        """The error names the variable, its value and the allowed values."""
         done = run(
             "demo",
             "--store",
@@ -474,7 +474,7 @@ class TestExport:
         assert "OTEL_EXPORTER_OTLP_PROTOCOL is 'grpc'; it must be 'http/protobuf'" in done.stderr
 
     def test_a_store_that_cannot_be_written(self, tmp_path):
-        """Likewise, with the remedy."""
+        """The error names the file and the remedy."""
         (tmp_path / "file").touch()
         done = run("demo", "--store", tmp_path / "file" / "x.jsonl")
 
@@ -484,13 +484,13 @@ class TestExport:
 
 
 def test_help_teaches():
-    """Each command says what it is for; simulate lists what a script may hold."""
+    """Each command explains itself, and simulate lists the elements of a script."""
     assert "demo" in run("--help").stdout
     assert "late:SECONDS" in run("simulate", "--help").stdout
 
 
 def test_version():
-    """--version is the package's."""
+    """--version prints the package's version."""
     import traced_retry
 
     expected = f"traced-retry {traced_retry.__version__}"

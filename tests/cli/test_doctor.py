@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry doctor``, as a process of its own, with real servers."""
+"""Test ``traced-retry doctor`` as a process, with real servers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = ("OTEL_", "TRACED_RETRY_", "LIVEKIT_", "REQUESTS_CA_BUNDLE")
 
 @dataclass
 class Examined:
-    """What the doctor said of itself."""
+    """The output of the doctor."""
 
     status: int
     printed: str
@@ -40,17 +40,17 @@ class Examined:
 
     @property
     def answer(self):
-        """The JSON."""
+        """Return the JSON."""
         return json.loads(self.printed)
 
     def __getitem__(self, check):
-        """The one check of that name."""
+        """Return the only check of that name."""
         (found,) = [c for c in self.answer["checks"] if c["check"] == check]
         return found
 
     @property
     def bad(self):
-        """Names of the checks that are not ok, with their status."""
+        """Return the names of the checks that are not ok, with their status."""
         return {c["check"]: c["status"] for c in self.answer["checks"] if c["status"] != "ok"}
 
 
@@ -92,7 +92,7 @@ def doctor(tmp_path):
 
 @pytest.fixture
 def examined(tmp_path):
-    """The same without the command line, in a process forked from one that has all imported."""
+    """Return a function that runs the checks without the command line, in a forked process."""
 
     def run(**environ):
         code = """
@@ -110,7 +110,7 @@ def examined(tmp_path):
 
 @pytest.fixture(scope="module")
 def jaeger(tmp_path_factory):
-    """A real one."""
+    """Start a real Jaeger."""
     command("jaeger")
     with Jaeger(tmp_path_factory.mktemp("jaeger")) as jaeger:
         yield jaeger
@@ -118,7 +118,7 @@ def jaeger(tmp_path_factory):
 
 class TestWell:
     def test_local_store(self, doctor, tmp_path):
-        """Nothing set: status 0, the test span is read back, and its file is gone again."""
+        """Without variables the status is 0, and the test span is read back and deleted."""
         done = doctor(before=[])
 
         assert (0, True, {}) == (done.status, done.answer["ok"], done.bad)
@@ -127,7 +127,7 @@ class TestWell:
         assert [] == [p for p in (tmp_path / "state").rglob("*") if p.is_file()]
 
     def test_text(self, doctor):
-        """One line a check, its status first."""
+        """Each check is a line that starts with its status."""
         done = doctor(text=True)
 
         assert 0 == done.status
@@ -135,7 +135,7 @@ class TestWell:
         assert "ok    sampler: every reply is traced\n" in done.printed
 
     def test_jaeger_has_the_span(self, doctor, jaeger):
-        """It is asked; metrics are left out, for it takes none."""
+        """Jaeger has the test span. Metrics are not checked, because it takes none."""
         done = doctor(
             "--jaeger",
             jaeger.url,
@@ -150,14 +150,14 @@ class TestWell:
         assert [semconv.SPAN_DOCTOR] == [span["name"] for span in trace]
 
     def test_preset(self, doctor):
-        """What the agent gives to enable(); whoever may listen on the port that it names."""
+        """The doctor checks the preset that the agent passes to enable()."""
         done = doctor("--preset", "jaeger")
 
         assert done["provider"]["message"].endswith("spans go to preset jaeger")
         assert done["export"]["message"].startswith("otlp to http://127.0.0.1:4318: ")
 
     def test_configuration_file(self, doctor, jaeger, tmp_path):
-        """The SDK's own processors and exporter."""
+        """The file's own processors and exporter are checked."""
         text = shipped_files.presets()["jaeger"].read_text()
         file = tmp_path / "otel.yaml"
         shipped = "${OTEL_EXPORTER_OTLP_ENDPOINT:-http://127.0.0.1:4318}"
@@ -169,7 +169,7 @@ class TestWell:
         assert f"and Jaeger at {jaeger.url} has it" in done["export"]["message"]
 
     def test_another_endpoint(self, doctor):
-        """Its 2xx is all there is to know, for spans and for metrics."""
+        """A status 2xx of an unknown backend is reported as accepted, for spans and metrics."""
         with receiver() as server:
             done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url)
             names = [span.name for _, span in server.spans]
@@ -179,7 +179,7 @@ class TestWell:
         assert [semconv.SPAN_DOCTOR] == names
 
     def test_a_sampler_does_not_hide_a_dead_endpoint(self, doctor):
-        """The test span goes past it."""
+        """The test span bypasses the sampler."""
         with receiver() as server:
             doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url, OTEL_TRACES_SAMPLER="always_off")
             assert 1 == len(server.spans)
@@ -187,7 +187,7 @@ class TestWell:
 
 class TestProvider:
     def test_given_to_livekit(self, tmp_path):
-        """Inside an agent: the one that LiveKit's tracer uses, not the global one."""
+        """Inside an agent the doctor checks the provider that LiveKit's tracer uses."""
         code = f"""
             from livekit.agents import telemetry
             from opentelemetry.sdk.trace import TracerProvider
@@ -218,7 +218,7 @@ class TestProvider:
         ],
     )
     def test_nowhere(self, examined, environ, check, said, fix):
-        """Said, with what to do."""
+        """A missing provider is reported with a fix."""
         done = examined(**environ)
 
         assert {check: "fail"} == done.bad
@@ -226,14 +226,14 @@ class TestProvider:
         assert fix in done[check]["fix"]
 
     def test_disk_full(self, doctor):
-        """The store is made, and what it is handed is lost."""
+        """A store that loses its spans is reported."""
         done = doctor(before=["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"])
 
         assert (1, {"export": "fail"}) == (done.status, done.bad)
         assert done["export"]["message"].endswith("a test span was lost, the disk is full")
 
     def test_no_such_preset(self, doctor):
-        """Those there are, are named."""
+        """The message lists the presets."""
         done = doctor("--preset", "jager")
 
         assert (1, {"provider": "fail"}) == (done.status, done.bad)
@@ -242,7 +242,7 @@ class TestProvider:
 
 class TestEndpoint:
     def test_refused(self, doctor):
-        """Nothing listens: said within ten seconds, for spans and metrics."""
+        """A refused connection is reported within ten seconds, for spans and metrics."""
         (port,) = free_ports(1)
         done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}")
 
@@ -252,7 +252,7 @@ class TestEndpoint:
         )
 
     def test_hanging(self, doctor):
-        """It takes connections and says nothing: ten seconds, and the start of the process."""
+        """A server that never answers is reported after ten seconds."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             url = f"http://127.0.0.1:{server.getsockname()[1]}"
             done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=url)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop, whatever happens in whatever order: a state machine against a provider of the test's.
+"""Test the loop with events in any order, driven by a state machine.
 
-The provider hears requests, and answers, fails, stalls and dies as the machine says. The machine
-acts between two turns of the event loop, so that what happens "at the same time" happens in every
-order. After each step the promise holds; at the end the books agree.
+The provider takes requests, and answers, fails, stalls and disconnects as the machine decides. The
+machine acts between two turns of the event loop, so that simultaneous events happen in every order.
+After each step the promise must hold, and at the end the telemetry must agree with the events.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ THEN = st.sampled_from([None, "turn", 0.1, 0.5, 1.5])
 
 @dataclass
 class Sent:
-    """One request that went out, and what became of it."""
+    """One request that was sent, and its result."""
 
     asked: Asked
     number: int
@@ -65,7 +65,7 @@ class Sent:
     """An answer to it reaches nobody."""
 
     def say(self):
-        """A word of its answer, which the agent hears if it holds the reply."""
+        """Send a word of the answer. The agent hears it if it holds the reply."""
         if self.discarded:
             return
         if self.delivery is not None:
@@ -77,7 +77,7 @@ class Sent:
 
 @dataclass
 class Asked:
-    """One reply that the agent asked for; as a Request, what the loop asks of it."""
+    """One reply that the agent requested, and its Request for the loop."""
 
     provider: Provider
     began: float
@@ -96,14 +96,14 @@ class Asked:
     problems: list[str] = field(default_factory=list)
 
     def shut(self):
-        """From now on nothing of it may be heard."""
+        """Allow no further word of the reply."""
         if self.silent_after is None:
             self.silent_after = len(self.heard)
 
     # --- the Request protocol ------------------------------------------------------------------
 
     def attempt(self, action):
-        """Send it, or listen on."""
+        """Send a request, or continue to listen."""
         if self.ended or self.interrupted:
             self.problems.append("an attempt after the end")
         if self.attempts and action != "listen" and not self.provider.ready:
@@ -162,7 +162,7 @@ class Asked:
 
 @dataclass
 class Provider:
-    """What all replies of one session share."""
+    """The provider of one session, shared by its replies."""
 
     loop: object
     delivers: bool
@@ -176,7 +176,7 @@ class Provider:
     dead: tuple | None = None
 
     def answer(self, sent):
-        """Begin the answer; where it tells of nothing further, that was all."""
+        """Start the answer. It is complete at once if the provider reports no end."""
         sent.answered, sent.over = True, not self.delivers
         if self.delivers:
             sent.delivery = Delivery()
@@ -185,7 +185,7 @@ class Provider:
 
 
 class Machine(RuleBasedStateMachine):
-    """See the module."""
+    """The state machine: see the module."""
 
     seen: ClassVar = Counter()
     """How often each outcome, stop reason and action was met."""
@@ -219,7 +219,7 @@ class Machine(RuleBasedStateMachine):
         mortal=st.booleans(),
     )
     def begin(self, delivers, actions, limit, policy, budget, impatient, mortal):
-        """A provider, and what may be spent on each reply."""
+        """Start a provider with random limits for each reply."""
         self.impatient, self.mortal = impatient, mortal
         self.provider = Provider(self.stepped.loop, delivers < 3, actions, limit)
         budget = None if budget is None else RetryBudget(budget)
@@ -232,7 +232,7 @@ class Machine(RuleBasedStateMachine):
     @rule(then=THEN)
     @precondition(lambda self: len(self.open) < 4 and self.in_vain < 2)
     def ask(self, then):
-        """Ask for a reply."""
+        """Request a reply."""
         self.in_vain += self.provider.dead is not None
         asked = Asked(self.provider, self.stepped.now)
         self.asked.append(asked)
@@ -264,7 +264,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
     def cancel(self, which, then):
-        """Give up waiting for one."""
+        """Give up a reply that the agent waits for."""
         asked = self.waiting[which % len(self.waiting)]
         asked.interrupted = True
         asked.shut()
@@ -275,7 +275,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
     def interrupt_one(self, which, then):
-        """The same, without a turn of the event loop between."""
+        """Give up a reply without a turn of the event loop in between."""
         asked = self.waiting[which % len(self.waiting)]
         asked.interrupted = True
         asked.shut()
@@ -286,7 +286,7 @@ class Machine(RuleBasedStateMachine):
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.resolved)
     def interrupt(self, then):
-        """The user starts to speak: what has begun is cut."""
+        """Let the caller speak, which cuts each started reply."""
         with self.stepped.standing():
             for asked in self.resolved:
                 asked.interrupted = True
@@ -302,7 +302,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.unanswered)
     def answer(self, which, then):
-        """Begin to answer a request, be it wanted or not."""
+        """Start to answer a request, also if it was given up."""
         with self.stepped.standing():
             self.provider.answer(self.unanswered[which % len(self.unanswered)])
         self.stepped.go_on(then)
@@ -323,7 +323,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, words=st.integers(1, 2), then=THEN)
     @precondition(lambda self: self.answering)
     def say(self, which, words, then):
-        """Some words of an answer."""
+        """Send some words of an answer."""
         sent = self.answering[which % len(self.answering)]
         with self.stepped.standing():
             for _ in range(words):
@@ -333,7 +333,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.answering)
     def finish(self, which, then):
-        """The end of an answer, with a word if there was none."""
+        """End an answer, with a word if there was none."""
         sent = self.answering[which % len(self.answering)]
         with self.stepped.standing():
             sent.say()
@@ -343,7 +343,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, words=st.sampled_from([1, 0]), error=ERRORS, then=THEN)
     @precondition(lambda self: self.answering)
     def fail_begun(self, which, words, error, then):
-        """An answer fails, before its first word or after."""
+        """Fail an answer before or after its first word."""
         sent = self.answering[which % len(self.answering)]
         with self.stepped.standing():
             for _ in range(words):
@@ -354,7 +354,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.answering)
     def cut(self, which, then):
-        """The provider cancels an answer: it heard the user."""
+        """Let the provider cancel an answer, because the caller speaks."""
         sent = self.answering[which % len(self.answering)]
         sent.over = True
         if not sent.discarded:
@@ -367,7 +367,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, error=ERRORS, then=THEN)
     @precondition(lambda self: self.unanswered)
     def reject(self, which, error, then):
-        """A request fails."""
+        """Fail a request."""
         sent = self.unanswered[which % len(self.unanswered)]
         sent.over = True
         with self.stepped.standing():
@@ -378,7 +378,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.unanswered)
     def supersede(self, which, then):
-        """The provider drops a request for a newer one."""
+        """Drop a request for a newer one."""
         sent = self.unanswered[which % len(self.unanswered)]
         sent.over = True
         with self.stepped.standing():
@@ -390,13 +390,13 @@ class Machine(RuleBasedStateMachine):
     @rule(next_time=ERRORS | st.just("answer"))
     @precondition(lambda self: self.open and self.provider.next_time is None)
     def prepare(self, next_time):
-        """The next attempt raises, or is answered in the same call."""
+        """Let the next attempt raise, or answer it in the same call."""
         self.provider.next_time = next_time
 
     @rule(seconds=st.sampled_from([0.2, 1.0, 30.0]), then=THEN)
     @precondition(lambda self: self.open and self.provider.ready)
     def lose_connection(self, seconds, then):
-        """All that was asked is lost, and what was begun; it comes back after so many seconds."""
+        """Lose the connection with all requests and answers, for some seconds."""
         lost = explain(ConnectionResetError())
         self.provider.ready = False
         self.stepped.loop.call_later(seconds, self.come_back)
@@ -410,7 +410,7 @@ class Machine(RuleBasedStateMachine):
         self.stepped.go_on(then)
 
     def come_back(self):
-        """It can be asked again."""
+        """Accept requests again."""
         self.provider.ready = True
         for asked in self.open:
             asked.reply.wake()
@@ -418,7 +418,7 @@ class Machine(RuleBasedStateMachine):
     @rule(stop=st.sampled_from(["session_closed", "not_recoverable"]), then=THEN)
     @precondition(lambda self: self.mortal and len(self.asked) > 2 and not self.provider.dead)
     def die(self, stop, then):
-        """The session is closed, or says that it cannot go on."""
+        """Close the session, or report that it cannot continue."""
         if self.provider.dead is None:
             why = failure(ProviderError("gone"), "session_closed", ended_locally=True)
             self.provider.dead = (why, stop)
@@ -430,14 +430,14 @@ class Machine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 3.0]))
     @precondition(lambda self: self.open or self.provider.dead)
     def wait(self, seconds):
-        """Time passes."""
+        """Let time pass."""
         self.stepped.wait(seconds)
 
     # --- what must hold ------------------------------------------------------------------------
 
     @invariant()
     def promise(self):
-        """At most one answer heard; none after an interruption, or after failure was told."""
+        """Check that at most one answer is heard, and none after an interruption or a failure."""
         for asked in self.asked:
             assert [] == asked.problems
             assert len(set(asked.heard)) <= 1, asked.heard
@@ -455,7 +455,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def no_hang(self):
-        """By the deadline the agent knows; and all is over, unless it is speaking."""
+        """Check that by the deadline the agent knows the result, or the reply speaks."""
         for asked in self.asked:
             if self.stepped.now > asked.began + self.policy.deadline:
                 assert asked.future.done()
@@ -465,13 +465,13 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def books(self):
-        """A span is open for each open reply, and for each attempt of it that is under way."""
+        """Check that a span is open for each open reply and each running attempt."""
         assert len(self.open) <= self.recorder.open_spans <= 2 * len(self.open)
         assert [] == self.errors.messages
         assert [] == self.stepped.errors
 
     def teardown(self):
-        """The provider falls silent, but ends what it is saying; then everything is over."""
+        """Let the provider end its answers and send no more, so that everything ends."""
         try:
             if sys.exc_info()[0] is None and hasattr(self, "policy"):  # no step has failed
                 self.come_to_an_end()
@@ -482,7 +482,7 @@ class Machine(RuleBasedStateMachine):
             self.stepped.close()
 
     def come_to_an_end(self):
-        """Words end, and the rest has its time."""
+        """Wait until the words end and the deadlines are over."""
         self.stepped.turn()
         for sent in self.answering:
             if sent.delivery.first_output:
@@ -490,7 +490,7 @@ class Machine(RuleBasedStateMachine):
         self.stepped.wait(self.policy.deadline + 0.001)
 
     def check_the_end(self):
-        """Each reply has one outcome, the one that is true, and nothing is left."""
+        """Check that each reply has its true outcome, and that no state is left."""
         assert [] == self.open
         assert 0 == self.recorder.open_spans
         assert set() == self.stepped.tasks()
@@ -505,7 +505,7 @@ class Machine(RuleBasedStateMachine):
 
     @staticmethod
     def check_outcome(asked, outcome):
-        """What was told is what happened."""
+        """Check that the recorded outcome is the real one."""
         future = asked.future
         given = not future.cancelled() and future.exception() is None
         if outcome in HEARD:
@@ -524,31 +524,31 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def open(self):
-        """The replies that are not over."""
+        """Return the replies that have not ended."""
         return [asked for asked in self.asked if not asked.ended]
 
     @property
     def waiting(self):
-        """Those whose agent waits."""
+        """Return the replies that the agent waits for."""
         return [asked for asked in self.open if not asked.future.done()]
 
     @property
     def resolved(self):
-        """Those whose agent has one, whether it speaks yet or not."""
+        """Return the replies that the agent has, with or without a word."""
         return [asked for asked in self.open if asked.reply.resolved and not asked.interrupted]
 
     @property
     def unanswered(self):
-        """The requests that the provider knows of and has not answered."""
+        """Return the requests that the provider has received and not answered."""
         return [s for asked in self.asked for s in asked.sent if not (s.answered or s.over)]
 
     @property
     def answering(self):
-        """The requests whose answer has begun."""
+        """Return the requests with a started answer."""
         return [s for asked in self.asked for s in asked.sent if s.answered and not s.over]
 
     def end(self, sent, why):
-        """The provider is done with an answer; ``why`` it failed, if so."""
+        """Remove an answer that is complete, or failed because of ``why``."""
         sent.over = True
         with self.stepped.standing():
             sent.delivery.end(why)
@@ -564,11 +564,11 @@ def test_loop_keeps_promise_in_any_order():
 
 
 class TestFound:
-    """What the machine found, each as short as it could be made."""
+    """Failures that the machine found, each reduced to its shortest form."""
 
     @staticmethod
     def begin(**changes):
-        """The first step: a provider that tells no more than that a reply has begun."""
+        """Start a provider that reports only the start of a reply."""
         policy = {"max_retries": 0, "base_delay": 0, "deadline": 4.0, "attempt_timeout": None}
         policy.update((name, changes.pop(name)) for name in list(changes) if name in policy)
         arguments = {"delivers": 3, "actions": ["send"], "limit": None, "budget": None}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the servers of tests/backends: ``python tools/backends/build.py [jaeger] [otelcol]``.
 
-Both come from the Go module proxy with the ordinary ``go`` command (1.24 or newer) and land in
-``~/.cache/traced-retry/backends`` (or where ``TRACED_RETRY_BACKENDS`` says), never in the tree. Six
-minutes for Jaeger on two cores, two more for the Collector; nothing to do the second time.
+The ordinary ``go`` command (1.24 or newer) gets the sources from the Go module proxy. The servers
+are written to ``~/.cache/traced-retry/backends`` or to ``TRACED_RETRY_BACKENDS``. On two
+cores Jaeger takes six minutes and the Collector two. A second run builds only outdated servers.
 Prometheus and Alertmanager are Debian packages: ``apt-get install prometheus
 prometheus-alertmanager``.
 """
@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 JAEGER = "github.com/jaegertracing/jaeger@v1.76.0"
-"""Jaeger 2.13.0. Its module has no v2 tag: v1.76.0 is the last one it has, made on the same
-commit, and the proxy has no later commit."""
+"""Jaeger 2.13.0. Its module has no v2 tag. The tag v1.76.0 is on the same commit, and the proxy has
+no later one."""
 BUILDER = "go.opentelemetry.io/collector/cmd/builder@v0.155.0"
 MANIFEST = Path(__file__).with_name("otelcol.yaml")
 CACHE = Path(
@@ -29,7 +29,7 @@ CACHE = Path(
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
-    """Run a command and return what it printed; its errors go to the terminal."""
+    """Run a command and return its standard output. Its errors go to the terminal."""
     print("$", *command, flush=True)
     env = {**os.environ, "CGO_ENABLED": "0", **environment}
     return subprocess.run(  # noqa: S603 - our own commands
@@ -38,7 +38,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 
 
 def workshop(name: str) -> Path:
-    """An empty folder to build in."""
+    """Return an empty folder for a build."""
     folder = CACHE / "src" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -47,7 +47,7 @@ def workshop(name: str) -> Path:
 
 
 def install(built: Path) -> None:
-    """Put it where the tests look; also while an older one runs."""
+    """Move a server into the folder of the tests. An older one may be running."""
     new = CACHE / "bin" / f"{built.name}.new"
     shutil.copy(built, new)
     new.replace(new.with_suffix(""))
@@ -58,7 +58,7 @@ def jaeger() -> None:
     folder = workshop("jaeger")
     module, _, version = JAEGER.partition("@")
     (folder / "go.mod").write_text("module traced-retry/backends/jaeger\n\ngo 1.24\n")
-    # Its own checksums, for of some of what it needs the public checksum database has no record.
+    # The public checksum database lacks some of its dependencies, so use its own checksums.
     there = json.loads(run("go", "mod", "download", "-json", JAEGER, cwd=folder))["Dir"]
     (folder / "go.sum").write_bytes(Path(there, "go.sum").read_bytes())
     run("go", "get", "-tool", f"{module}/cmd/jaeger@{version}", cwd=folder)
@@ -69,8 +69,8 @@ def jaeger() -> None:
 def otelcol() -> None:
     """Build the Collector of the manifest.
 
-    The builder only writes its source: it would go on with ``go mod tidy``, which wants the modules
-    of its components' tests too, and the proxy does not have all of them.
+    The builder only writes the source. Its next step would be ``go mod tidy``, which needs the
+    modules of its components' tests, and the proxy does not have all of them.
     """
     folder = workshop("otelcol")
     run("go", "install", BUILDER, cwd=folder, GOBIN=str(folder))
@@ -93,7 +93,7 @@ def otelcol() -> None:
 
 
 def outdated(name: str) -> bool:
-    """Whether it is not there, or was built from another manifest."""
+    """Return whether a server is missing, or was built from another manifest."""
     if not (CACHE / "bin" / name).exists():
         return True
     built_from = CACHE / "bin" / MANIFEST.name
@@ -102,11 +102,11 @@ def outdated(name: str) -> bool:
 
 
 def main() -> None:
-    """Build what was asked for, or all, where it is not there yet or not as it should be."""
+    """Build the named servers, or all, if they are missing or outdated."""
     wanted = sys.argv[1:] or ["jaeger", "otelcol"]
     makers = {"jaeger": jaeger, "otelcol": otelcol}
     if unknown := set(wanted) - set(makers):
-        sys.exit(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(makers)}")
+        sys.exit(f"unknown server {', '.join(sorted(unknown))}: expected {', '.join(makers)}")
     for name in wanted:
         if outdated(name):
             makers[name]()

@@ -346,8 +346,8 @@ def exemplars() -> Panel:
                 drawn,
                 f"{{{{{OUTCOME}}}}}",
             ),
-            # Prometheus looks for exemplars by a query's selectors. Its result would cost seconds
-            # where every call has series of its own; of the year 1970 there is none, and for free.
+            # Prometheus looks for exemplars by a query's selectors. Computing the result would cost
+            # seconds if each call has its own series. At the time 0 there is no sample to read.
             Query(
                 f"sum by ({OUTCOME}) ({spans} @ 0 or {own} @ 0)",
                 f"{{{{{OUTCOME}}}}}",

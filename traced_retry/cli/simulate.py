@@ -39,7 +39,7 @@ def simulate_epilog() -> str:
         faults = describe_faults()
     head = "\b\nElements of a script, separated by commas. The last one repeats forever:\n"
     tail = (
-        "\n\nPut turn: in front of an element to answer the caller with it, who then speaks "
+        "\n\nIf you put turn: in front of an element, it answers the caller, who then speaks "
         'every --turn-every seconds: "turn:ok,turn:failed".'
     )
     return head + faults + tail
@@ -47,17 +47,17 @@ def simulate_epilog() -> str:
 
 def simulate(
     provider: Annotated[
-        str, typer.Argument(help=f"Whose protocol to speak: {_known_providers()}.")
+        str, typer.Argument(help=f"The provider to simulate: {_known_providers()}.")
     ],
     *,
     script: Annotated[
-        str, typer.Option(help='What to do to each request, such as "rate_limit,late:3,ok".')
+        str, typer.Option(help='The fault of each request, for example "rate_limit,late:3,ok".')
     ] = "ok",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 picks a free one.")
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1. With 0 a free one is used.")
     ] = 0,
     faults: Annotated[
-        bool, typer.Option("--faults", help="List the faults of this protocol, and exit.")
+        bool, typer.Option("--faults", help="List the faults of this protocol.")
     ] = False,
     turn_every: Annotated[
         float, typer.Option(min=0.1, help="Seconds between two turns of the caller.")
@@ -65,8 +65,8 @@ def simulate(
     ca: Annotated[
         Path | None,
         typer.Option(
-            help="File for the certificate authority of google and aws; default: one in the "
-            "system's folder for temporary files."
+            help="File for the certificate authority of google and aws; default: a file in the "
+            "system's temporary folder."
         ),
     ] = None,
 ) -> None:
@@ -78,7 +78,7 @@ def simulate(
 
     if provider not in PROVIDERS:
         raise typer.BadParameter(
-            f"{provider!r} is not simulated; known: {', '.join(PROVIDERS)}", param_hint="PROVIDER"
+            f"unknown provider {provider!r}: expected {', '.join(PROVIDERS)}", param_hint="PROVIDER"
         )
     kind = simulator(provider)
     if faults:
@@ -93,7 +93,7 @@ def simulate(
         typer.echo(f"{asked} requests, {done} answered in full, {len(server.cancels)} cancelled")
     except OSError as error:
         raise typer.BadParameter(
-            f"127.0.0.1:{port} cannot be listened on ({error.strerror}); --port 0 picks a free one"
+            f"cannot listen on 127.0.0.1:{port} ({error.strerror}): use --port 0 for a free port"
         ) from None
 
 
