@@ -27,6 +27,7 @@ class Attempt(Generic[T]):
         "delivery",
         "failure",
         "future",
+        "hedge_at",
         "limit",
         "next_action",
         "next_delay",
@@ -47,6 +48,8 @@ class Attempt(Generic[T]):
         """Start on the event loop's clock, in seconds."""
         self.limit = limit
         """Time on the event loop's clock at which the attempt is given up."""
+        self.hedge_at: float | None = None
+        """Time on the event loop's clock from which a second request may be sent."""
         self.future: asyncio.Future[T] | None = None
         self.delivery: Delivery | None = None
         self.result: semconv.Result = "succeeded"
