@@ -162,10 +162,10 @@ class OpenAIAdapter(Adapter):
     def request(self, call: Call) -> OpenAIRequest:
         """Create the request for one reply.
 
-        xAI's server may run two responses at once, so a request of it is abandoned before the next.
+        A request to xAI's server is abandoned before the next one is sent.
         """
         request = OpenAIRequest(self, call)
-        request.adopts = self.adopts and self.target().provider != "x_ai"
+        request.adopts = self.adopts and not _runs_two_responses(self.session.realtime_model)
         return request
 
     def ready(self) -> bool:
@@ -842,6 +842,11 @@ def _why_empty(response: Mapping[str, Any]) -> Failure | None:
         ):
             return None
     return empty_failure("response")
+
+
+def _runs_two_responses(model: llm.RealtimeModel) -> bool:
+    """Return whether the server may run two responses at once, as xAI's does."""
+    return _provider(model) == "x_ai" or str(model.model).startswith("xai/")
 
 
 def _provider(model: llm.RealtimeModel) -> str:
