@@ -102,8 +102,8 @@ class Reply(Driver, Generic[T]):
         "_number",
         "_on_ended",
         "_on_failed",
-        "_paid_for",
         "_on_output",
+        "_paid_for",
         "_policy",
         "_reported",
         "_request",
@@ -233,18 +233,23 @@ class Reply(Driver, Generic[T]):
             with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt.future)
 
-    def end_retries(self, failure: Failure) -> None:
+    def end_retries(self, failure: Failure, within: float) -> None:
         """Make no further attempt, and end the reply as out of time.
 
         A reply with output goes on. A first attempt without a result may still get one, because the
-        caller would wait for it without retries, too.
+        caller would wait for it without retries, too. If it is hedged, it has ``within`` seconds.
         """
         attempt = self._attempt
         if attempt is not None and attempt.delivery is not None and attempt.delivery.first_output:
             return
-        waits = attempt is not None and attempt.future is not None and not attempt.future.done()
-        if waits and self._number == 1:
+        if attempt is None or attempt.future is None or attempt.future.done():
+            self.report_failure(failure, "deadline")
+        elif self._number == 1:
             self._policy = replace(self._policy, max_retries=0)
+        elif attempt.action == "hedge":  # The request before it is still open.
+            self._policy = replace(self._policy, max_retries=0)
+            attempt.limit = min(attempt.limit, self._loop.time() + within)
+            self.wake()
         else:
             self.report_failure(failure, "deadline")
 
