@@ -233,7 +233,7 @@ class Reply(Driver, Generic[T]):
             with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt.future)
 
-    def end_retries(self, failure: Failure, within: float) -> None:
+    def end_retries(self, failure: Failure, within: float = 0.0) -> None:
         """Make no further attempt, and end the reply as out of time.
 
         A reply with output goes on. A first attempt without a result may still get one, because the
