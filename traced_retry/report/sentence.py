@@ -20,6 +20,7 @@ _WHY: Final = {
     "max_attempts": "no attempts left",
     "deadline": "deadline",
     "budget": "retry budget spent",
+    "circuit_open": "the provider failed for all calls of this machine",
 }
 """Texts for the limits that can end a reply."""
 
@@ -168,6 +169,7 @@ _BY_STOP_REASON: Final[dict[str, Callable[[Reply], str]]] = {
     "max_attempts": _exhausted,
     "deadline": _exhausted,
     "budget": _exhausted,
+    "circuit_open": _exhausted,
     "unsafe_to_resend": _unsafe,
     "output_started": _output_started,
     "not_recoverable": _not_recoverable,
