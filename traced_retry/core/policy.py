@@ -34,6 +34,7 @@ ENV: Final = {
     "TRACED_RETRY_ON_SILENCE": "on_silence",
     "TRACED_RETRY_BUDGET": "budget",
     "TRACED_RETRY_BREAKER": "breaker",
+    "TRACED_RETRY_WAITING_AFTER": "waiting_after",
 }
 """The variable of each field that has one."""
 
@@ -70,6 +71,9 @@ class RetryPolicy:
         breaker: whether new replies fail at once while a provider fails for all processes of this
             machine. ``"auto"`` shares the state in a small file of this user, and an absolute path
             names another file. It needs a POSIX system. Default: None, no breaker.
+        waiting_after: seconds without output after which ``on_waiting`` is called. Default: 2.0 s.
+            A healthy realtime model starts to speak within about 1 s, and a caller who hears no
+            sound for longer than 2 s assumes that the line is dead.
         classify: a function that overrules the default table for one failure, and returns None to
             keep it. For example ``lambda f: dataclasses.replace(f, recoverable=True) if f.code ==
             "busy" else None``. Default: None.
@@ -88,6 +92,7 @@ class RetryPolicy:
     on_silence: OnSilence | None = None
     budget: RetryBudget | None = field(default_factory=process_budget)
     breaker: str | None = None
+    waiting_after: float = 2.0
     classify: Callable[[Failure], Failure | None] | None = None
 
     def __post_init__(self) -> None:
@@ -109,9 +114,9 @@ class RetryPolicy:
 
         Numbers: ``LIVEKIT_REALTIME_MAX_RETRIES``, ``LIVEKIT_REALTIME_RETRY_BASE_DELAY``,
         ``LIVEKIT_REALTIME_RETRY_MAX_DELAY``, ``TRACED_RETRY_DEADLINE``,
-        ``TRACED_RETRY_ATTEMPT_TIMEOUT``. True or false (also 1, 0, yes, no, on, off):
-        ``TRACED_RETRY_RETRY_RATE_LIMITS``. A word: ``TRACED_RETRY_ON_SILENCE``. Retries at once,
-        or ``off``: ``TRACED_RETRY_BUDGET``. ``auto``, ``off`` or an absolute path:
+        ``TRACED_RETRY_ATTEMPT_TIMEOUT``, ``TRACED_RETRY_WAITING_AFTER``. True or false (also 1, 0,
+        yes, no, on, off): ``TRACED_RETRY_RETRY_RATE_LIMITS``. A word: ``TRACED_RETRY_ON_SILENCE``.
+        Retries at once, or ``off``: ``TRACED_RETRY_BUDGET``. ``auto``, ``off`` or an absolute path:
         ``TRACED_RETRY_BREAKER``.
 
         Raises:
@@ -259,5 +264,6 @@ _CHECKS: Final[dict[str, Callable[[Any], str | None]]] = {
     "on_silence": _check_silence,
     "budget": _check_budget,
     "breaker": _check_breaker,
+    "waiting_after": _check_seconds,
     "classify": _check_callable,
 }
