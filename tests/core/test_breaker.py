@@ -18,7 +18,7 @@ import time
 from collections import Counter
 
 import pytest
-from support.brownout import live_through, seen_by
+from support.brownout import live_through, open_circuit, seen_by
 from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import CircuitOpenError, PolicyError, RetryPolicy
@@ -53,13 +53,6 @@ def outage(processes, *, began=NOW, count=FAILURES, seconds=SPAN):
         ends = began + seconds * number / max(count - 1, 1)
         each.fail(ERROR, min(began, ends), ends)
     return began + seconds
-
-
-def open_file(path, now):
-    """Open the circuit of the file until ``now`` plus the interval."""
-    others = [circuit(seen_by(path, number), *KEY) for number in (8, 9)]
-    outage(others, began=now - SPAN)
-    assert others[0].is_open(now)
 
 
 class TestRule:
@@ -345,7 +338,7 @@ class TestReply:
 
     async def test_new_reply_fails_at_once_while_open(self, ask, path, recorder):
         """No request is sent, no time passes, and the span names the reason."""
-        open_file(path, now())
+        open_circuit(path, KEY, now())
         began, script = now(), Scripted("hello")
         with pytest.raises(CircuitOpenError):
             await ask(script)
@@ -365,14 +358,14 @@ class TestReply:
 
     async def test_probe_that_is_answered_closes_it(self, ask, path):
         """The probe is an ordinary reply, and the next one needs no probe."""
-        open_file(path, now())
+        open_circuit(path, KEY, now())
         await asyncio.sleep(INTERVAL)
 
         assert ["a", "b"] == [await ask(Scripted(word)) for word in "ab"]
 
     async def test_probe_has_one_attempt(self, ask, path, recorder):
         """A probe that fails is not retried, and raises the provider's error."""
-        open_file(path, now())
+        open_circuit(path, KEY, now())
         await asyncio.sleep(INTERVAL)
         script = Scripted(ProviderError("server_error"), "hello")
         with pytest.raises(ProviderError):
@@ -384,7 +377,7 @@ class TestReply:
     async def test_retry_is_refused_and_costs_no_token(self, ask, path, recorder):
         """A reply that failed before the circuit opened does not try again afterwards."""
         reply = ask(Scripted((1.0, ProviderError("server_error"))))
-        open_file(path, now())
+        open_circuit(path, KEY, now())
         left = RetryPolicy().budget.remaining()["openai"]
         with pytest.raises(ProviderError):
             await reply
@@ -396,7 +389,7 @@ class TestReply:
     async def test_circuit_that_opens_in_the_wait_ends_it(self, ask, path, recorder):
         """The next attempt of a reply that waits is not sent."""
         reply = ask(Scripted(ProviderError("server_error")), base_delay=3.0)
-        open_file(path, now())
+        open_circuit(path, KEY, now())
         script = Scripted("hello")
         with pytest.raises(ProviderError):
             await reply
@@ -412,13 +405,13 @@ class TestReply:
                 return "listen"
 
         reply = ask(Scripted(HANG, "late"), request=Listener, attempt_timeout=1.0)
-        open_file(path, now())
+        open_circuit(path, KEY, now())
 
         assert "late" == await reply
 
     async def test_reply_that_the_provider_started_is_not_refused(self, ask, path):
         """The provider answers the caller, so it works."""
-        open_file(path, now())
+        open_circuit(path, KEY, now())
 
         assert "hello" == await ask(Scripted("hello"), began=now())
         assert "next" == await ask(Scripted("next"))
@@ -431,7 +424,7 @@ class TestReply:
             def delivery(self, result):
                 return delivery
 
-        open_file(path, now())
+        open_circuit(path, KEY, now())
         await asyncio.sleep(INTERVAL)
         await ask(Scripted("probe"), request=Spoken)
         with pytest.raises(CircuitOpenError):
@@ -448,7 +441,7 @@ class TestReply:
         script = Scripted("hello")
         policy = RetryPolicy(breaker=str(path))
         reply = Reply(CallRequest(script.future), policy, trace, cooldown=cooldown).start()
-        open_file(path, now())
+        open_circuit(path, KEY, now())
         with pytest.raises(CircuitOpenError):
             await reply
 

@@ -15,6 +15,7 @@ from support.scripted import ProviderError
 from traced_retry import RetryBudget, RetryPolicy
 from traced_retry.core import breaker
 from traced_retry.core.breaker import CircuitOpenError
+from traced_retry.core.failure import failure
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest
 from traced_retry.core.telemetry import Target, Telemetry
@@ -56,6 +57,15 @@ class Result:
 def seen_by(path, number):
     """Return the setting for which this process opens the file as another process would."""
     return f"{path.parent}/{'./' * number}{path.name}"
+
+
+def open_circuit(path, key, now):
+    """Have two other processes fail until ``now``, so that the circuit of ``key`` opens."""
+    others = [breaker.circuit(seen_by(path, number), *key) for number in (98, 99)]
+    failed = failure(ProviderError("server_error"), "server_error")
+    for number in range(breaker.FAILURES):
+        others[number % 2].fail(failed, now - breaker.SPAN, now)
+    assert others[0].is_open(now)
 
 
 class _Calls:
