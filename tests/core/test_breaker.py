@@ -112,6 +112,14 @@ class TestRule:
 
         assert processes[0].is_open(NOW + 10)
 
+    def test_new_reply_finds_a_silent_provider_down(self, processes):
+        """All others wait for an answer, so the next new reply is the first probe."""
+        for each in itertools.islice(itertools.cycle(processes), FAILURES):
+            each.fail(ERROR, NOW, NOW + 2.5)
+
+        assert [True] * 3 == [each.admits(NOW + SPAN - 0.1) for each in processes]
+        assert [True, False, False] == [each.admits(NOW + SPAN) for each in processes]
+
     def test_old_failures_do_not_count(self, processes):
         """A failure at night and one in the morning are no outage."""
         outage(processes, count=FAILURES - 1)

@@ -441,7 +441,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.asked) > 1)
     def open_circuit(self, then):
         """Other processes have seen the provider fail for all of them."""
-        self.circuit._open(self.circuit._words[self.circuit._at + 2], 30, 8.0, self.stepped.now)
+        next_probe = round((self.stepped.now + breaker.INTERVAL) * 1e6)
+        self.circuit._words[self.circuit._at + breaker._NEXT_PROBE] = next_probe
         self.stepped.go_on(then)
 
     @rule(seconds=st.sampled_from([1.0, 3.0]))

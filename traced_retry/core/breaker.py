@@ -109,13 +109,15 @@ class Circuit:
 
     def admits(self, now: float) -> bool:
         """Return whether a new reply may be sent: if the circuit is closed, or as the probe."""
-        next_probe = self._words[self._at + _NEXT_PROBE]
-        if not next_probe:
-            return True
-        at = _micros(now)
-        if not _is_current(at - next_probe):
-            return True
-        return at >= next_probe and self._claim_probe(next_probe, at)
+        words, at = self._words, self._at
+        next_probe, time = words[at + _NEXT_PROBE], _micros(now)
+        if next_probe and _is_current(time - next_probe):
+            return time >= next_probe and self._claim_probe(next_probe, time)
+        if words[at + _RUN]:
+            # If the provider is silent, all others may wait for it, so no failure opens the
+            # circuit. This reply is then the first probe.
+            self._open_if_down(now)
+        return True
 
     def is_open(self, now: float) -> bool:
         """Return whether the circuit is open, and do not claim a probe."""
@@ -137,8 +139,7 @@ class Circuit:
         if failure.kind not in COUNTED:
             return
         words, at = self._words, self._at
-        ends, seen = _millis(now), words[at + _SUCCESS]
-        success = seen if seen <= ends else 0
+        ends, success = _millis(now), self._last_success(now)
         starts = min(max(_millis(began), success), ends)
         first, count, several, process = _unpack(words[at + _RUN])
         if count and success <= first and 0 <= ends - first <= WINDOW * 1e3:
@@ -146,13 +147,20 @@ class Circuit:
             several = several or process != self._process
         else:
             count, several = 0, False
-        count = min(count + 1, _MOST)
-        words[at + _RUN] = _pack(starts, count, several, self._process)
-        if several and count >= FAILURES and ends - starts >= SPAN * 1e3 and not self.is_open(now):
-            self._open(seen, count, now - starts / 1e3, now)
+        words[at + _RUN] = _pack(starts, min(count + 1, _MOST), several, self._process)
+        if not self.is_open(now):
+            self._open_if_down(now)
 
-    def _open(self, seen: int, count: int, seconds: float, now: float) -> None:
+    def _open_if_down(self, now: float) -> None:
+        """Open the circuit if the failures in a row are enough."""
         words, at = self._words, self._at
+        seen, success = words[at + _SUCCESS], self._last_success(now)
+        first, count, several, _ = _unpack(words[at + _RUN])
+        milliseconds = _millis(now) - first
+        if not several or count < FAILURES or success > first:
+            return
+        if not SPAN * 1e3 <= milliseconds <= WINDOW * 1e3:
+            return
         words[at + _NEXT_PROBE] = _micros(now + INTERVAL)
         if words[at + _SUCCESS] != seen:  # Another process has succeeded since the count.
             words[at + _NEXT_PROBE] = 0
@@ -162,8 +170,13 @@ class Circuit:
             "and new replies fail at once until a probe is answered",
             self._name,
             f"{count} or more" if count == _MOST else count,
-            seconds,
+            milliseconds / 1e3,
         )
+
+    def _last_success(self, now: float) -> int:
+        """Return the time of the last success in milliseconds, or 0 if it is of another boot."""
+        success = self._words[self._at + _SUCCESS]
+        return success if success <= _millis(now) else 0
 
     def _claim_probe(self, due: int, now: int) -> bool:
         """Return whether this process may send the probe that is due."""
