@@ -31,6 +31,10 @@ _APT = "apt-get install prometheus prometheus-alertmanager"
 HOW = {
     "jaeger": f"{_BUILD} jaeger",
     "otelcol": f"{_BUILD} otelcol",
+    "prometheus3": f"{_BUILD} prometheus3",
+    "promtool3": f"{_BUILD} promtool3",
+    "vmagent": f"{_BUILD} vmagent",
+    "vmalert-tool": f"{_BUILD} vmalert-tool",
     "prometheus": _APT,
     "promtool": _APT,
     "prometheus-alertmanager": _APT,
