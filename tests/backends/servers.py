@@ -138,6 +138,11 @@ class Process:
             self._process.kill()
             self._process.wait()
 
+    def kill(self):
+        """End the server with a SIGKILL. It can be started again."""
+        self._process.kill()
+        self._process.wait()
+
     def _is_ready(self):
         if self._process.poll() is not None:
             log = (self.folder / f"{self.name}.log").read_text(errors="replace")
@@ -338,3 +343,7 @@ class Collector:
 
     def __exit__(self, *_):
         self._process.__exit__()
+
+    def kill(self):
+        """End the Collector with a SIGKILL. It can be started again, with the same ports."""
+        self._process.kill()
