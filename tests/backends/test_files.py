@@ -13,7 +13,7 @@ from backends.servers import DASHBOARDS, EXPORTERS, command
 
 from traced_retry import semconv
 
-FOLDERS = ("jaeger", "collector", "prometheus", "alertmanager", "grafana")
+FOLDERS = ("jaeger", "collector", "prometheus", "alertmanager", "grafana", "vmagent")
 SERVER_SIDE = [
     *sorted(path for folder in FOLDERS for path in (EXPORTERS / folder).rglob("*.yaml")),
     EXPORTERS / "compose.yaml",
