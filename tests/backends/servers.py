@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -64,12 +65,20 @@ def command(name):
 
 
 def free_ports(count):
-    """Ports that were free a moment ago, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return ports that were free a moment ago, all different.
+
+    They lie below the range from which Linux and macOS choose the port of a client or of a server
+    on port 0. Otherwise, another test could take such a port before the server starts. They do not
+    depend on the tests' random seed, which is the same in each process that runs tests.
+    """
+    found = []
+    while len(found) < count:
+        port = secrets.choice(range(10_000, 32_000))
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            if port not in found:
+                found.append(port)
+    return found
 
 
 def until(condition, seconds=20.0, what="it"):
