@@ -91,6 +91,7 @@ bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stam
 	$(BIN)/python benchmarks/outage.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/queries.py
+	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/report.py
 
 .PHONY: backends
