@@ -32,6 +32,8 @@ def values(names: tuple[str, ...]) -> str:
 
 
 MEANS: Final = {
+    semconv.GEN_AI_OPERATION: f"`{semconv.GENERATE_CONTENT}`, as on LiveKit's own span",
+    semconv.SPAN_KIND: "`CHAIN`. On a reply that was lost without a response: `LLM`",
     semconv.PROVIDER: "the name from the semantic conventions, or a lower-case name",
     semconv.INITIATOR: f"{values(semconv.INITIATORS)}: who started the reply",
     semconv.MODEL: "",
