@@ -17,7 +17,7 @@ from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-de
 )
 
 from traced_retry.core.guard import logger
-from traced_retry.core.policy import OnSilence, RetryPolicy, _budget, _number_or_off
+from traced_retry.core.policy import OnSilence, RetryPolicy, _breaker, _budget, _number_or_off
 from traced_retry.errors import UsageError
 from traced_retry.livekit.first_use import at_first_use, is_imported
 
@@ -47,6 +47,8 @@ class RetryOptions:
     on_silence: OnSilence | None = None
     budget: float | Literal["off"] | None = None
     """Retries at once, as in ``TRACED_RETRY_BUDGET``."""
+    breaker: str | None = None
+    """As in ``TRACED_RETRY_BREAKER``."""
     hedge_after: float | Literal["off"] | None = None
     first_word_timeout: float | Literal["off"] | None = None
     waiting_after: float | None = None
@@ -76,6 +78,7 @@ _OFF: Final[dict[str, Callable[[str], object]]] = {
     "budget": _budget,
     "hedge_after": _number_or_off,
     "first_word_timeout": _number_or_off,
+    "breaker": _breaker,
 }
 """Options that can be ``off``."""
 
