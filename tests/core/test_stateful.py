@@ -287,6 +287,7 @@ class Machine(RuleBasedStateMachine):
 
         def on_ended(reply, error):
             asked.ended += 1
+            asked.settle()
 
         with self.stepped.standing():
             asked.reply = Reply(
