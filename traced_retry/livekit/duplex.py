@@ -19,7 +19,8 @@ Facts (livekit-agents 1.8.9, ``llm/duplex_adapter.py`` and ``llm/_realtime/gpt_l
   the server ended the session normally, or ``max_session_duration`` is over.
 * There is no cancel, and ``interrupt()`` has no effect, because the model stops by itself if the
   caller speaks. The model decides when it speaks, so a caller's turn without an answer is no
-  failure.
+  failure, unless the connection is lost soon after the caller's words. The new session does not
+  answer them.
 * A tool call that comes before the model's first word does not resolve the request. LiveKit would
   run the tool only after the request has failed, and the model would wait for the tool's result.
 * A second request fails the open one with an error like any other.
@@ -54,6 +55,7 @@ from traced_retry.livekit.events import field, text
 from traced_retry.livekit.openai import provider_name
 from traced_retry.livekit.request import Call, Generation
 from traced_retry.livekit.single_slot import SingleSlotAdapter, SingleSlotRequest, before
+from traced_retry.livekit.turns import Turn
 
 _ENGINE = "livekit.agents.llm._realtime.gpt_live"
 _ASK = "session.commentary.append"
@@ -75,10 +77,13 @@ class DuplexAdapter(SingleSlotAdapter):
         self._deliveries: weakref.WeakKeyDictionary[Any, Delivery] = weakref.WeakKeyDictionary()
         self._speech: Delivery | None = None
         """The speech that is being heard."""
+        self._last_words: float | None = None
+        """When the caller's last words were understood. None once the model has spoken."""
         self._calls_tool = False
         """Whether the plugin is reporting a tool call."""
         self._error: object = None
         """The server's last error."""
+        session.on("input_audio_transcription_completed", self._on_words)
         if hasattr(session, "duplex_session"):
             self._observe_model()
         else:  # The session's own __init__ has not run yet.
@@ -145,6 +150,18 @@ class DuplexAdapter(SingleSlotAdapter):
             what = "the connection was lost before the reply"
             why = failure_from_event("connection_lost", what)
             self.replies.report_failure(why, only=self.asked)
+        self._lose_turn()
+
+    def _lose_turn(self) -> None:
+        """Report that the answer to the caller's last words is lost, if they are recent."""
+        now, words = asyncio.get_running_loop().time(), self._last_words
+        self._last_words = None
+        if words is None or now - words > self.window or self.waiting is not None:
+            return
+        what = "the connection was lost before the answer"
+        turn = Turn(self, self.turns)
+        self.replies.start(self, turn, words)
+        self.replies.report_failure(failure_from_event("connection_lost", what), only=turn)
 
     # --- events of the session and of its model ---------------------------------------------------
 
@@ -154,9 +171,14 @@ class DuplexAdapter(SingleSlotAdapter):
         elif event == "session_reconnected":
             self.connection_losses += 1
             self.connected = True
+            self._lose_turn()
             self.replies.wake()
         else:
             super()._on_emit(event, *args)
+
+    def _on_words(self, event: llm.InputTranscriptionCompleted) -> None:
+        if not event.is_final:  # The final event repeats the words, as late as at a reconnect.
+            self._last_words = asyncio.get_running_loop().time()
 
     def _emit_of_model(self, emit: Callable[..., Any], event: str, *args: Any) -> None:
         self._calls_tool = event == "function_call"
@@ -209,7 +231,7 @@ class DuplexAdapter(SingleSlotAdapter):
 
     def _on_sound(self, delivery: Delivery, send: Callable[[Any], None], frame: Any) -> None:
         if delivery is not self._speech:
-            self._speech = delivery
+            self._speech, self._last_words = delivery, None
             self.heard()
         delivery.mark_output()
         send(frame)
@@ -243,6 +265,8 @@ class DuplexRequest(SingleSlotRequest):
         self._is_declined = False
         """Whether the model takes no requests."""
         self._losses = 0
+        self._current: asyncio.Future[Generation] | None = None
+        """The last attempt."""
 
     @property
     def is_gone(self) -> bool:
@@ -253,10 +277,17 @@ class DuplexRequest(SingleSlotRequest):
         """Send the request, or take the slot to keep waiting."""
         adapter = self._adapter
         self._losses = adapter.connection_losses
-        if action != "listen" and adapter.waiting is not None:
-            adapter.waiting.cancel()  # This request supersedes it, so it has not failed.
+        other = adapter.waiting
+        if other is not None and other is not self._current:
+            # The older request is superseded, so it has not failed.
+            if self._current is None:
+                other.cancel()
+            else:
+                self._current = asyncio.get_running_loop().create_future()
+                self._current.cancel()
+                return self._current
         adapter.last_ask = None
-        attempt = super().attempt(action)
+        self._current = attempt = super().attempt(action)
         if action != "listen":
             self.event_id, self.sent_after, self.is_refused = adapter.last_ask, None, False
             self._is_declined = attempt.done()

@@ -68,7 +68,9 @@ LiveKit then waits for the pending replies. It kills a job's process that does n
 (livekit-agents 1.7.0 to 1.8.9)."""
 
 _HOOK = "_traced_retry"
-"""Name of the attribute that marks a session with our hook."""
+"""Name of the attribute that marks a session with our hook, and a wrapped model."""
+_HOOKS = "_traced_retry_hooks_duplex_models"
+"""Name of the attribute that marks ``DuplexRealtimeAdapter.session`` if it is replaced."""
 
 
 @dataclass(frozen=True)
@@ -559,7 +561,7 @@ def _hook_duplex_sessions() -> None:
     adapter's instance.
     """
     original = llm.DuplexRealtimeAdapter.session
-    if hasattr(original, _HOOK):
+    if hasattr(original, _HOOKS):
         return
 
     @functools.wraps(original)
@@ -570,7 +572,7 @@ def _hook_duplex_sessions() -> None:
                 _install(made, config, explicit=True)
         return made
 
-    setattr(session, _HOOK, True)
+    setattr(session, _HOOKS, True)
     llm.DuplexRealtimeAdapter.session = session  # type: ignore[method-assign]
 
 
