@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -104,6 +105,11 @@ class TestVersions:
         versions = supported.Versions("1.7.0", "1.8.9")
 
         assert (inside, newer) == (installed in versions, versions.newer(installed))
+
+    def test_frozen(self):
+        """No caller can change the supported versions."""
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            supported.LIVEKIT.newest = "9.9.9"
 
 
 class TestChoice:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from itertools import pairwise
 from typing import NamedTuple
@@ -736,6 +737,12 @@ class TestHarmless:
         await Reply(CallRequest(script.future), RetryPolicy(), telemetry.reply(TARGET)).start()
 
         assert {"recovered": 1} == recorder.counted("traced_retry.replies", "traced_retry.outcome")
+
+
+def test_target_is_frozen():
+    """The labels are computed once, so a changed target would keep its old ones."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TARGET.provider = "x_ai"
 
 
 class TestVocabulary:
