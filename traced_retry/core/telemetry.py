@@ -281,8 +281,6 @@ class ReplyTrace:
         self._context: otel_context.Context | None = None
         self._attempts = 0
         self._waited = 0.0
-        self._began = 0.0
-        self._started = 0
         self._response_id: str | None = None
         self.speech_id: str | None = None
         """The id of LiveKit's ``SpeechHandle``, if there is one."""
