@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from traced_retry._version import __version__
+from traced_retry.core.breaker import CircuitOpenError
 from traced_retry.core.budget import RetryBudget
 from traced_retry.core.decorator import RetryingRealtimeSession, retry
 from traced_retry.core.failure import Failure
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from traced_retry.livekit import instrument, uninstrument, wrap
 
 __all__ = [
+    "CircuitOpenError",
     "ConfigurationFileError",
     "ExportError",
     "FailedReply",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -28,7 +29,8 @@ from support.scripted import ProviderError
 from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, play, seen_alike
 
 from traced_retry import RetryPolicy, semconv
-from traced_retry.core import guard
+from traced_retry.core import breaker, guard
+from traced_retry.core.breaker import circuit
 from traced_retry.core.budget import RetryBudget
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import explain, failure
@@ -128,6 +130,11 @@ class Asked:
     def explain(self, error):
         return explain(error)
 
+    def refused(self):
+        if self.sent:
+            self.problems.append("refused although it was sent")
+        return failure(ProviderError(), "circuit_open")
+
     def timed_out(self, seconds):
         return failure(TimeoutError("ours"), "timeout", ended_locally=True)
 
@@ -196,6 +203,7 @@ class Machine(RuleBasedStateMachine):
         self.errors = Errors()
         self.recorder = Recorder()
         self.stepped = SteppedLoop()
+        self.folder = tempfile.TemporaryDirectory()
         self.asked = []
         self.in_vain = 0
         """How many were asked of a session that is over."""
@@ -223,7 +231,9 @@ class Machine(RuleBasedStateMachine):
         self.impatient, self.mortal = impatient, mortal
         self.provider = Provider(self.stepped.loop, delivers < 3, actions, limit)
         budget = None if budget is None else RetryBudget(budget)
-        self.policy = RetryPolicy(**policy, budget=budget)
+        path = f"{self.folder.name}/breaker"
+        self.policy = RetryPolicy(**policy, budget=budget, breaker=path)
+        self.circuit = circuit(path, *Target("somebody").key)
         self.telemetry = Telemetry(**self.recorder.providers)
         self.retry_after = SessionCooldown()
 
@@ -427,6 +437,14 @@ class Machine(RuleBasedStateMachine):
                 asked.reply.report_failure(*self.provider.dead)
         self.stepped.go_on(then)
 
+    @rule(then=THEN)
+    @precondition(lambda self: len(self.asked) > 1)
+    def open_circuit(self, then):
+        """Other processes have seen the provider fail for all of them."""
+        next_probe = round((self.stepped.now + breaker.INTERVAL) * 1e6)
+        self.circuit._words[self.circuit._at + breaker._NEXT_PROBE] = next_probe
+        self.stepped.go_on(then)
+
     @rule(seconds=st.sampled_from([1.0, 3.0]))
     @precondition(lambda self: self.open or self.provider.dead)
     def wait(self, seconds):
@@ -480,6 +498,8 @@ class Machine(RuleBasedStateMachine):
             self.recorder.shutdown()
             self.errors.close()
             self.stepped.close()
+            breaker.forget()
+            self.folder.cleanup()
 
     def come_to_an_end(self):
         """Words end, and the rest has its time."""

@@ -114,6 +114,15 @@ class TestLost:
             seconds=20.0,
         )
 
+    def test_circuit_open(self):
+        """The reply was refused before its first attempt, or after one."""
+        why = "the provider failed for all calls of the machine"
+
+        assert f"Not sent, because {why}." == say("exhausted", stop="circuit_open", seconds=0.0)
+        assert f"Lost after 1 attempt and 3.4 s ({why}): server_error." == say(
+            "exhausted", failed(1, "server_error"), stop="circuit_open"
+        )
+
     def test_unsafe_to_resend(self):
         """Why nothing more was done."""
         assert ("Lost after 3.4 s: connection_lost; asking again might be heard twice.") == say(

@@ -22,6 +22,7 @@ import backoff
 
 from traced_retry import semconv
 from traced_retry.core.attempt import Attempt
+from traced_retry.core.breaker import circuit
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.driver import Driver, Steps
 from traced_retry.core.failure import NOTE, Failure, copy_error, explain
@@ -89,6 +90,7 @@ class Reply(Driver, Generic[T]):
     __slots__ = (
         "_attempt",
         "_began",
+        "_circuit",
         "_codes",
         "_cooldown",
         "_deadline",
@@ -132,6 +134,10 @@ class Reply(Driver, Generic[T]):
         self._on_output = on_output
         self._on_ended = on_ended
         self._future: asyncio.Future[T] = self._loop.create_future()
+        self._circuit = None
+        if policy.breaker is not None:
+            with suppress_and_log("finding the circuit breaker"):
+                self._circuit = circuit(policy.breaker, *trace.target.key)
 
         self._number = 0
         self._attempt: Attempt[T] | None = None
@@ -172,7 +178,7 @@ class Reply(Driver, Generic[T]):
             self._send("listen", 0.0)
         # A cooldown beyond the deadline does not hold a reply back, so each reply is sent once.
         elif not now < self._cooldown.until < self._deadline:
-            self._send("send", 0.0)
+            self._send_first(0.0)
         self._step()
         future = self._future
         if not future.done():
@@ -257,7 +263,7 @@ class Reply(Driver, Generic[T]):
 
     def _run(self) -> Steps:
         """Run attempts with waits between them, until one is heard."""
-        if self._attempt is None and not (yield from self._await_cooldown()):
+        if self._ended or (self._attempt is None and not (yield from self._await_cooldown())):
             return
         while True:
             attempt = self._attempt
@@ -276,6 +282,8 @@ class Reply(Driver, Generic[T]):
                 return
             self._fail_attempt(attempt, failure, action, delay)
             stop = yield from self._wait_until_ready(action, delay)
+            if stop is None and self._is_circuit_open(action):
+                stop = "circuit_open"
             if stop is not None:
                 self._give_up(self._forced_failure(failure), stop)
                 return
@@ -290,8 +298,19 @@ class Reply(Driver, Generic[T]):
         if stop is not None:
             self._give_up(self._forced_failure(failure), stop)
             return False
-        self._send("send", self._end_wait())
-        return True
+        self._send_first(self._end_wait())
+        return not self._ended
+
+    def _send_first(self, delay: float) -> None:
+        """Make the first attempt, unless the circuit breaker refuses it."""
+        admitted = True
+        if self._circuit is not None:
+            with suppress_and_log("asking the circuit breaker"):
+                admitted = self._circuit.admits(self._loop.time())
+        if admitted:
+            self._send("send", delay)
+        else:
+            self._give_up(self._request.refused(), "circuit_open")
 
     def _send(self, action: semconv.Action, delay: float) -> None:
         """Make the next attempt."""
@@ -358,13 +377,14 @@ class Reply(Driver, Generic[T]):
             self._future.set_result(self._result)
             self._trace.has_generation = True
         if delivery is None:
+            self._note_success()
             self._succeed(attempt)
             return None
         delivery.on_end = self.wake
-        if self._on_output is not None:
-            delivery.on_output = self._on_output
+        if self._on_output is not None or self._circuit is not None:
+            delivery.on_output = self._note_output
             if delivery.first_output:
-                self._on_output()
+                self._note_output()
         yield from self._await_end(attempt, delivery)
         return None if self._ended else self._finish(attempt, delivery)
 
@@ -435,11 +455,20 @@ class Reply(Driver, Generic[T]):
         delay = self._next_delay(failure) if action == "send" else 0.0
         if self._loop.time() + delay >= self._deadline:
             return "deadline", action, delay
+        if self._is_circuit_open(action):
+            return "circuit_open", action, delay
         budget = self._policy.budget
         if action in ("send", "restart") and budget is not None:  # A "listen" sends no request.
             paid = budget.spend(self._trace.target.provider, self._loop.time)
             return None if paid else "budget", action, delay
         return None, action, delay
+
+    def _is_circuit_open(self, action: semconv.Action | None) -> bool:
+        """Return whether the circuit breaker refuses a retry. Only a new reply can be a probe."""
+        if self._circuit is not None and action != "listen":
+            with suppress_and_log("asking the circuit breaker"):
+                return self._circuit.is_open(self._loop.time())
+        return False
 
     def _stop_reason(self, failure: Failure) -> semconv.StopReason | None:
         """Return the reason why no attempt may follow, however safe it would be."""
@@ -515,10 +544,25 @@ class Reply(Driver, Generic[T]):
         self._codes.append(failure.code or failure.error_type)
         with suppress_and_log("Request.abandon"):
             self._request.abandon(attempt.future, next_action)
+        if self._circuit is not None:
+            with suppress_and_log("reporting a failure to the circuit breaker"):
+                self._circuit.fail(failure, attempt.began, self._loop.time())
         attempt.failure = failure
         attempt.next_action = next_action
         attempt.next_delay = next_delay
         self._close(attempt, "failed")
+
+    def _note_output(self) -> None:
+        """Report the first output of a response."""
+        self._note_success()
+        if self._on_output is not None:
+            self._on_output()
+
+    def _note_success(self) -> None:
+        """Report to the circuit breaker that the provider answers."""
+        if self._circuit is not None:
+            with suppress_and_log("closing the circuit breaker"):
+                self._circuit.succeed(self._loop.time())
 
     def _record_failure(self, failure: Failure) -> None:
         """Keep the failure to raise: the provider's own last error, rather than our time-out."""

@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import backoff
 
+from traced_retry.core.breaker import AUTO
 from traced_retry.core.budget import RetryBudget, process_budget
 from traced_retry.core.failure import Failure, finite
 from traced_retry.core.sanitize import shown
@@ -31,6 +33,7 @@ ENV: Final = {
     "TRACED_RETRY_RETRY_RATE_LIMITS": "retry_rate_limits",
     "TRACED_RETRY_ON_SILENCE": "on_silence",
     "TRACED_RETRY_BUDGET": "budget",
+    "TRACED_RETRY_BREAKER": "breaker",
     "TRACED_RETRY_WAITING_AFTER": "waiting_after",
 }
 """The variable of each field that has one."""
@@ -65,6 +68,9 @@ class RetryPolicy:
         budget: the retries that this process may send, per provider. None means no limit. Default:
             one budget for all policies, with 10 retries at once, and then one per 10 replies and
             one per 30 s.
+        breaker: whether new replies fail at once while a provider fails for all processes of this
+            machine. ``"auto"`` shares the state in a small file of this user, and an absolute path
+            names another file. It needs a POSIX system. Default: None, no breaker.
         waiting_after: seconds without output after which ``on_waiting`` is called. Default: 2.0 s.
             A healthy realtime model starts to speak within about 1 s, and a caller who hears no
             sound for longer than 2 s assumes that the line is dead.
@@ -85,6 +91,7 @@ class RetryPolicy:
     retry_rate_limits: bool = True
     on_silence: OnSilence | None = None
     budget: RetryBudget | None = field(default_factory=process_budget)
+    breaker: str | None = None
     waiting_after: float = 2.0
     classify: Callable[[Failure], Failure | None] | None = None
 
@@ -109,7 +116,8 @@ class RetryPolicy:
         ``LIVEKIT_REALTIME_RETRY_MAX_DELAY``, ``TRACED_RETRY_DEADLINE``,
         ``TRACED_RETRY_ATTEMPT_TIMEOUT``, ``TRACED_RETRY_WAITING_AFTER``. True or false (also 1, 0,
         yes, no, on, off): ``TRACED_RETRY_RETRY_RATE_LIMITS``. A word: ``TRACED_RETRY_ON_SILENCE``.
-        Retries at once, or ``off``: ``TRACED_RETRY_BUDGET``.
+        Retries at once, or ``off``: ``TRACED_RETRY_BUDGET``. ``auto``, ``off`` or an absolute path:
+        ``TRACED_RETRY_BREAKER``.
 
         Raises:
             PolicyError: if a value is invalid. The message names the variable.
@@ -184,6 +192,11 @@ def _budget(text: str) -> RetryBudget | None:
     return None if text.lower() == "off" else process_budget(float(text))
 
 
+def _breaker(text: str) -> str | None:
+    word = text.lower()
+    return None if word == "off" else AUTO if word == AUTO else text
+
+
 def _number(value: object) -> bool:
     return finite(value) is not None
 
@@ -223,6 +236,12 @@ def _check_budget(value: Any) -> str | None:
     return "it must be how many retries at once, 1 or more, or off (in code: a RetryBudget or None)"
 
 
+def _check_breaker(value: Any) -> str | None:
+    if value is None or value == AUTO or (isinstance(value, str) and Path(value).is_absolute()):
+        return None
+    return f"it must be {AUTO}, the absolute path of a file, or off (in code: None)"
+
+
 def _check_callable(value: Any) -> str | None:
     return None if value is None or callable(value) else "it must be a function of one Failure"
 
@@ -232,6 +251,7 @@ _PARSERS: Final[dict[str, Callable[[str], object]]] = {
     "retry_rate_limits": _boolean,
     "on_silence": str,
     "budget": _budget,
+    "breaker": _breaker,
 }
 
 _CHECKS: Final[dict[str, Callable[[Any], str | None]]] = {
@@ -243,6 +263,7 @@ _CHECKS: Final[dict[str, Callable[[Any], str | None]]] = {
     "retry_rate_limits": _check_boolean,
     "on_silence": _check_silence,
     "budget": _check_budget,
+    "breaker": _check_breaker,
     "waiting_after": _check_seconds,
     "classify": _check_callable,
 }

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from traced_retry import semconv
+from traced_retry.core.breaker import REFUSED, CircuitOpenError
 from traced_retry.core.failure import Failure, explain, failure
 
 T = TypeVar("T")
@@ -30,6 +31,9 @@ class Request(Protocol[T]):
 
     def timed_out(self, seconds: float) -> Failure:
         """Say that the attempt was ended by us after ``seconds`` without an answer."""
+
+    def refused(self) -> Failure:
+        """Return the failure to raise if the circuit breaker is open, so nothing was sent."""
 
     def internal_failure(self, error: BaseException) -> Failure:
         """Return the failure to raise if our own code failed with ``error``. Never raise."""
@@ -175,6 +179,10 @@ class CallRequest(Generic[T]):
         """Return the failure of an attempt that ended with our ``TimeoutError``."""
         error = TimeoutError(f"no answer within {seconds:.1f} s")
         return self._limit(failure(error, "timeout", ended_locally=True))
+
+    def refused(self) -> Failure:
+        """Return the failure of a call that was not made, with our :class:`CircuitOpenError`."""
+        return failure(CircuitOpenError(REFUSED), "circuit_open", code=CircuitOpenError.code)
 
     def internal_failure(self, error: BaseException) -> Failure:
         """Return ``error`` as it is, classified by the default table."""

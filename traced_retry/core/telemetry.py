@@ -51,6 +51,11 @@ class Target:
     initiator: semconv.Initiator = "agent"
     """Who starts the reply."""
 
+    @property
+    def key(self) -> tuple[str, str | None, str | None, int | None]:
+        """Return the parts that name the model on its server."""
+        return self.provider, self.model, self.server_address, self.server_port
+
     @functools.cached_property
     def labels(self) -> Attributes:
         """Return the labels that every metric has."""

@@ -47,6 +47,8 @@ class RetryOptions:
     on_silence: OnSilence | None = None
     budget: float | Literal["off"] | None = None
     """Retries at once, as in ``TRACED_RETRY_BUDGET``."""
+    breaker: str | None = None
+    """As in ``TRACED_RETRY_BREAKER``."""
     waiting_after: float | None = None
 
     def __init__(self, **options: Any) -> None:
@@ -66,6 +68,8 @@ class RetryOptions:
             text = "off" if given["budget"] is False else str(given["budget"])
             with contextlib.suppress(ValueError):  # the policy raises the error
                 given["budget"] = _budget(text)
+        if given.get("breaker") in (False, "off"):
+            given["breaker"] = None
         return dataclasses.replace(RetryPolicy.from_env(), **given)
 
 

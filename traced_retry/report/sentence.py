@@ -20,6 +20,7 @@ _WHY: Final = {
     "max_attempts": "no attempts left",
     "deadline": "deadline",
     "budget": "retry budget spent",
+    "circuit_open": "the provider failed for all calls of the machine",
 }
 """Texts for the limits that can end a reply."""
 
@@ -114,6 +115,12 @@ def _exhausted(reply: Reply) -> str:
     return f"Lost {_after(reply, attempts=True)} ({why}){_colon(reply)}."
 
 
+def _circuit_open(reply: Reply) -> str:
+    if reply.attempt_count:
+        return _exhausted(reply)
+    return f"Not sent, because {_WHY['circuit_open']}."
+
+
 def _unsafe(reply: Reply) -> str:
     after = _after(reply, attempts=reply.retries > 0)
     return f"Lost {after}{_colon(reply)}; asking again might be heard twice."
@@ -168,6 +175,7 @@ _BY_STOP_REASON: Final[dict[str, Callable[[Reply], str]]] = {
     "max_attempts": _exhausted,
     "deadline": _exhausted,
     "budget": _exhausted,
+    "circuit_open": _circuit_open,
     "unsafe_to_resend": _unsafe,
     "output_started": _output_started,
     "not_recoverable": _not_recoverable,
