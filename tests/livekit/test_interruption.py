@@ -154,6 +154,8 @@ LISTENING = {
     "phonic": {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 12.0)},
     "aws": {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 13.0)},
 }
+DUPLEX = {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 13.0)}
+"""LiveKit does not interrupt a duplex model if the caller speaks, because the model does."""
 
 
 def cases():
@@ -166,6 +168,7 @@ def cases():
         ("google", GOOGLE, BY_CODE),
         ("google without vad", GOOGLE, (audio_activity, *BY_CODE)),
         *((name, states, (the_user_speaks, *BY_CODE)) for name, states in LISTENING.items()),
+        ("gpt-live", DUPLEX, BY_CODE),
     ]
     for provider, states, ways in table:
         for state in states:

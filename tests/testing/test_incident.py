@@ -96,4 +96,4 @@ def test_provider_without_a_simulator_is_refused():
 def test_each_provider_has_a_constructor_and_a_simulator():
     """A new simulator needs lines that reach it, and a provider name in the spans."""
     assert set(PROVIDERS) == set(_LINES)
-    assert set(PROVIDERS) == {*SIMULATOR_OF.values(), "nvidia"}
+    assert set(PROVIDERS) == {*SIMULATOR_OF.values(), "gpt-live", "nvidia"}

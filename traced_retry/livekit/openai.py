@@ -157,7 +157,7 @@ class OpenAIAdapter(Adapter):
         """Return the provider and the server, which is in the model's private options."""
         model = self.session.realtime_model
         server = host_and_port(getattr(getattr(model, "_opts", None), "base_url", None))
-        return Target(_provider(model), model.model, *server)
+        return Target(provider_name(model), model.model, *server)
 
     def request(self, call: Call) -> OpenAIRequest:
         """Create the request for one reply.
@@ -846,10 +846,11 @@ def _why_empty(response: Mapping[str, Any]) -> Failure | None:
 
 def _runs_two_responses(model: llm.RealtimeModel) -> bool:
     """Return whether the server may run two responses at once, as xAI's does."""
-    return _provider(model) == "x_ai" or str(model.model).startswith("xai/")
+    return provider_name(model) == "x_ai" or str(model.model).startswith("xai/")
 
 
-def _provider(model: llm.RealtimeModel) -> str:
+def provider_name(model: object) -> str:
+    """Return ``gen_ai.provider.name`` of a model with OpenAI's engine."""
     modules = [cls.__module__ for cls in type(model).__mro__]
     if any(name.startswith("livekit.plugins.xai") for name in modules):
         return "x_ai"

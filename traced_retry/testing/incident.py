@@ -26,7 +26,7 @@ SIMULATOR_OF: Final = {
     "phonic": "phonic",
     "aws.bedrock": "aws",
 }
-"""The simulator of each ``gen_ai.provider.name``."""
+"""The simulator of each ``gen_ai.provider.name``, except for GPT-Live."""
 
 _SLOW: Final = 0.2
 """Seconds. A faster answer comes at once in the script."""
@@ -58,7 +58,8 @@ def incident_script(replies: Iterable[Reply]) -> Script:
         raise UsageError(f"a script is for one provider, and there are {found}: give a trace id")
     if providers[0] not in SIMULATOR_OF:
         raise UsageError(f"provider {providers[0]!r} has no simulator")
-    known = simulator(SIMULATOR_OF[providers[0]]).faults
+    is_duplex = any("gpt-live" in (reply.model or "") for reply in asked)
+    known = simulator("gpt-live" if is_duplex else SIMULATOR_OF[providers[0]]).faults
     faults: list[Fault] = []
     turns: list[Fault] = []
     for reply in asked:
