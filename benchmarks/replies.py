@@ -107,6 +107,7 @@ async def converse(provider: str, script: str, way: str, result: Result) -> None
     case, (ask, policy) = PROVIDERS[provider], WAYS[way]
     loop = asyncio.get_running_loop()
     words: list[float] = []
+    ends: list[float] = []
     readers: list[asyncio.Task[None]] = []
     async with contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(case.simulator(script))
@@ -120,21 +121,20 @@ async def converse(provider: str, script: str, way: str, result: Result) -> None
         session = model.session()
         session.on(
             "generation_created",
-            lambda event: readers.append(asyncio.ensure_future(read(event, words))),
+            lambda event: readers.append(asyncio.ensure_future(read(event, words, ends))),
         )
         await server.wait_for("connected")
         began = loop.time()
-        failed = False
         try:
             await asyncio.wait_for(ask(session), WITHIN)
         except (llm.RealtimeError, TimeoutError, asyncio.CancelledError):
-            failed = True
-        knew = loop.time() - began
+            ends.append(loop.time())
         await asyncio.sleep(WITHIN)
         heard = [at - began for at in words]
         result.duplicates += max(0, len(heard) - 1)
         result.lost += not heard
-        result.silence.append(min(heard, default=knew if failed else WITHIN))
+        knew = max(ends, default=began + WITHIN) - began
+        result.silence.append(min(heard, default=min(knew, WITHIN)))
         result.requests += len(server.requests)
         closing = asyncio.ensure_future(session.aclose())
         await asyncio.wait({closing}, timeout=10)
@@ -143,12 +143,15 @@ async def converse(provider: str, script: str, way: str, result: Result) -> None
         await asyncio.gather(*readers, closing, return_exceptions=True)
 
 
-async def read(generation: llm.GenerationCreatedEvent, words: list[float]) -> None:
-    """Note the time of the first word that an agent would speak."""
+async def read(
+    generation: llm.GenerationCreatedEvent, words: list[float], ends: list[float]
+) -> None:
+    """Note the time of the first word that an agent would speak, and of the end."""
     async for message in generation.message_stream:
         async for _ in message.text_stream:
             words.append(asyncio.get_running_loop().time())
             break
+    ends.append(asyncio.get_running_loop().time())
 
 
 async def play(provider: str, way: str, replies: int, seed: int) -> Result:

@@ -163,6 +163,24 @@ class TestHedge:
         assert None is await talk.reply()
         assert ["reply 1"] == talk.heard
 
+    async def test_sound_replies_cost_no_further_request(self, start_conversation):
+        """If the model begins within one second, each reply is requested once."""
+        talk = await start_conversation("late:0.95")
+
+        for _ in range(50):
+            assert None is await talk.reply()
+        assert 50 == len(talk.server.requests)
+
+
+class TestFastRetry:
+    async def test_server_error_delays_reply_by_less_than_150_ms(self, start_conversation):
+        """Of 200 replies that meet a server error, 95 % are heard within 0.15 s."""
+        talk = await start_conversation(",".join(["error:server_error", "ok"] * 200), budget=None)
+
+        seconds = sorted([(await talk.timed_reply())[1] for _ in range(200)])
+        assert 200 == len(talk.heard)
+        assert seconds[190] <= 0.15
+
 
 class TestServerWithoutIds:
     async def test_second_answer_is_not_heard(self, start_conversation, recorder):
