@@ -362,6 +362,13 @@ class TestSettings:
         assert len(said) == len(found)
         assert all(what in message for what, message in zip(said, found, strict=True))
 
+    @pytest.mark.parametrize(("file", "well"), [("breaker", True), ("missing/breaker", False)])
+    def test_breaker(self, examined, tmp_path, file, well):
+        """A file that cannot be used leaves replies without the breaker."""
+        done = examined(TRACED_RETRY_BREAKER=tmp_path / file)
+
+        assert ({} if well else {"breaker": "fail"}) == done.bad
+
     def test_text(self, doctor):
         """A value that cannot be, its fix below it, and status 1."""
         done = doctor(text=True, TRACED_RETRY_DEADLINE="soon")
