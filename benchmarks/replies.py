@@ -205,13 +205,13 @@ def main() -> None:
                 flush=True,
             )
         ours, before = results["traced-retry"], results["traced-retry, no hedge"]
-        kept = ours.duplicates == 0 and ours.lost == min(each.lost for each in results.values())
+        # A way that lets replies be heard twice is no alternative, however few it loses.
+        single = [each for each in results.values() if each.duplicates == 0]
+        kept = ours in single and ours.lost == min(each.lost for each in single)
         if provider == "openai":
             slow, fast = (statistics.quantiles(r.silence, n=20)[18] for r in (before, ours))
             kept &= fast <= slow / 2
-        print(
-            f"promise: fewest lost, no duplicates, half the p95: {'kept' if kept else 'BROKEN'}\n"
-        )
+        print(f"promise: none twice, fewest lost, half the p95: {'kept' if kept else 'BROKEN'}\n")
         broken |= not kept
     sys.exit(broken)
 

@@ -75,7 +75,7 @@ NEXT_DELAY: Final = "traced_retry.next_delay"
 """Seconds the next attempt is planned to wait (float). A reconnect may make it longer. The real
 wait is ``traced_retry.delay`` of that attempt."""
 ANSWERED_ATTEMPT: Final = "traced_retry.answered_attempt"
-"""The number of the earlier attempt whose request was answered during this attempt."""
+"""The number of the earlier attempt that was answered during this attempt."""
 RESULT: Final = "traced_retry.result"
 OPERATION: Final = "traced_retry.operation"
 """``say`` on the metrics and log records of a ``say``, and absent for a ``generate_reply``. Spans

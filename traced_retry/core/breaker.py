@@ -56,7 +56,7 @@ SPAN: Final = 8.0
 """Seconds from the start of the first of these attempts to the end of the last one. A restart of a
 provider's server or a lost network takes less."""
 WINDOW: Final = 60.0
-"""Seconds after which a failure is too old to count."""
+"""Seconds until a failure is too old to count."""
 INTERVAL: Final = 4.0
 """Seconds between two probes. A probe needs up to 2 s for its first word, and all calls are to work
 6 s after the provider does."""

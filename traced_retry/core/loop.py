@@ -34,7 +34,7 @@ from traced_retry.core.telemetry import ReplyTrace
 T = TypeVar("T")
 
 _STALL_TIMEOUT = 60.0
-"""Seconds without provider activity after which a reply that has started counts as cut off."""
+"""Seconds without provider activity until a reply that has started counts as cut off."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class RetryPolicy:
         breaker: whether new replies fail at once while a provider fails for all processes of this
             machine. ``"auto"`` shares the state in a small file of this user, and an absolute path
             names another file. It needs a POSIX system. Default: None, no breaker.
-        waiting_after: seconds without output after which ``on_waiting`` is called. Default: 2.0 s.
+        waiting_after: seconds without output until ``on_waiting`` is called. Default: 2.0 s.
             A healthy realtime model starts to speak within about 1 s, and a caller who hears no
             sound for longer than 2 s assumes that the line is dead.
         classify: a function that overrules the default table for one failure, and returns None to

@@ -92,7 +92,7 @@ class Delivery:
         self.response_id: str | None = None
         """The provider's id of the response, if there is one."""
         self.answers_attempt: int | None = None
-        """The number of the earlier attempt whose request was answered. None if this one's was."""
+        """The number of the earlier attempt that was answered instead of this one, or None."""
         self.spoke = False
         """Whether there was other output than a tool call."""
         self.nothing_due = False
@@ -212,7 +212,7 @@ class CallRequest(Generic[T]):
         return True
 
     def can_hedge(self) -> bool:
-        """Return False: a call has no id by which its double could be cancelled."""
+        """Return False: a call has no id to cancel its double."""
         return False
 
     def can_replace(self) -> bool:

@@ -70,7 +70,7 @@ LiveKit then waits for the pending replies. It kills a job's process that does n
 (livekit-agents 1.7.0 to 1.8.9)."""
 
 _LAST = 0.9
-"""Seconds after :data:`DRAIN_WITHIN` in which the answer to a hedged request may still begin."""
+"""Seconds after :data:`DRAIN_WITHIN` for the answer to a hedged request to begin."""
 _HOOK = "_traced_retry"
 """Name of the attribute that marks a session with our hook, and a wrapped model."""
 _HOOKS = "_traced_retry_hooks_duplex_models"

@@ -110,7 +110,7 @@ class OpenAIAdapter(Adapter):
         """Whether the server starts replies by itself, according to its last description of the
         session."""
         self._stopped_speaking: float | None = None
-        """Time on the event loop's clock at which the caller stopped speaking."""
+        """Time on the event loop's clock when the caller stopped speaking."""
         self._turn: OpenAITurn | None = None
         """The reply that the server has started or should start, until it ends."""
         self.unanswered: OpenAIRequest | None = None
@@ -401,8 +401,9 @@ class OpenAIAdapter(Adapter):
     def _on_answer(self, asker: OpenAIRequest, asked_by: str, response_id: str) -> None:
         """Take the response for the reply of ``asker``, which sent the request ``asked_by``."""
         self.echoes = True
+        earlier = asker.settle(asked_by)
         asker.delivered = self._begin_delivery(response_id, asker)
-        asker.delivered.answers_attempt = asker.settle(asked_by)
+        asker.delivered.answers_attempt = earlier
         if self._turn is not None and not self._turn.begun and self._turn is not asker:
             self._end_turn()  # The agent's request answers the caller.
         if asker not in self.open:  # The reply is between two attempts, and the next one listens.
@@ -569,9 +570,7 @@ class OpenAIRequest(PassthroughRequest):
         if number is not None:
             attempt = self._current
             if attempt is None or attempt.done():
-                delivered = self.delivered
                 attempt = self._adopted = self._open_future()
-                self.delivered = delivered
             self._adapter.adopt(answered, attempt)
             self.ids = {answered}
         self._adapter.discard(others)
