@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test ``traced-retry doctor`` as a process, with real servers."""
+"""``traced-retry doctor``, as a process of its own, with real servers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = ("OTEL_", "TRACED_RETRY_", "LIVEKIT_", "REQUESTS_CA_BUNDLE")
 
 @dataclass
 class Examined:
-    """The output of the doctor."""
+    """What the doctor said of itself."""
 
     status: int
     printed: str
@@ -40,17 +40,17 @@ class Examined:
 
     @property
     def answer(self):
-        """Return the JSON."""
+        """The JSON."""
         return json.loads(self.printed)
 
     def __getitem__(self, check):
-        """Return the only check of that name."""
+        """The one check of that name."""
         (found,) = [c for c in self.answer["checks"] if c["check"] == check]
         return found
 
     @property
     def bad(self):
-        """Return the names of the checks that are not ok, with their status."""
+        """Names of the checks that are not ok, with their status."""
         return {c["check"]: c["status"] for c in self.answer["checks"] if c["status"] != "ok"}
 
 
@@ -92,7 +92,7 @@ def doctor(tmp_path):
 
 @pytest.fixture
 def examined(tmp_path):
-    """Return a function that runs the checks without the command line, in a forked process."""
+    """The same without the command line, in a process forked from one that has all imported."""
 
     def run(**environ):
         code = """
@@ -110,15 +110,18 @@ def examined(tmp_path):
 
 @pytest.fixture(scope="module")
 def jaeger(tmp_path_factory):
-    """Start a real Jaeger."""
+    """A real one."""
     command("jaeger")
     with Jaeger(tmp_path_factory.mktemp("jaeger")) as jaeger:
         yield jaeger
 
 
+NAMED = "correct the value that the message names"
+
+
 class TestWell:
     def test_local_store(self, doctor, tmp_path):
-        """Without variables the status is 0, and the test span is read back and deleted."""
+        """Nothing set: status 0, the test span is read back, and its file is gone again."""
         done = doctor(before=[])
 
         assert (0, True, {}) == (done.status, done.answer["ok"], done.bad)
@@ -127,7 +130,7 @@ class TestWell:
         assert [] == [p for p in (tmp_path / "state").rglob("*") if p.is_file()]
 
     def test_text(self, doctor):
-        """Each check is a line that starts with its status."""
+        """One line a check, its status first."""
         done = doctor(text=True)
 
         assert 0 == done.status
@@ -135,7 +138,7 @@ class TestWell:
         assert "ok    sampler: every reply is traced\n" in done.printed
 
     def test_jaeger_has_the_span(self, doctor, jaeger):
-        """Jaeger has the test span. Metrics are not checked, because it takes none."""
+        """It is asked; metrics are left out, for it takes none."""
         done = doctor(
             "--jaeger",
             jaeger.url,
@@ -150,14 +153,14 @@ class TestWell:
         assert [semconv.SPAN_DOCTOR] == [span["name"] for span in trace]
 
     def test_preset(self, doctor):
-        """The doctor checks the preset that the agent passes to enable()."""
+        """What the agent gives to enable(); whoever may listen on the port that it names."""
         done = doctor("--preset", "jaeger")
 
         assert done["provider"]["message"].endswith("spans go to preset jaeger")
         assert done["export"]["message"].startswith("otlp to http://127.0.0.1:4318: ")
 
     def test_configuration_file(self, doctor, jaeger, tmp_path):
-        """The file's own processors and exporter are checked."""
+        """The SDK's own processors and exporter."""
         text = shipped_files.presets()["jaeger"].read_text()
         file = tmp_path / "otel.yaml"
         shipped = "${OTEL_EXPORTER_OTLP_ENDPOINT:-http://127.0.0.1:4318}"
@@ -169,7 +172,7 @@ class TestWell:
         assert f"and Jaeger at {jaeger.url} has it" in done["export"]["message"]
 
     def test_another_endpoint(self, doctor):
-        """A status 2xx of an unknown backend is reported as accepted, for spans and metrics."""
+        """Its 2xx is all there is to know, for spans and for metrics."""
         with receiver() as server:
             done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url)
             names = [span.name for _, span in server.spans]
@@ -179,7 +182,7 @@ class TestWell:
         assert [semconv.SPAN_DOCTOR] == names
 
     def test_a_sampler_does_not_hide_a_dead_endpoint(self, doctor):
-        """The test span bypasses the sampler."""
+        """The test span goes past it."""
         with receiver() as server:
             doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url, OTEL_TRACES_SAMPLER="always_off")
             assert 1 == len(server.spans)
@@ -187,7 +190,7 @@ class TestWell:
 
 class TestProvider:
     def test_given_to_livekit(self, tmp_path):
-        """Inside an agent the doctor checks the provider that LiveKit's tracer uses."""
+        """Inside an agent: the one that LiveKit's tracer uses, not the global one."""
         code = f"""
             from livekit.agents import telemetry
             from opentelemetry.sdk.trace import TracerProvider
@@ -209,31 +212,54 @@ class TestProvider:
     @pytest.mark.parametrize(
         ("environ", "check", "said", "fix"),
         [
-            ({"OTEL_SDK_DISABLED": "true"}, "provider", "nowhere", "OTEL_SDK_DISABLED"),
-            ({"OTEL_TRACES_EXPORTER": "none"}, "export", "nowhere", "OTEL_TRACES_EXPORTER"),
-            ({"OTEL_TRACES_EXPORTER": "jeager"}, "provider", "'jeager'; installed", "correct"),
-            ({"XDG_STATE_HOME": "/dev/null"}, "provider", "cannot be written", "XDG_STATE_HOME"),
-            ({"OTEL_CONFIG_FILE": "/not/there.yaml"}, "provider", "/not/there.yaml", "correct"),
-            ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:99999"}, "provider", "65535", "correct"),
+            (
+                {"OTEL_SDK_DISABLED": "true"},
+                "provider",
+                "nowhere",
+                "unset OTEL_SDK_DISABLED",
+            ),
+            (
+                {"OTEL_TRACES_EXPORTER": "none"},
+                "export",
+                "nowhere",
+                "set OTEL_TRACES_EXPORTER to otlp, or unset it for the local store",
+            ),
+            ({"OTEL_TRACES_EXPORTER": "jeager"}, "provider", "'jeager'; installed", NAMED),
+            (
+                {"XDG_STATE_HOME": "/dev/null"},
+                "provider",
+                "cannot be written",
+                "set XDG_STATE_HOME to a folder that can be written",
+            ),
+            ({"OTEL_CONFIG_FILE": "/not/there.yaml"}, "provider", "/not/there.yaml", NAMED),
+            ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:99999"}, "provider", "65535", NAMED),
         ],
     )
     def test_nowhere(self, examined, environ, check, said, fix):
-        """A missing provider is reported with a fix."""
+        """The remedy fits the one problem that is reported."""
         done = examined(**environ)
 
         assert {check: "fail"} == done.bad
         assert said in done[check]["message"]
-        assert fix in done[check]["fix"]
+        assert fix == done[check]["fix"]
+
+    def test_file_that_says_disabled(self, examined, tmp_path):
+        """The remedy is in the file."""
+        (tmp_path / "otel.yaml").write_text('file_format: "1.0"\ndisabled: true\n')
+        done = examined(OTEL_CONFIG_FILE=str(tmp_path / "otel.yaml"))
+
+        assert {"provider": "fail"} == done.bad
+        assert "set disabled to false in the file" == done["provider"]["fix"]
 
     def test_disk_full(self, doctor):
-        """A store that loses its spans is reported."""
+        """The store is made, and what it is handed is lost."""
         done = doctor(before=["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"])
 
         assert (1, {"export": "fail"}) == (done.status, done.bad)
         assert done["export"]["message"].endswith("a test span was lost, the disk is full")
 
     def test_no_such_preset(self, doctor):
-        """The message lists the presets."""
+        """Those there are, are named."""
         done = doctor("--preset", "jager")
 
         assert (1, {"provider": "fail"}) == (done.status, done.bad)
@@ -242,7 +268,7 @@ class TestProvider:
 
 class TestEndpoint:
     def test_refused(self, doctor):
-        """A refused connection is reported within ten seconds, for spans and metrics."""
+        """Nothing listens: said within ten seconds, for spans and metrics."""
         (port,) = free_ports(1)
         done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}")
 
@@ -252,7 +278,7 @@ class TestEndpoint:
         )
 
     def test_hanging(self, doctor):
-        """A server that never answers is reported after ten seconds."""
+        """It takes connections and says nothing: ten seconds, and the start of the process."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             url = f"http://127.0.0.1:{server.getsockname()[1]}"
             done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=url)
@@ -361,6 +387,13 @@ class TestSettings:
         assert {"policy": "fail"} == done.bad
         assert len(said) == len(found)
         assert all(what in message for what, message in zip(said, found, strict=True))
+
+    @pytest.mark.parametrize(("file", "well"), [("breaker", True), ("missing/breaker", False)])
+    def test_breaker(self, examined, tmp_path, file, well):
+        """A file that cannot be used leaves replies without the breaker."""
+        done = examined(TRACED_RETRY_BREAKER=tmp_path / file)
+
+        assert ({} if well else {"breaker": "fail"}) == done.bad
 
     def test_text(self, doctor):
         """A value that cannot be, its fix below it, and status 1."""

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test the loop with events in any order, driven by a state machine.
+"""The loop, whatever happens in whatever order: a state machine against a provider of the test's.
 
-The provider takes requests, and answers, fails, stalls and disconnects as the machine decides. The
-machine acts between two turns of the event loop, so that simultaneous events happen in every order.
-After each step the promise must hold, and at the end the telemetry must agree with the events.
+The provider hears requests, and answers, fails, stalls and dies as the machine says. The machine
+acts between two turns of the event loop, so that what happens "at the same time" happens in every
+order. After each step the promise holds; at the end the books agree.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -28,7 +30,8 @@ from support.scripted import ProviderError
 from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, play, seen_alike
 
 from traced_retry import RetryPolicy, semconv
-from traced_retry.core import guard
+from traced_retry.core import breaker, guard
+from traced_retry.core.breaker import circuit
 from traced_retry.core.budget import RetryBudget
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import explain, failure
@@ -51,7 +54,7 @@ THEN = st.sampled_from([None, "turn", 0.1, 0.5, 1.5])
 
 @dataclass
 class Sent:
-    """One request that was sent, and its result."""
+    """One request that went out, and what became of it."""
 
     asked: Asked
     number: int
@@ -63,9 +66,11 @@ class Sent:
     """The provider is done with it."""
     discarded: bool = False
     """An answer to it reaches nobody."""
+    kept: bool = False
+    """Its attempt has ended, and an answer to it is still the reply."""
 
     def say(self):
-        """Send a word of the answer. The agent hears it if it holds the reply."""
+        """A word of its answer, which the agent hears if it holds the reply."""
         if self.discarded:
             return
         if self.delivery is not None:
@@ -77,7 +82,7 @@ class Sent:
 
 @dataclass
 class Asked:
-    """One reply that the agent requested, and its Request for the loop."""
+    """One reply that the agent asked for; as a Request, what the loop asks of it."""
 
     provider: Provider
     began: float
@@ -96,14 +101,14 @@ class Asked:
     problems: list[str] = field(default_factory=list)
 
     def shut(self):
-        """Allow no further word of the reply."""
+        """From now on nothing of it may be heard."""
         if self.silent_after is None:
             self.silent_after = len(self.heard)
 
     # --- the Request protocol ------------------------------------------------------------------
 
     def attempt(self, action):
-        """Send a request, or continue to listen."""
+        """Send it, or listen on."""
         if self.ended or self.interrupted:
             self.problems.append("an attempt after the end")
         if self.attempts and action != "listen" and not self.provider.ready:
@@ -128,6 +133,11 @@ class Asked:
     def explain(self, error):
         return explain(error)
 
+    def refused(self):
+        if self.sent:
+            self.problems.append("refused although it was sent")
+        return failure(ProviderError(), "circuit_open")
+
     def timed_out(self, seconds):
         return failure(TimeoutError("ours"), "timeout", ended_locally=True)
 
@@ -139,12 +149,32 @@ class Asked:
     def ready(self):
         return self.provider.ready
 
+    def can_hedge(self):
+        return self.provider.hedges and self.provider.ready
+
+    def can_replace(self):
+        return self.provider.hedges
+
+    def has_answer(self):
+        return False
+
     def abandon(self, attempt, then):
-        if then != "listen":
+        if then == "hedge":
+            self.sent[-1].kept = True
+            attempt.cancel()
+        elif then != "listen":
+            self.settle()
             self._discard(attempt)
 
     def cancel(self, attempt):
+        self.settle()
         self._discard(attempt)
+
+    def settle(self):
+        """Discard the requests of earlier attempts."""
+        for sent in self.sent:
+            if sent.kept:
+                sent.kept, sent.discarded = False, True
 
     def delivery(self, result):
         if result.discarded:
@@ -162,7 +192,7 @@ class Asked:
 
 @dataclass
 class Provider:
-    """The provider of one session, shared by its replies."""
+    """What all replies of one session share."""
 
     loop: object
     delivers: bool
@@ -170,13 +200,21 @@ class Provider:
     actions: list
     """What is safe after the first, second... attempt; and again from the start."""
     limit: float | None
+    hedges: bool
+    """Whether it is safe to send another request while one is open, or begun without a word."""
     ready: bool = True
     next_time: object = None
     """What the next attempt meets at once: "answer", or what makes the error that it raises."""
     dead: tuple | None = None
 
     def answer(self, sent):
-        """Start the answer. It is complete at once if the provider reports no end."""
+        """Begin the answer; where it tells of nothing further, that was all."""
+        if sent.kept:  # The current attempt gets the answer, and nobody the one to its request.
+            current = sent.asked.sent[-1]
+            sent.kept, sent.future = False, current.future
+            current.discarded, current.future = True, asyncio.Future(loop=self.loop)
+        if not sent.discarded:
+            sent.asked.settle()
         sent.answered, sent.over = True, not self.delivers
         if self.delivers:
             sent.delivery = Delivery()
@@ -185,7 +223,7 @@ class Provider:
 
 
 class Machine(RuleBasedStateMachine):
-    """The state machine: see the module."""
+    """See the module."""
 
     seen: ClassVar = Counter()
     """How often each outcome, stop reason and action was met."""
@@ -196,6 +234,7 @@ class Machine(RuleBasedStateMachine):
         self.errors = Errors()
         self.recorder = Recorder()
         self.stepped = SteppedLoop()
+        self.folder = tempfile.TemporaryDirectory()
         self.asked = []
         self.in_vain = 0
         """How many were asked of a session that is over."""
@@ -206,24 +245,29 @@ class Machine(RuleBasedStateMachine):
             st.sampled_from(["send", "listen", "restart", None]), min_size=1, max_size=4
         ),
         limit=st.sampled_from([1.0, None]),
+        hedges=st.booleans(),
         policy=st.fixed_dictionaries(
             {
                 "max_retries": st.sampled_from([3, 2, 1, 0]),
                 "base_delay": st.sampled_from([0.5, 0]),
                 "deadline": st.sampled_from([8.0, 4.0]),
                 "attempt_timeout": st.sampled_from([None, 1.5]),
+                "hedge_after": st.sampled_from([0.5, None]),
+                "first_word_timeout": st.sampled_from([0.5, None]),
             }
         ),
         budget=st.sampled_from([None, None, 2]),
         impatient=st.booleans(),
         mortal=st.booleans(),
     )
-    def begin(self, delivers, actions, limit, policy, budget, impatient, mortal):
-        """Start a provider with random limits for each reply."""
+    def begin(self, delivers, actions, limit, hedges, policy, budget, impatient, mortal):
+        """A provider, and what may be spent on each reply."""
         self.impatient, self.mortal = impatient, mortal
-        self.provider = Provider(self.stepped.loop, delivers < 3, actions, limit)
+        self.provider = Provider(self.stepped.loop, delivers < 3, actions, limit, hedges)
         budget = None if budget is None else RetryBudget(budget)
-        self.policy = RetryPolicy(**policy, budget=budget)
+        path = f"{self.folder.name}/breaker"
+        self.policy = RetryPolicy(**policy, budget=budget, breaker=path)
+        self.circuit = circuit(path, *Target("somebody").key)
         self.telemetry = Telemetry(**self.recorder.providers)
         self.retry_after = SessionCooldown()
 
@@ -232,7 +276,7 @@ class Machine(RuleBasedStateMachine):
     @rule(then=THEN)
     @precondition(lambda self: len(self.open) < 4 and self.in_vain < 2)
     def ask(self, then):
-        """Request a reply."""
+        """Ask for a reply."""
         self.in_vain += self.provider.dead is not None
         asked = Asked(self.provider, self.stepped.now)
         self.asked.append(asked)
@@ -243,6 +287,7 @@ class Machine(RuleBasedStateMachine):
 
         def on_ended(reply, error):
             asked.ended += 1
+            asked.settle()
 
         with self.stepped.standing():
             asked.reply = Reply(
@@ -264,7 +309,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
     def cancel(self, which, then):
-        """Give up a reply that the agent waits for."""
+        """Give up waiting for one."""
         asked = self.waiting[which % len(self.waiting)]
         asked.interrupted = True
         asked.shut()
@@ -275,7 +320,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
     def interrupt_one(self, which, then):
-        """Give up a reply without a turn of the event loop in between."""
+        """The same, without a turn of the event loop between."""
         asked = self.waiting[which % len(self.waiting)]
         asked.interrupted = True
         asked.shut()
@@ -286,7 +331,7 @@ class Machine(RuleBasedStateMachine):
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.resolved)
     def interrupt(self, then):
-        """Let the caller speak, which cuts each started reply."""
+        """The user starts to speak: what has begun is cut."""
         with self.stepped.standing():
             for asked in self.resolved:
                 asked.interrupted = True
@@ -302,7 +347,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.unanswered)
     def answer(self, which, then):
-        """Start to answer a request, also if it was given up."""
+        """Begin to answer a request, be it wanted or not."""
         with self.stepped.standing():
             self.provider.answer(self.unanswered[which % len(self.unanswered)])
         self.stepped.go_on(then)
@@ -323,7 +368,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, words=st.integers(1, 2), then=THEN)
     @precondition(lambda self: self.answering)
     def say(self, which, words, then):
-        """Send some words of an answer."""
+        """Some words of an answer."""
         sent = self.answering[which % len(self.answering)]
         with self.stepped.standing():
             for _ in range(words):
@@ -333,7 +378,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.answering)
     def finish(self, which, then):
-        """End an answer, with a word if there was none."""
+        """The end of an answer, with a word if there was none."""
         sent = self.answering[which % len(self.answering)]
         with self.stepped.standing():
             sent.say()
@@ -343,7 +388,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, words=st.sampled_from([1, 0]), error=ERRORS, then=THEN)
     @precondition(lambda self: self.answering)
     def fail_begun(self, which, words, error, then):
-        """Fail an answer before or after its first word."""
+        """An answer fails, before its first word or after."""
         sent = self.answering[which % len(self.answering)]
         with self.stepped.standing():
             for _ in range(words):
@@ -354,7 +399,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.answering)
     def cut(self, which, then):
-        """Let the provider cancel an answer, because the caller speaks."""
+        """The provider cancels an answer: it heard the user."""
         sent = self.answering[which % len(self.answering)]
         sent.over = True
         if not sent.discarded:
@@ -367,7 +412,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, error=ERRORS, then=THEN)
     @precondition(lambda self: self.unanswered)
     def reject(self, which, error, then):
-        """Fail a request."""
+        """A request fails."""
         sent = self.unanswered[which % len(self.unanswered)]
         sent.over = True
         with self.stepped.standing():
@@ -378,7 +423,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.unanswered)
     def supersede(self, which, then):
-        """Drop a request for a newer one."""
+        """The provider drops a request for a newer one."""
         sent = self.unanswered[which % len(self.unanswered)]
         sent.over = True
         with self.stepped.standing():
@@ -390,13 +435,13 @@ class Machine(RuleBasedStateMachine):
     @rule(next_time=ERRORS | st.just("answer"))
     @precondition(lambda self: self.open and self.provider.next_time is None)
     def prepare(self, next_time):
-        """Let the next attempt raise, or answer it in the same call."""
+        """The next attempt raises, or is answered in the same call."""
         self.provider.next_time = next_time
 
     @rule(seconds=st.sampled_from([0.2, 1.0, 30.0]), then=THEN)
     @precondition(lambda self: self.open and self.provider.ready)
     def lose_connection(self, seconds, then):
-        """Lose the connection with all requests and answers, for some seconds."""
+        """All that was asked is lost, and what was begun; it comes back after so many seconds."""
         lost = explain(ConnectionResetError())
         self.provider.ready = False
         self.stepped.loop.call_later(seconds, self.come_back)
@@ -410,7 +455,7 @@ class Machine(RuleBasedStateMachine):
         self.stepped.go_on(then)
 
     def come_back(self):
-        """Accept requests again."""
+        """It can be asked again."""
         self.provider.ready = True
         for asked in self.open:
             asked.reply.wake()
@@ -418,7 +463,7 @@ class Machine(RuleBasedStateMachine):
     @rule(stop=st.sampled_from(["session_closed", "not_recoverable"]), then=THEN)
     @precondition(lambda self: self.mortal and len(self.asked) > 2 and not self.provider.dead)
     def die(self, stop, then):
-        """Close the session, or report that it cannot continue."""
+        """The session is closed, or says that it cannot go on."""
         if self.provider.dead is None:
             why = failure(ProviderError("gone"), "session_closed", ended_locally=True)
             self.provider.dead = (why, stop)
@@ -427,17 +472,25 @@ class Machine(RuleBasedStateMachine):
                 asked.reply.report_failure(*self.provider.dead)
         self.stepped.go_on(then)
 
+    @rule(then=THEN)
+    @precondition(lambda self: len(self.asked) > 1)
+    def open_circuit(self, then):
+        """Other processes have seen the provider fail for all of them."""
+        next_probe = round((self.stepped.now + breaker.INTERVAL) * 1e6)
+        self.circuit._words[self.circuit._at + breaker._NEXT_PROBE] = next_probe
+        self.stepped.go_on(then)
+
     @rule(seconds=st.sampled_from([1.0, 3.0]))
     @precondition(lambda self: self.open or self.provider.dead)
     def wait(self, seconds):
-        """Let time pass."""
+        """Time passes."""
         self.stepped.wait(seconds)
 
     # --- what must hold ------------------------------------------------------------------------
 
     @invariant()
     def promise(self):
-        """Check that at most one answer is heard, and none after an interruption or a failure."""
+        """At most one answer heard; none after an interruption, or after failure was told."""
         for asked in self.asked:
             assert [] == asked.problems
             assert len(set(asked.heard)) <= 1, asked.heard
@@ -455,7 +508,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def no_hang(self):
-        """Check that by the deadline the agent knows the result, or the reply speaks."""
+        """By the deadline the agent knows; and all is over, unless it is speaking."""
         for asked in self.asked:
             if self.stepped.now > asked.began + self.policy.deadline:
                 assert asked.future.done()
@@ -465,13 +518,13 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def books(self):
-        """Check that a span is open for each open reply and each running attempt."""
+        """A span is open for each open reply, and for each attempt of it that is under way."""
         assert len(self.open) <= self.recorder.open_spans <= 2 * len(self.open)
         assert [] == self.errors.messages
         assert [] == self.stepped.errors
 
     def teardown(self):
-        """Let the provider end its answers and send no more, so that everything ends."""
+        """The provider falls silent, but ends what it is saying; then everything is over."""
         try:
             if sys.exc_info()[0] is None and hasattr(self, "policy"):  # no step has failed
                 self.come_to_an_end()
@@ -480,9 +533,11 @@ class Machine(RuleBasedStateMachine):
             self.recorder.shutdown()
             self.errors.close()
             self.stepped.close()
+            breaker.forget()
+            self.folder.cleanup()
 
     def come_to_an_end(self):
-        """Wait until the words end and the deadlines are over."""
+        """Words end, and the rest has its time."""
         self.stepped.turn()
         for sent in self.answering:
             if sent.delivery.first_output:
@@ -490,7 +545,7 @@ class Machine(RuleBasedStateMachine):
         self.stepped.wait(self.policy.deadline + 0.001)
 
     def check_the_end(self):
-        """Check that each reply has its true outcome, and that no state is left."""
+        """Each reply has one outcome, the one that is true, and nothing is left."""
         assert [] == self.open
         assert 0 == self.recorder.open_spans
         assert set() == self.stepped.tasks()
@@ -505,7 +560,7 @@ class Machine(RuleBasedStateMachine):
 
     @staticmethod
     def check_outcome(asked, outcome):
-        """Check that the recorded outcome is the real one."""
+        """What was told is what happened."""
         future = asked.future
         given = not future.cancelled() and future.exception() is None
         if outcome in HEARD:
@@ -524,31 +579,31 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def open(self):
-        """Return the replies that have not ended."""
+        """The replies that are not over."""
         return [asked for asked in self.asked if not asked.ended]
 
     @property
     def waiting(self):
-        """Return the replies that the agent waits for."""
+        """Those whose agent waits."""
         return [asked for asked in self.open if not asked.future.done()]
 
     @property
     def resolved(self):
-        """Return the replies that the agent has, with or without a word."""
+        """Those whose agent has one, whether it speaks yet or not."""
         return [asked for asked in self.open if asked.reply.resolved and not asked.interrupted]
 
     @property
     def unanswered(self):
-        """Return the requests that the provider has received and not answered."""
+        """The requests that the provider knows of and has not answered."""
         return [s for asked in self.asked for s in asked.sent if not (s.answered or s.over)]
 
     @property
     def answering(self):
-        """Return the requests with a started answer."""
+        """The requests whose answer has begun."""
         return [s for asked in self.asked for s in asked.sent if s.answered and not s.over]
 
     def end(self, sent, why):
-        """Remove an answer that is complete, or failed because of ``why``."""
+        """The provider is done with an answer; ``why`` it failed, if so."""
         sent.over = True
         with self.stepped.standing():
             sent.delivery.end(why)
@@ -564,15 +619,15 @@ def test_loop_keeps_promise_in_any_order():
 
 
 class TestFound:
-    """Failures that the machine found, each reduced to its shortest form."""
+    """What the machine found, each as short as it could be made."""
 
     @staticmethod
     def begin(**changes):
-        """Start a provider that reports only the start of a reply."""
+        """The first step: a provider that tells no more than that a reply has begun."""
         policy = {"max_retries": 0, "base_delay": 0, "deadline": 4.0, "attempt_timeout": None}
         policy.update((name, changes.pop(name)) for name in list(changes) if name in policy)
         arguments = {"delivers": 3, "actions": ["send"], "limit": None, "budget": None}
-        ready = {"impatient": True, "mortal": True, "policy": policy}
+        ready = {"impatient": True, "mortal": True, "hedges": False, "policy": policy}
         return "begin", {**arguments, **ready, **changes}
 
     def test_failure_in_turn_of_cancel_counts_as_interrupted(self):

@@ -94,6 +94,7 @@ class TestVersions:
             ("1.7.0", True, False),
             ("1.8.9", True, False),
             ("1.8", True, False),
+            ("1.8.9.post1", True, False),
             ("1.6.9", False, False),
             ("1.8.10", False, True),
             ("1.9.0rc1", False, True),

@@ -217,8 +217,8 @@ def stop_reasons(width: int = 8) -> Panel:
     return Panel(
         "Replies by stop reason",
         "Replies a minute that were not heard, by the reason why no further attempt was made: "
-        "attempts, time or budget used up, a retry was unsafe, the provider refused, or the caller "
-        "or the provider ended the reply.",
+        "attempts, time or budget used up, the circuit breaker open, a retry was unsafe, the "
+        "provider refused, or the caller or the provider ended the reply.",
         (Query(per_minute(REPLIES, f'{STOP}!=""', by=STOP), f"{{{{{STOP}}}}}"),),
         "cpm",
         "every reply was heard",

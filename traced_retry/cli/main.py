@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry demo | simulate | script | report | doctor | exporters | dashboards``."""
+"""``traced-retry demo | simulate | record | script | report | doctor | exporters | dashboards``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:  # the extra cli installs both
 
 from traced_retry import __version__
 from traced_retry.cli.files import dashboards, exporters
+from traced_retry.cli.record import record
 from traced_retry.cli.report import report
 from traced_retry.cli.script import script
 from traced_retry.cli.simulate import simulate, simulate_epilog
@@ -142,6 +143,7 @@ app.command()(report)
 
 
 app.command(epilog=simulate_epilog())(simulate)
+app.command()(record)
 app.command()(script)
 
 

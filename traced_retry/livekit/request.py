@@ -10,8 +10,10 @@ from typing import Any
 from livekit.agents import llm
 
 from traced_retry import semconv
+from traced_retry.core.breaker import REFUSED, CircuitOpenError
 from traced_retry.core.failure import Failure, Kind, explain, failure
 from traced_retry.core.request import Delivery
+from traced_retry.core.waiting import Wait
 
 Generation = llm.GenerationCreatedEvent
 Call = Callable[[], "asyncio.Future[Generation]"]
@@ -34,6 +36,8 @@ class PassthroughRequest:
         """To be called with the id of the ``SpeechHandle``, if it is known later."""
         self.stop_watching: Callable[[], None] = lambda: None
         """The function that stops watching the ``SpeechHandle`` for interruption."""
+        self.wait: Wait | None = None
+        """The wait for the first output, if ``on_waiting`` is to report it."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send the request as the plugin does."""
@@ -54,6 +58,11 @@ class PassthroughRequest:
         """Return a ``RealtimeError``, because LiveKit catches no other class."""
         return timeout_failure(seconds)
 
+    def refused(self) -> Failure:
+        """Return a ``RealtimeError``, because LiveKit catches no other class."""
+        error = llm.RealtimeError(REFUSED, code=CircuitOpenError.code)
+        return failure(error, "circuit_open", code=CircuitOpenError.code)
+
     def internal_failure(self, error: BaseException) -> Failure:
         """Return a ``RealtimeError`` caused by ``error``. LiveKit catches no other class."""
         if isinstance(error, llm.RealtimeError) or not isinstance(error, Exception):
@@ -70,6 +79,18 @@ class PassthroughRequest:
         """Return True."""
         return True
 
+    def can_hedge(self) -> bool:
+        """Return False: the caller could hear both answers."""
+        return False
+
+    def can_replace(self) -> bool:
+        """Return False: the response could be heard beside the next one."""
+        return False
+
+    def has_answer(self) -> bool:
+        """Return False: an earlier request is never answered."""
+        return False
+
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
         """Cancel the attempt, as the agent itself would on giving up."""
         attempt.cancel()
@@ -81,6 +102,11 @@ class PassthroughRequest:
     def delivery(self, result: Generation) -> Delivery | None:
         """Return None: this provider does not report the end of a reply."""
         return None
+
+    def end_wait(self) -> None:
+        """End the wait for the first output."""
+        if self.wait is not None:
+            self.wait.end()
 
     def ended(self) -> None:
         """Clean up after the reply, with any outcome."""
