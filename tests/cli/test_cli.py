@@ -303,7 +303,7 @@ class TestScript:
         """One line names the trace."""
         done = run("script", demo[0]["store"], "--trace", "0" * 32)
 
-        assert (2, True) == (done.returncode, "there is no trace 000" in done.stderr)
+        assert (2, True) == (done.returncode, "no trace 000" in done.stderr)
 
 
 class TestSimulate:
