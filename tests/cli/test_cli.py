@@ -363,9 +363,12 @@ class TestSimulate:
         assert first.startswith(f"{provider} on ")
         assert "://127.0.0.1:" in first
 
-    @pytest.mark.parametrize("provider", sorted(set(PROVIDERS) - {"nvidia"}))
+    @pytest.mark.parametrize("provider", sorted(PROVIDERS))
     def test_plugin_of_another_process_reaches_it(self, provider, tmp_path):
-        """The printed lines make the real plugin connect, and the agent hears the reply."""
+        """The printed lines make the real plugin connect, and the agent hears the reply.
+
+        NVIDIA's plugin refuses to request a reply, so it only connects.
+        """
         if provider == "aws" and sys.version_info < (3, 12):
             pytest.skip("livekit-plugins-aws[realtime] needs Python 3.12")
         with Program(
@@ -375,12 +378,12 @@ class TestSimulate:
             environ=environment(),
         ) as process:
             heard = converse(printed(process)[1])
-            request = process.stdout.readline()
             process.interrupt()
-            process.communicate(timeout=20)
+            rest = process.communicate(timeout=20).stdout
 
-        assert "reply 1" in heard
-        assert "request 1: ok\n" == request
+        assert (provider != "nvidia") == ("reply 1" in heard)
+        assert (provider != "nvidia") == ("request 1: ok\n" in rest)
+        assert "\n1 connections, " in f"\n{rest}"
         assert (provider in WITH_TLS) == (tmp_path / "ca.pem").exists()
 
     def test_lists_the_faults_of_a_protocol(self):

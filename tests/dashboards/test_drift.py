@@ -47,6 +47,7 @@ NOT_CHARTED = {
     semconv.ERROR_CODE: "on the trace only: it is not bounded",
     semconv.DECISION: "on the trace; the outcomes tell what came of it",
     semconv.NEXT_DELAY: "on the trace; what was really waited is charted",
+    semconv.ANSWERED_ATTEMPT: "on the trace; the attempts by action are charted",
     semconv.TRACE_ID: "on log records",
 }
 """Attributes that no chart shows, and why."""

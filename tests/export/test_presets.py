@@ -89,7 +89,7 @@ def authority():
 RETRY_ONCE = (
     "${LIVEKIT_REALTIME_MAX_RETRIES:-3}",
     "1",
-    "${LIVEKIT_REALTIME_RETRY_BASE_DELAY:-1.0}",
+    "${LIVEKIT_REALTIME_RETRY_BASE_DELAY}",
     "0",
 )
 

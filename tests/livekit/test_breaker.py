@@ -52,6 +52,20 @@ async def test_agent_learns_at_once_that_circuit_is_open(start_conversation, pat
     )
 
 
+async def test_probe_is_neither_hedged_nor_retried(start_conversation, path, recorder):
+    """A probe is one request, although the policy would hedge it and send it again."""
+    conversation = await start_conversation("silence", breaker=str(path), hedge_after=2.5)
+    await asyncio.sleep(SPAN)
+    key = conversation.realtime._traced_retry._target.key
+    open_circuit(path, key, asyncio.get_running_loop().time())
+    await asyncio.sleep(INTERVAL)
+    error = await conversation.reply()
+
+    assert isinstance(error, llm.RealtimeError)
+    assert 1 == len(conversation.server.requests)
+    assert [("exhausted", "circuit_open")] == ended(recorder)
+
+
 @pytest.mark.real_time
 async def test_outage_of_50_processes(tmp_path):
     """Replies fail at once while the provider is down, and all calls work soon after it is back.

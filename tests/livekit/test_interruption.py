@@ -444,9 +444,9 @@ class TestIsNoInterruption:
 HAND_OFF = {
     # provider, state: what becomes of the reply, and what of the plugin alone's: heard, and
     # whether the agent is told of failure; None where its reply never ends
-    ("openai", "attempt"): (("succeeded", None), (["reply 1"], False)),
+    ("openai", "attempt"): (("recovered", None), (["reply 1"], False)),
     ("openai", "wait"): (("recovered", None), ([], True)),
-    ("openai", "created and silent"): (("exhausted", "deadline"), None),
+    ("openai", "created and silent"): (("recovered", None), None),
     ("openai", "message begun and silent"): (("recovered", None), ([], False)),
     ("openai", "between two generations"): (("recovered", None), ([], False)),
     ("openai", "asked again"): (("recovered", None), ([], False)),

@@ -417,7 +417,9 @@ class Machine(RuleBasedStateMachine):
         replies = self.requested()
         assert calls == len(replies)
         self.seen.update(seen_alike(self.recorder))
-        assert self.sent == sum(a[semconv.ACTION] == "send" for a in self.recorder.attempts)
+        assert self.sent == sum(
+            a[semconv.ACTION] in ("send", "hedge") for a in self.recorder.attempts
+        )
         assert {} == self.recorder.counted(semconv.METRIC_LATE_REPLIES)
         lost = [r for r in self.recorder.replies if r[semconv.OUTCOME] in FAILED]
         failed = [r[semconv.STOP_REASON] for r in lost]

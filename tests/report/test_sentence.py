@@ -240,7 +240,12 @@ class TestRealReplies:
             (["hi"], {}, "Heard at the first try", "s."),
             ([SERVER_ERROR, "hi"], {}, "Heard after 1 retry", ": server_error."),
             ([SERVER_ERROR], {"max_retries": 0}, "Lost after 1 attempt", "left): server_error."),
-            ([TimeoutError()], {"deadline": 0.5}, "Lost after", "(deadline): no answer."),
+            (
+                [TimeoutError()],
+                {"deadline": 0.5, "base_delay": 1.0},
+                "Lost after",
+                "(deadline): no answer.",
+            ),
             ([KeyError("x")], {}, "Not retried:", "KeyError is a mistake in the code."),
             ([(9, "hi")], {"cancel_at": 1}, "Interrupted by the caller", "in the first attempt."),
             ([(1, SUPERSEDED)], {}, "Dropped by the provider", "s."),

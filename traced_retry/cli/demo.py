@@ -94,7 +94,7 @@ class Demo:
     """One run of the demo. Call :meth:`run` once.
 
     Args:
-        store: the file to which spans are appended.
+        store: the file that gets the spans.
         on_start: called with each scenario before it starts.
         on_result: called with each result.
     """

@@ -93,7 +93,7 @@ def report(
         provider=provider,
         service=service,
         since=None if since is None else parse_since(since, time.time()),
-        trace=None if trace is None else trace.strip().lower(),
+        trace=trace,
     )
     stream = ReplyStream(files or [_newest_store()], selection)
     with _progress(stream):

@@ -29,7 +29,7 @@ def script(
     """Print the fault script that makes a simulator repeat the provider's faults in one call."""
     from traced_retry.testing.incident import SIMULATOR_OF, incident_script  # noqa: PLC0415
 
-    selection = Selection(trace=None if trace is None else trace.strip().lower())
+    selection = Selection(trace=trace)
     replies = _incident(sorted(ReplyStream(files, selection), key=order))
     if not replies:
         wanted = f"trace {trace}" if trace else "a reply that was retried or lost"

@@ -91,9 +91,14 @@ def simulate(
         server = kind(script or "ok", port=port)
         work = _play(server, turn_every if "turn:" in (script or "") else None)
         serve(provider, server, ca, f"script {server.script}", work)
-        heard = f"{len(server.requests)} requests, {len(server.turns)} turns"
-        ended = f"{len(server.completed)} answered in full, {len(server.cancels)} cancelled"
-        typer.echo(f"{heard}, {ended}")
+        counts = {
+            "connections": server.connections,
+            "requests": len(server.requests),
+            "turns": len(server.turns),
+            "answered in full": len(server.completed),
+            "cancelled": len(server.cancels),
+        }
+        typer.echo(", ".join(f"{number} {name}" for name, number in counts.items()))
         return
     if script is not None:
         raise UsageError("--script and --replay exclude each other: give one of them")

@@ -17,7 +17,7 @@ cause.
 Each value is one aligned 8-byte word, and one store writes it. A process that is killed or stopped
 between two stores leaves a valid state, and every state expires by time:
 
-* Success is a time, so a failure that began earlier does not count.
+* Success is a time. Failures that began earlier do not count.
 * The failures in a row are one word. Two processes that count at once may lose one count.
 * The open state is the time of the next probe. If its process dies, the next probe is due one
   interval later. A time that is far away belongs to another boot, or to an outage long ago, and
@@ -56,7 +56,7 @@ SPAN: Final = 8.0
 """Seconds from the start of the first of these attempts to the end of the last one. A restart of a
 provider's server or a lost network takes less."""
 WINDOW: Final = 60.0
-"""Seconds after which a failure is too old to count."""
+"""Seconds until a failure is too old to count."""
 INTERVAL: Final = 4.0
 """Seconds between two probes. A probe needs up to 2 s for its first word, and all calls are to work
 6 s after the provider does."""
@@ -128,8 +128,6 @@ class Circuit:
         """Record a reply's first output, and close the circuit."""
         words, at = self._words, self._at
         words[at + _SUCCESS] = _millis(now)
-        if words[at + _RUN]:
-            words[at + _RUN] = 0
         if words[at + _NEXT_PROBE]:
             words[at + _NEXT_PROBE] = 0
             logger.info("%s answers again: the circuit breaker is closed", self._name)
@@ -275,7 +273,24 @@ def circuit(setting: str, provider: str, *of: object) -> Circuit | None:
     return _circuits[key]
 
 
+def is_usable(setting: str) -> bool:
+    """Return whether the file of ``setting`` can be used. The reason is logged if not."""
+    return _open(setting) is not None
+
+
 def _make(setting: str, provider: str, *of: object) -> Circuit | None:
+    file = _open(setting)
+    if file is None:
+        return None
+    at = file.slot(_digest(provider, *of))
+    if at is None:
+        log_once("the circuit breaker's file has no free slot; further providers have no breaker")
+        return None
+    return Circuit(file, at, provider)
+
+
+def _open(setting: str) -> _File | None:
+    """Return the open file of ``setting``, or None if it cannot be used."""
     if setting not in _files:
         _files[setting] = None
         if fcntl is None:
@@ -285,14 +300,7 @@ def _make(setting: str, provider: str, *of: object) -> Circuit | None:
             _files[setting] = _File(_default_path() if setting == AUTO else Path(setting))
         except (OSError, ValueError) as error:
             log_suppressed("opening the circuit breaker's file", error)
-    file = _files[setting]
-    if file is None:
-        return None
-    at = file.slot(_digest(provider, *of))
-    if at is None:
-        log_once("the circuit breaker's file has no free slot; further providers have no breaker")
-        return None
-    return Circuit(file, at, provider)
+    return _files[setting]
 
 
 def _digest(*parts: object) -> int:

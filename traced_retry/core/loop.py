@@ -34,7 +34,7 @@ from traced_retry.core.telemetry import ReplyTrace
 T = TypeVar("T")
 
 _STALL_TIMEOUT = 60.0
-"""Seconds without provider activity after which a reply that has started counts as cut off."""
+"""Seconds without provider activity until a reply that has started counts as cut off."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Reply(Driver, Generic[T]):
         "_deadline",
         "_delays",
         "_ended",
+        "_first_word_was_late",
         "_forced_stop",
         "_future",
         "_jitter",
@@ -104,6 +105,7 @@ class Reply(Driver, Generic[T]):
         "_on_ended",
         "_on_failed",
         "_on_output",
+        "_paid_for",
         "_policy",
         "_reported",
         "_request",
@@ -147,6 +149,9 @@ class Reply(Driver, Generic[T]):
         self._forced_stop: semconv.StopReason | None = None
         self._last: Failure | None = None
         self._codes: list[str] = []
+        self._first_word_was_late = False
+        self._paid_for: semconv.Action | None = None
+        """The next action, if it is decided and paid for before the attempt fails."""
         self._result: Any = None
         """The first result. The streams of later results are attached to it."""
         self._ended = False
@@ -234,18 +239,23 @@ class Reply(Driver, Generic[T]):
             with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt.future)
 
-    def end_retries(self, failure: Failure) -> None:
+    def end_retries(self, failure: Failure, within: float = 0.0) -> None:
         """Make no further attempt, and end the reply as out of time.
 
         A reply with output goes on. A first attempt without a result may still get one, because the
-        caller would wait for it without retries, too.
+        caller would wait for it without retries, too. If it is hedged, it has ``within`` seconds.
         """
         attempt = self._attempt
         if attempt is not None and attempt.delivery is not None and attempt.delivery.first_output:
             return
-        waits = attempt is not None and attempt.future is not None and not attempt.future.done()
-        if waits and self._number == 1:
+        if attempt is None or attempt.future is None or attempt.future.done():
+            self.report_failure(failure, "deadline")
+        elif self._number == 1:
             self._policy = replace(self._policy, max_retries=0)
+        elif attempt.action == "hedge":  # The request before it is still open.
+            self._policy = replace(self._policy, max_retries=0)
+            attempt.limit = min(attempt.limit, self._loop.time() + within)
+            self.wake()
         else:
             self.report_failure(failure, "deadline")
 
@@ -282,6 +292,8 @@ class Reply(Driver, Generic[T]):
                 return
             self._fail_attempt(attempt, failure, action, delay)
             stop = yield from self._wait_until_ready(action, delay)
+            if stop is None and self._request.has_answer():
+                action = "listen"
             if stop is None and self._is_circuit_open(action):
                 stop = "circuit_open"
             if stop is not None:
@@ -321,6 +333,8 @@ class Reply(Driver, Generic[T]):
         if (seconds := self._request.limit(action)) is not None:
             limit = min(limit, began + seconds)
         attempt: Attempt[T] = Attempt(self._number, action, delay, began, limit)
+        if self._policy.hedge_after is not None and action == "send":
+            attempt.hedge_at = began + self._policy.hedge_after
         if self._forced_stop is None:
             self._reported = None
         self._trace.attempt_began(attempt)
@@ -352,7 +366,16 @@ class Reply(Driver, Generic[T]):
                 return self._classify(self._reported)
             if (now := self._loop.time()) >= attempt.limit:
                 return self._classify(self._request.timed_out(now - attempt.began))
-            yield attempt.limit
+            if attempt.hedge_at is None or not self._request.can_hedge():
+                yield attempt.limit
+            elif now < attempt.hedge_at:
+                yield min(attempt.hedge_at, attempt.limit)
+            else:
+                attempt.hedge_at = None
+                failure = self._classify(self._request.timed_out(now - attempt.began))
+                if self._may_repeat(failure):
+                    self._paid_for = "hedge"
+                    return failure
         if future.cancelled():
             if not self._ended:
                 self._close(attempt, "superseded")
@@ -393,6 +416,7 @@ class Reply(Driver, Generic[T]):
         limit = self._deadline
         if self._policy.attempt_timeout is not None:
             limit = min(limit, attempt.began + self._policy.attempt_timeout)
+        began = self._loop.time()
         while not (delivery.ended or self._ended):
             if self._forced_stop is not None and self._reported is not None:
                 # The agent closed the session on purpose, so the caller heard all that was wanted.
@@ -410,7 +434,28 @@ class Reply(Driver, Generic[T]):
             elif (now := self._loop.time()) >= limit:
                 delivery.end(self._request.timed_out(now - attempt.began))
             else:
-                yield limit
+                yield from self._await_first_word(attempt, delivery, began, limit)
+
+    def _await_first_word(
+        self, attempt: Attempt[T], delivery: Delivery, began: float, limit: float
+    ) -> Steps:
+        """Wait for the first word until ``limit``, or until another response may bring it sooner.
+
+        A model that is slow with each response gets the rest of the time for the next one.
+        """
+        seconds = self._policy.first_word_timeout
+        if seconds is None or self._first_word_was_late or not self._request.can_replace():
+            yield limit
+            return
+        late, now = (delivery.last_activity or began) + seconds, self._loop.time()
+        if now < late:
+            yield min(late, limit)
+            return
+        self._first_word_was_late = True
+        failure = self._request.timed_out(now - attempt.began)
+        if self._may_repeat(self._classify(failure)):
+            self._paid_for = "send"
+            delivery.end(failure)
 
     def _finish(self, attempt: Attempt[T], delivery: Delivery) -> Failure | None:
         """End the reply. If it failed before its first output, return the failure instead."""
@@ -448,8 +493,11 @@ class Reply(Driver, Generic[T]):
         self, failure: Failure
     ) -> tuple[semconv.StopReason | None, semconv.Action | None, float]:
         """Return the reason to stop, or the next action and its delay in seconds."""
+        paid_for, self._paid_for = self._paid_for, None
         if stop := self._stop_reason(failure):
             return stop, None, 0.0
+        if paid_for is not None:
+            return None, paid_for, 0.0
         action = self._request.next_action(failure)
         # Only a "send" waits: a reply that arrived before a "listen" or a "restart" would be lost.
         delay = self._next_delay(failure) if action == "send" else 0.0
@@ -457,10 +505,8 @@ class Reply(Driver, Generic[T]):
             return "deadline", action, delay
         if self._is_circuit_open(action):
             return "circuit_open", action, delay
-        budget = self._policy.budget
-        if action in ("send", "restart") and budget is not None:  # A "listen" sends no request.
-            paid = budget.spend(self._trace.target.provider, self._loop.time)
-            return None if paid else "budget", action, delay
+        if action in ("send", "restart") and not self._pay():  # A "listen" sends no request.
+            return "budget", action, delay
         return None, action, delay
 
     def _is_circuit_open(self, action: semconv.Action | None) -> bool:
@@ -469,6 +515,23 @@ class Reply(Driver, Generic[T]):
             with suppress_and_log("asking the circuit breaker"):
                 return self._circuit.is_open(self._loop.time())
         return False
+
+    def _may_repeat(self, failure: Failure) -> bool:
+        """Return whether another request may replace one that may still succeed, and pay for it.
+
+        If it may not, the attempt goes on. Otherwise our own time-out would lose a slow reply.
+        """
+        return (
+            self._stop_reason(failure) is None
+            and self._cooldown.until <= self._loop.time()
+            and not self._is_circuit_open("hedge")
+            and self._pay()
+        )
+
+    def _pay(self) -> bool:
+        """Take the price of one request from the budget. Return False if it is empty."""
+        budget = self._policy.budget
+        return budget is None or budget.spend(self._trace.target.provider, self._loop.time)
 
     def _stop_reason(self, failure: Failure) -> semconv.StopReason | None:
         """Return the reason why no attempt may follow, however safe it would be."""
@@ -488,12 +551,17 @@ class Reply(Driver, Generic[T]):
     def _wait_until_ready(
         self, action: semconv.Action, delay: float
     ) -> Generator[float | None, None, semconv.StopReason | None]:
-        """Wait ``delay`` seconds, and until a request can be answered. Do not wait for "listen"."""
+        """Wait ``delay`` seconds, and until a request can be answered.
+
+        Do not wait for "listen", and no longer if an earlier request is answered.
+        """
         self._wait_began = self._loop.time()
         while self._forced_stop is None and not self._ended:
             now = self._loop.time()
             when = max(self._wait_began + delay, self._cooldown.until)
             if action == "listen" or (now >= when and self._request.ready()):
+                return None
+            if self._request.has_answer():
                 return None
             if max(now, when) >= self._deadline:
                 return "deadline"

@@ -48,8 +48,20 @@ class Request(Protocol[T]):
         before a ``listen``, because that sends no request.
         """
 
+    def can_hedge(self) -> bool:
+        """Return whether a second request can be sent now while the first one stays open."""
+
+    def can_replace(self) -> bool:
+        """Return whether a response without a first word can be stopped and requested again."""
+
+    def has_answer(self) -> bool:
+        """Return whether an earlier request was answered after its attempt had ended.
+
+        A ``listen`` then gets this answer.
+        """
+
     def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
-        """Make sure that the answer to a failed attempt is not heard later.
+        """Make sure that the answer to a failed attempt is not heard as a second reply.
 
         The action ``then`` follows. None means that the failure is reported to the agent.
         """
@@ -79,6 +91,8 @@ class Delivery:
         """When the provider last sent anything of it, in the loop's seconds; None: not told."""
         self.response_id: str | None = None
         """The provider's id of the response, if there is one."""
+        self.answers_attempt: int | None = None
+        """The number of the earlier attempt that was answered instead of this one, or None."""
         self.spoke = False
         """Whether there was other output than a tool call."""
         self.nothing_due = False
@@ -196,6 +210,18 @@ class CallRequest(Generic[T]):
     def ready(self) -> bool:
         """Return True."""
         return True
+
+    def can_hedge(self) -> bool:
+        """Return False: a call has no id to cancel its double."""
+        return False
+
+    def can_replace(self) -> bool:
+        """Return False: a call that has returned is complete."""
+        return False
+
+    def has_answer(self) -> bool:
+        """Return False: an attempt that has ended is cancelled."""
+        return False
 
     def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
         """Cancel the call if it still runs."""

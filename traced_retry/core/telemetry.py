@@ -237,8 +237,11 @@ def _attempt_end(attempt: Attempt[Any]) -> Attributes:
             attributes[semconv.ERROR_CODE] = failure.code
         if attempt.next_action is not None:
             attributes[semconv.NEXT_DELAY] = attempt.next_delay
-    if attempt.delivery is not None and attempt.delivery.response_id:
-        attributes[semconv.RESPONSE_ID] = attempt.delivery.response_id
+    if (delivery := attempt.delivery) is not None:
+        if delivery.response_id:
+            attributes[semconv.RESPONSE_ID] = delivery.response_id
+        if delivery.answers_attempt is not None:
+            attributes[semconv.ANSWERED_ATTEMPT] = delivery.answers_attempt
     return attributes
 
 

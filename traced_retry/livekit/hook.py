@@ -69,6 +69,8 @@ LiveKit then waits for the pending replies. It kills a job's process that does n
 ``shutdown_process_timeout`` of ``AgentServer`` and ``WorkerOptions``, which is 10 s by default
 (livekit-agents 1.7.0 to 1.8.9)."""
 
+_LAST = 0.9
+"""Seconds after :data:`DRAIN_WITHIN` for the answer to a hedged request to begin."""
 _HOOK = "_traced_retry"
 """Name of the attribute that marks a session with our hook, and a wrapped model."""
 _HOOKS = "_traced_retry_hooks_duplex_models"
@@ -266,7 +268,7 @@ class SessionHook:
     def _end_retries(self) -> None:
         self._drained = True
         for reply in list(self._open):
-            reply.end_retries(timeout_failure(DRAIN_WITHIN))
+            reply.end_retries(timeout_failure(DRAIN_WITHIN), _LAST)
 
     # --- Replies, for the adapter --------------------------------------------------------------
 

@@ -79,6 +79,18 @@ class PassthroughRequest:
         """Return True."""
         return True
 
+    def can_hedge(self) -> bool:
+        """Return False: the caller could hear both answers."""
+        return False
+
+    def can_replace(self) -> bool:
+        """Return False: the response could be heard beside the next one."""
+        return False
+
+    def has_answer(self) -> bool:
+        """Return False: an earlier request is never answered."""
+        return False
+
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
         """Cancel the attempt, as the agent itself would on giving up."""
         attempt.cancel()

@@ -100,12 +100,16 @@ def _succeeded(reply: Reply) -> str:
     return f"Heard at the first try after {seconds(reply.seconds)}."
 
 
+_HOW: Final = {"restart": " in a new session", "hedge": " with a second request"}
+"""Texts for the actions of a last attempt that say more than that it was another one."""
+
+
 def _recovered(reply: Reply) -> str:
     why = _list(reply.codes)
     why = f": {why}" if why else ""
     if {a.action for a in reply.attempts[1:]} == {"listen"}:
         return f"Heard late, {_after(reply)}, without asking again{why}."
-    how = " in a new session" if reply.last and reply.last.action == "restart" else ""
+    how = _HOW.get(reply.last.action or "", "") if reply.last else ""
     spent = f"{_count(reply.retries, 'retry', 'retries')} and {seconds(reply.seconds)}"
     return f"Heard{how} after {spent}{why}."
 

@@ -222,6 +222,6 @@ class Recorder(Simulator):
 
 
 def join_url(server: Simulator, call: int) -> str:
-    """Return the address at which an Ultravox client joins a call."""
+    """Return the address where an Ultravox client joins a call."""
     url = urlsplit(server.url)
     return f"ws://{url.netloc}{server.path}?{_CALL}={call}"

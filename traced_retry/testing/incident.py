@@ -65,13 +65,19 @@ def incident_script(replies: Iterable[Reply]) -> Script:
     for reply in asked:
         of_reply = list(_faults(reply, known))
         if reply.initiator == "provider":
-            turns += of_reply[:1]  # Further attempts are requests.
+            turns += [_of_turn(f, known) for f in of_reply[:1]]  # Further attempts are requests.
             of_reply = of_reply[1:]
         faults += of_reply
     if not faults and not turns:
         raise UsageError("no request was sent: there is no attempt in the spans")
     ok = (Fault("ok"),)
     return Script(tuple(faults) or ok, tuple(turns) or ok)
+
+
+def _of_turn(fault: Fault, known: frozenset[str]) -> Fault:
+    """Return the fault of a turn. It has no request to reject, so a response fails."""
+    failed = fault.name == "error" and "failed" in known
+    return Fault("failed", fault.argument) if failed else fault
 
 
 def _faults(reply: Reply, known: frozenset[str]) -> Iterator[Fault]:
