@@ -17,6 +17,8 @@ from support.recorder import Recorder
 import traced_retry
 from traced_retry.core.budget import refill
 from traced_retry.report.read import order, replies_of
+from traced_retry.simulator import PROVIDERS as SIMULATED
+from traced_retry.simulator.record import NOT_RECORDED
 from traced_retry.simulator.record import recorder as recording
 from traced_retry.simulator.replay import replayer
 from traced_retry.testing.spans import _as_stored
@@ -31,6 +33,7 @@ NAMES = {
     "google": "google",
     "ultravox": "ultravox",
     "phonic": "phonic",
+    "gpt-live": "gpt-live",
 }
 """The name on the command line of each provider of the tests."""
 SECRET = "SECRET Rumpelstiltskin"
@@ -63,6 +66,8 @@ SESSIONS = [
     ("phonic", "ok,turn:ok"),
     ("phonic", "late:7,rate_limit,tool:look_up"),
     ("phonic", "drop_before"),
+    ("gpt-live", "ok"),
+    ("gpt-live", "drop_before,ok"),
 ]
 
 
@@ -140,3 +145,10 @@ async def test_replay_ends_as_the_session_did(name, script, tmp_path, monkeypatc
     assert [pytest.approx(times, abs=0.05) for times in recorded[1]] == replayed[1]
     assert "SECRET" not in cassette.read_text()
     assert server.played == server.events
+
+
+def test_each_provider_has_a_recorded_session():
+    """A new simulator needs a session here. test_cassette.py has NVIDIA's, and AWS has none."""
+    recorded = {NAMES[name] for name, _ in SESSIONS}
+
+    assert set(SIMULATED) == recorded | {"nvidia"} | set(NOT_RECORDED)

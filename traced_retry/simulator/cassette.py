@@ -12,14 +12,16 @@ one of these:
 
 An event keeps its keys, numbers and the names of :data:`_NAMES`. Only the objects of
 :data:`_ENTERED` keep their content, so a provider's new field is empty. An id becomes ``#N``. All
-other text becomes ``~LENGTH``, and its filler in a replay has that length.
+other text becomes ``~LENGTH``, and its filler in a replay has that length. ``!`` marks loud sound.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import uuid
+from array import array
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -61,6 +63,10 @@ _MEANING: Final = re.compile(
     r"(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h)?(?![a-z])[\s,]*)+"
 )
 """The parts of an error's message that say the sort of error, and the wait."""
+_QUIET: Final = 500
+"""The largest amplitude of sound that counts as silence, of 32768."""
+_LOUD: Final = "uAu4C7gL"
+"""Three samples of an amplitude of 3000, in base64."""
 _AUDIO: Final = ("input_audio_buffer.append", "audio_chunk", "realtime_input.")
 """The start of the kinds of the caller's sound."""
 
@@ -103,7 +109,19 @@ def _ending(text: str) -> str:
         return " "
     if text.startswith("{") and text.endswith("}"):
         return "{"
-    return "=" * (len(text) - len(text.rstrip("="))) if len(text) % 4 == 0 else ""
+    if len(text) % 4:
+        return ""
+    return ("!" if _is_loud(text) else "") + "=" * (len(text) - len(text.rstrip("=")))
+
+
+def _is_loud(text: str) -> bool:
+    """Return whether a text is sound above :data:`_QUIET`. GPT-Live's plugin listens for it."""
+    try:
+        sound = base64.b64decode(text, validate=True)
+    except ValueError:
+        return False
+    samples = array("h", sound[: len(sound) // 2 * 2])
+    return bool(samples) and max(map(abs, samples)) > _QUIET
 
 
 class Filler:
@@ -123,11 +141,7 @@ class Filler:
             return value
         if value.startswith("#"):
             return self.ids.setdefault(value, f"{self._prefix}_{value[1:]}")
-        digits = value[1:].rstrip("={ ")
-        length, ending = int(digits), value[len(digits) + 1 :]
-        if ending == "{":
-            return "{}".ljust(length)
-        return " " * length if ending == " " else "A" * (length - len(ending)) + ending
+        return _filler(value)
 
     def learn(self, recorded: Any, present: Any) -> None:
         """Map the ids of a recorded event of the client to those of the present one."""
@@ -139,6 +153,18 @@ class Filler:
                 self.learn(one, other)
         elif isinstance(recorded, str) and recorded.startswith("#") and isinstance(present, str):
             self.ids.setdefault(recorded, present)
+
+
+def _filler(mark: str) -> str:
+    digits = mark[1:].rstrip("={! ")
+    length, ending = int(digits), mark[len(digits) + 1 :]
+    if ending == "{":
+        return "{}".ljust(length)
+    if ending == " ":
+        return " " * length
+    padding = ending.lstrip("!")
+    filler = _LOUD if ending.startswith("!") else "A"
+    return (filler * length)[: length - len(padding)] + padding
 
 
 def event_kind(event: Any) -> str:
