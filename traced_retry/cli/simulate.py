@@ -47,7 +47,7 @@ def simulate_epilog() -> str:
 
 
 PortOption = Annotated[
-    int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 picks a free one.")
+    int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1. With 0 a free one is used.")
 ]
 AuthorityOption = Annotated[
     Path | None,
@@ -64,7 +64,7 @@ def simulate(
     *,
     script: Annotated[
         str | None,
-        typer.Option(help='What to do to each request, such as "rate_limit,late:3,ok".'),
+        typer.Option(help='The fault of each request, for example "rate_limit,late:3,ok".'),
     ] = None,
     replay: Annotated[
         Path | None,
@@ -72,7 +72,7 @@ def simulate(
     ] = None,
     port: PortOption = 0,
     faults: Annotated[
-        bool, typer.Option("--faults", help="List the faults of this protocol, and exit.")
+        bool, typer.Option("--faults", help="List the faults of this protocol.")
     ] = False,
     turn_every: Annotated[
         float, typer.Option(min=0.1, help="Seconds between two turns of the caller.")
