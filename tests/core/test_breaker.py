@@ -534,8 +534,9 @@ ASK = """
     breaker.INTERVAL = 0.05
     held = breaker.circuit(sys.argv[1], "openai", None, None, None)
     while True:
-        if held.admits(time.monotonic()):
-            os.write(1, struct.pack("d", time.monotonic()))
+        now = time.monotonic()
+        if held.admits(now):
+            os.write(1, struct.pack("d", now))
         time.sleep(0.0005)
 """
 
