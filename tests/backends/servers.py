@@ -160,7 +160,18 @@ class Process:
         return _answers(self.ready)
 
 
-class Jaeger:
+class _Server:
+    """A server whose constructor sets ``_process``."""
+
+    def __enter__(self):
+        self._process.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self._process.__exit__()
+
+
+class Jaeger(_Server):
     """Jaeger, with the shipped configuration; traces in memory, or on disk where ``badger``."""
 
     def __init__(self, folder, *, badger=None, prometheus="http://127.0.0.1:9"):
@@ -186,13 +197,6 @@ class Jaeger:
                 "PROMETHEUS_URL": prometheus,
             },
         )
-
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
 
     def traces(self, service, operation=""):
         """Every trace of the service (that has a span named ``operation``), by trace id, each a
@@ -254,7 +258,7 @@ def _plain(value):
     return int(content) if kind == "intValue" else content
 
 
-class Prometheus:
+class Prometheus(_Server):
     """Prometheus with the shipped configuration and recording rules.
 
     Args:
@@ -300,13 +304,6 @@ class Prometheus:
             folder,
         )
 
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
-
     def query(self, expression, at=None):
         """The vector that the expression gives: {labels as a frozenset of pairs: value}."""
         parameters = {"query": expression, **({} if at is None else {"time": f"{at:.3f}"})}
@@ -330,7 +327,7 @@ class Prometheus:
         ]
 
 
-class Collector:
+class Collector(_Server):
     """The Collector for a fleet with the shipped configuration; clean calls are not kept."""
 
     def __init__(self, folder, *, traces, prometheus):
@@ -355,19 +352,12 @@ class Collector:
             },
         )
 
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
-
     def kill(self):
         """End the Collector with a SIGKILL. It can be started again, with the same ports."""
         self._process.kill()
 
 
-class VMAgent:
+class VMAgent(_Server):
     """Vmagent with the shipped aggregation; it writes to Prometheus each second."""
 
     INTERVAL = 1
@@ -399,13 +389,6 @@ class VMAgent:
             f"{self.url}/-/ready",
             folder,
         )
-
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
 
     def kill(self):
         """End vmagent with a SIGKILL. It can be started again, on the same port."""

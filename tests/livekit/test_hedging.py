@@ -7,15 +7,9 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from support.conversation import actions, codes, ended, now
+from support.conversation import actions, codes, configured, ended, now
 
 from traced_retry import RetryBudget, semconv
-
-
-async def configured(talk):
-    """Wait until the server knows the session's configuration."""
-    await talk.server.wait_for("connected")
-    await asyncio.sleep(1.0)
 
 
 class TestHedge:

@@ -248,16 +248,14 @@ class Reply(Driver, Generic[T]):
         attempt = self._attempt
         if attempt is not None and attempt.delivery is not None and attempt.delivery.first_output:
             return
-        if attempt is None or attempt.future is None or attempt.future.done():
+        waits = attempt is not None and attempt.future is not None and not attempt.future.done()
+        if attempt is None or not waits or (self._number > 1 and attempt.action != "hedge"):
             self.report_failure(failure, "deadline")
-        elif self._number == 1:
-            self._policy = replace(self._policy, max_retries=0)
-        elif attempt.action == "hedge":  # The request before it is still open.
-            self._policy = replace(self._policy, max_retries=0)
+            return
+        self._policy = replace(self._policy, max_retries=0)
+        if attempt.action == "hedge":  # The request before it is still open.
             attempt.limit = min(attempt.limit, self._loop.time() + within)
             self.wake()
-        else:
-            self.report_failure(failure, "deadline")
 
     @property
     def future(self) -> asyncio.Future[T]:

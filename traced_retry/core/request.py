@@ -142,7 +142,25 @@ class Delivery:
         self.on_end()
 
 
-class CallRequest(Generic[T]):
+class OneAtATime:
+    """The answers of a request that is never open or begun beside another one of its reply."""
+
+    __slots__ = ()
+
+    def can_hedge(self) -> bool:
+        """Return False: the caller could hear both answers."""
+        return False
+
+    def can_replace(self) -> bool:
+        """Return False: the response could be heard beside the next one."""
+        return False
+
+    def has_answer(self) -> bool:
+        """Return False: a request is closed with its attempt."""
+        return False
+
+
+class CallRequest(OneAtATime, Generic[T]):
     """A plain callable as a :class:`~traced_retry.core.request.Request`.
 
     It is sent again after each failure.
@@ -210,18 +228,6 @@ class CallRequest(Generic[T]):
     def ready(self) -> bool:
         """Return True."""
         return True
-
-    def can_hedge(self) -> bool:
-        """Return False: a call has no id to cancel its double."""
-        return False
-
-    def can_replace(self) -> bool:
-        """Return False: a call that has returned is complete."""
-        return False
-
-    def has_answer(self) -> bool:
-        """Return False: an attempt that has ended is cancelled."""
-        return False
 
     def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
         """Cancel the call if it still runs."""

@@ -564,8 +564,7 @@ class OpenAIRequest(PassthroughRequest):
 
         Return the number of that request's attempt, if it is an earlier one.
         """
-        number = self._earlier.pop(answered, None)
-        self._adapter.earlier.pop(answered, None)
+        number = self._forget(answered)
         others = self.ids - {answered}
         if number is not None:
             attempt = self._current
@@ -579,8 +578,7 @@ class OpenAIRequest(PassthroughRequest):
 
     def reject(self, id_: str, error: object) -> None:
         """Note that the server rejected an earlier request. Fail an attempt that listens to it."""
-        self._adapter.earlier.pop(id_, None)
-        self._earlier.pop(id_, None)
+        self._forget(id_)
         if not (self._earlier or self.ids):
             why = failure_from_error(error, "the provider rejected the request")
             self._adapter.replies.report_failure(why, only=self)
@@ -592,17 +590,20 @@ class OpenAIRequest(PassthroughRequest):
             return False
         if not self._earlier:
             return False
-        id_, _ = self._earlier.popitem()
-        self._adapter.earlier.pop(id_, None)
+        self._forget(next(reversed(self._earlier)))
         return True
+
+    def _forget(self, id_: str) -> int | None:
+        """Close an earlier request. Return the number of its attempt, if it was open."""
+        self._adapter.earlier.pop(id_, None)
+        return self._earlier.pop(id_, None)
 
     def _discard_earlier(self) -> None:
         """Cancel the responses to all earlier requests by id when they come."""
-        for id_ in self._earlier:
-            self._adapter.earlier.pop(id_, None)
-        if self._earlier:
-            self._adapter.discard(set(self._earlier))
-        self._earlier.clear()
+        if earlier := set(self._earlier):
+            for id_ in earlier:
+                self._forget(id_)
+            self._adapter.discard(earlier)
 
     def explain(self, error: BaseException) -> Failure:
         """Classify by the raw event if there is one. The future's error may lack the code."""

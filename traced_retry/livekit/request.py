@@ -12,14 +12,14 @@ from livekit.agents import llm
 from traced_retry import semconv
 from traced_retry.core.breaker import REFUSED, CircuitOpenError
 from traced_retry.core.failure import Failure, Kind, explain, failure
-from traced_retry.core.request import Delivery
+from traced_retry.core.request import Delivery, OneAtATime
 from traced_retry.core.waiting import Wait
 
 Generation = llm.GenerationCreatedEvent
 Call = Callable[[], "asyncio.Future[Generation]"]
 
 
-class PassthroughRequest:
+class PassthroughRequest(OneAtATime):
     """A request to an unknown provider: traced, and never sent again.
 
     The adapters' requests derive from it. :class:`~traced_retry.core.request.Request` describes
@@ -78,18 +78,6 @@ class PassthroughRequest:
     def ready(self) -> bool:
         """Return True."""
         return True
-
-    def can_hedge(self) -> bool:
-        """Return False: the caller could hear both answers."""
-        return False
-
-    def can_replace(self) -> bool:
-        """Return False: the response could be heard beside the next one."""
-        return False
-
-    def has_answer(self) -> bool:
-        """Return False: an earlier request is never answered."""
-        return False
 
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
         """Cancel the attempt, as the agent itself would on giving up."""
