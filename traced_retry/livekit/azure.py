@@ -49,7 +49,6 @@ class VoiceLiveAdapter(OpenAIAdapter):
     relied_methods: ClassVar[tuple[str, ...]] = ("_send",)
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
     turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen",)
-    adopts: ClassVar[bool] = False
     recovers_turns: ClassVar[bool] = False
     raw_event: ClassVar[str] = "azure_server_event_received"
 

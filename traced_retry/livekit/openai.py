@@ -92,8 +92,6 @@ class OpenAIAdapter(Adapter):
     )
     actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "hedge", "listen")
     turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen", "send")
-    adopts: ClassVar[bool] = True
-    """Whether a request stays open after its time, until any request of the reply is answered."""
     recovers_turns: ClassVar[bool] = True
     """Whether a reply that the server started may be requested again."""
     raw_event: ClassVar[str] = "openai_server_event_received"
@@ -160,13 +158,18 @@ class OpenAIAdapter(Adapter):
         return Target(provider_name(model), model.model, *server)
 
     def request(self, call: Call) -> OpenAIRequest:
-        """Create the request for one reply.
+        """Create the request for one reply."""
+        request = OpenAIRequest(self, call)
+        request.adopts = self._adopts
+        return request
+
+    @functools.cached_property
+    def _adopts(self) -> bool:
+        """Return whether a request stays open after its time, until any of its reply is answered.
 
         A request to xAI's server is abandoned before the next one is sent.
         """
-        request = OpenAIRequest(self, call)
-        request.adopts = self.adopts and not _runs_two_responses(self.session.realtime_model)
-        return request
+        return not _runs_two_responses(self.session.realtime_model)
 
     def ready(self) -> bool:
         """Return whether the socket is up and no response is active.
@@ -508,7 +511,7 @@ class OpenAIRequest(PassthroughRequest):
         super().__init__(call)
         self._adapter = adapter
         self.adopts = False
-        """Whether a request stays open when its attempt has ended: see :class:`OpenAIAdapter`."""
+        """Whether a request stays open when its attempt has ended, so that its answer is taken."""
         self.ids: set[str] = set()
         """The ids under which the current attempt was sent."""
         self._earlier: dict[str, int] = {}
