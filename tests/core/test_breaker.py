@@ -620,16 +620,13 @@ REPLIES = """
         loop, trace = asyncio.get_running_loop(), Telemetry().reply(Target("openai"))
         for number in range(101):
             if number == 1:
-                os.stat("/begin")  # The first reply imports and opens all that is needed.
+                os.path.exists("/begin")  # The first reply imports and opens all that is needed.
             future = loop.create_future()
             future.set_result("hello")
             await Reply(CallRequest(lambda: future), policy, trace).start()
-        os.stat("/end")
+        os.path.exists("/end")
 
-    try:
-        asyncio.run(main(RetryPolicy(breaker=sys.argv[1] if sys.argv[1:] else None)))
-    except FileNotFoundError:
-        pass
+    asyncio.run(main(RetryPolicy(breaker=sys.argv[1] if sys.argv[1:] else None)))
 """
 
 
@@ -637,19 +634,26 @@ class TestCost:
     @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
     def test_reply_costs_no_system_call(self, path, tmp_path):
         """A hundred replies make no call without the breaker, and none with it."""
-        code = REPLIES.replace('os.stat("/begin")', 'os.path.exists("/begin")').replace(
-            'os.stat("/end")', 'os.path.exists("/end")'
-        )
+        # asyncio of Python 3.11 asks for the process id whenever it looks for the running loop.
+        of_python = Counter(getpid=100) if sys.version_info < (3, 12) else Counter()
         for setting in ([], [str(path)]):
             log = tmp_path / "strace"
-            command = ["strace", "-f", "-o", str(log), sys.executable, "-c", textwrap.dedent(code)]
+            command = [
+                "strace",
+                "-f",
+                "-o",
+                str(log),
+                sys.executable,
+                "-c",
+                textwrap.dedent(REPLIES),
+            ]
             subprocess.run([*command, *setting], check=True, timeout=120)
             lines = log.read_text().splitlines()
             begin, end = (
                 next(n for n, line in enumerate(lines) if f'"/{word}"' in line)
                 for word in ("begin", "end")
             )
-            assert Counter() == Counter(
+            assert of_python == Counter(
                 line.split()[1].split("(")[0] for line in lines[begin + 1 : end]
             )
 

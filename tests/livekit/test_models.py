@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import livekit.agents
@@ -17,6 +18,8 @@ PAGE = Path(__file__).parents[2] / "docs/providers.md"
 BASES = tuple(getattr(llm, name) for name in ("RealtimeModel", "DuplexModel") if hasattr(llm, name))
 MISSING_ONLY_HERE = ("livekit.plugins.thunderphone",)
 """Plugins that the machine of the tests may lack."""
+if sys.version_info < (3, 12):
+    MISSING_ONLY_HERE += ("livekit.plugins.aws",)  # It needs Python 3.12.
 
 
 def modules():
