@@ -89,12 +89,15 @@ bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stam
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/events.py
 	$(BIN)/python benchmarks/outage.py
+	$(BIN)/python benchmarks/replies.py
+	$(BIN)/python benchmarks/breaker.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/queries.py
+	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/report.py
 
 .PHONY: backends
-backends: .venv/pyvenv.cfg  ## build Jaeger and a Collector for the tests, once: ~/.cache, 8 minutes
+backends: .venv/pyvenv.cfg  ## build the servers of the tests, once: ~/.cache, 13 minutes
 	$(BIN)/python tools/backends/build.py
 
 .PHONY: docs

@@ -48,6 +48,7 @@ async def on_waiting(waiting: traced_retry.WaitingReply) -> None:
 def wrap(model: llm.RealtimeModel, provider: TracerProvider) -> llm.RealtimeModel:
     """Every argument of wrap."""
     policy = traced_retry.RetryPolicy(deadline=8, on_silence="listen", classify=classify)
+    policy = dataclasses.replace(policy, breaker="auto")
     traced_retry.instrument(policy=policy)
     traced_retry.uninstrument()
     traced_retry.disable()

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from traced_retry._version import __version__
+from traced_retry.core.breaker import CircuitOpenError
 from traced_retry.core.budget import RetryBudget
 from traced_retry.core.decorator import RetryingRealtimeSession, retry
 from traced_retry.core.failure import Failure
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from traced_retry.livekit.filler import Filler
 
 __all__ = [
+    "CircuitOpenError",
     "ConfigurationFileError",
     "ExportError",
     "FailedReply",

@@ -192,7 +192,7 @@ class TestReply:
             assert began + AFTER <= talk.speaker.fillers[heard][0] <= began + AFTER + 0.2
             assert number * REPLY == pytest.approx(sum(e - s for s, e in talk.speaker.replies))
 
-        assert ["reply 1", "reply 2"] == talk.heard
+        assert ["reply 1", "reply 3"] == talk.heard  # 2 was sent after 2.5 s, and cancelled.
         assert [] == talk.speaker.mistakes
 
     async def test_interrupted_reply_is_cut_at_its_own_position(self, start_call):
@@ -280,7 +280,7 @@ class TestSilence:
     @pytest.mark.parametrize("seconds", [2.1, 3.0])
     async def test_no_sound_after_interrupt(self, seconds, start_call):
         """The agent's code interrupts, and the caller hears no further sound."""
-        talk = await start_call("silence,ok")
+        talk = await start_call("silence,silence,ok")
         await begin(talk, "agent")
         await asyncio.sleep(seconds)
         talk.session.interrupt()
@@ -290,7 +290,7 @@ class TestSilence:
         assert talk.speaker.heard[-1][1] <= at + 0.01
         assert [] == talk.heard
         await talk.reply(instructions="SECRET")
-        assert ["reply 2"] == talk.heard
+        assert ["reply 3"] == talk.heard
         assert [] == talk.speaker.mistakes
 
     async def test_no_sound_after_loss(self, initiator, start_call, recorder):
@@ -362,7 +362,7 @@ class TestSound:
         assert 2 * SECONDS == pytest.approx(
             sum(end - start for start, end in talk.speaker.fillers), abs=0.1
         )
-        assert ["reply 1", "reply 2"] == talk.heard
+        assert ["reply 1", "reply 3"] == talk.heard  # 2 was sent after 2.5 s, and cancelled.
         assert "One moment" not in str(talk.session.history.to_dict())
 
     async def test_voice_that_fails_is_logged_once(self, start_call, caplog):
@@ -373,7 +373,7 @@ class TestSound:
 
         records = [r.getMessage() for r in caplog.records if r.name == "traced_retry"]
         assert ["on_waiting raised APIStatusError"] == [r.split(" at ")[0] for r in records]
-        assert ["reply 1", "reply 2"] == talk.heard
+        assert ["reply 1", "reply 3"] == talk.heard  # 2 was sent after 2.5 s, and cancelled.
         assert [] == talk.speaker.fillers
 
 

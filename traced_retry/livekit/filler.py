@@ -225,6 +225,8 @@ class FillerOutput(AudioOutput):
         if self._withheld:
             self.stop()
             await self.over.wait()
+            if not self._withheld:
+                return  # The segment was cleared during the wait.
             self._withheld = False
         await self._output.capture_frame(frame)
 
