@@ -26,6 +26,7 @@ def enable(ctx: JobContext) -> bool:
     tracing: traced_retry.Tracing = traced_retry.enable(
         ctx, policy=policy, preset="jaeger", service_name="support", on_exhausted=on_exhausted
     )
+    traced_retry.enable(on_waiting=on_waiting)
     assert tracing.destination + ""
     return tracing.flush(1.0)
 
@@ -35,6 +36,12 @@ async def on_exhausted(failed: traced_retry.FailedReply) -> None:
     code: str = failed.codes[-1]
     assert code + (failed.trace_id or "")
     assert failed.seconds + 1.0
+
+
+async def on_waiting(waiting: traced_retry.WaitingReply) -> None:
+    """An async callback."""
+    assert waiting.seconds + 1.0
+    assert waiting.provider + (waiting.model or "") + (waiting.trace_id or "")
 
 
 def wrap(model: llm.RealtimeModel, provider: TracerProvider) -> llm.RealtimeModel:

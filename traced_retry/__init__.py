@@ -19,6 +19,7 @@ from traced_retry.core.failure import Failure
 from traced_retry.core.loop import FailedReply
 from traced_retry.core.policy import PolicyError, RetryPolicy
 from traced_retry.core.switch import disable
+from traced_retry.core.waiting import WaitingReply
 from traced_retry.errors import (
     ConfigurationFileError,
     ExportError,
@@ -43,6 +44,7 @@ __all__ = [
     "RetryingRealtimeSession",
     "Tracing",
     "UsageError",
+    "WaitingReply",
     "__version__",
     "disable",
     "enable",

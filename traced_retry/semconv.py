@@ -55,8 +55,8 @@ OTHER: Final = "_OTHER"
 
 OUTCOME: Final = "traced_retry.outcome"
 ATTEMPTS: Final = "traced_retry.attempts"
-"""The number of attempts (int). It is 0 if an earlier reply of the session got a wait from the
-provider that is longer than this reply may take."""
+"""The number of attempts (int). It is 0 if the reply ended before its first request, for example
+because the session ended."""
 DELAY_TOTAL: Final = "traced_retry.delay.total"
 """Seconds spent waiting between attempts, summed (float)."""
 STOP_REASON: Final = "traced_retry.stop_reason"

@@ -52,7 +52,9 @@ class TestRetryPolicy:
         with pytest.raises(PolicyError, match=r"max_retries is .*whole number, 0 or more"):
             RetryPolicy(max_retries=value)
 
-    @pytest.mark.parametrize("name", ["base_delay", "max_delay", "deadline", "attempt_timeout"])
+    @pytest.mark.parametrize(
+        "name", ["base_delay", "max_delay", "deadline", "attempt_timeout", "waiting_after"]
+    )
     @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "2", True])
     def test_invalid_seconds_are_refused(self, name, value):
         """Seconds have to be finite and not negative."""

@@ -47,7 +47,7 @@ class FailedReply:
         stop_reason: the reason why no further attempt was made, such as ``"max_attempts"``,
             ``"deadline"`` or ``"budget"``.
         codes: the provider's code of each failed attempt, or its ``error.type`` if it has no code.
-        attempts: the number of attempts made. 0 if the provider had asked for a longer wait.
+        attempts: the number of attempts made. 0 if the reply ended before its first request.
         seconds: seconds from the request until the failure: the silence that the caller heard.
         trace_id: 32 hexadecimal digits, or None if the reply is not traced or its trace is not
             sampled.
@@ -81,6 +81,7 @@ class Reply(Driver, Generic[T]):
         jitter: turns the upper bound of a wait into the wait, both in seconds.
         cooldown: shared by the replies of a session.
         on_failed: called if the reply failed permanently.
+        on_output: called at the first output of each response.
         on_ended: called when the reply is over, its delivery included. The second argument is the
             error of a reply that failed, and None otherwise.
     """
@@ -100,6 +101,7 @@ class Reply(Driver, Generic[T]):
         "_number",
         "_on_ended",
         "_on_failed",
+        "_on_output",
         "_policy",
         "_reported",
         "_request",
@@ -117,6 +119,7 @@ class Reply(Driver, Generic[T]):
         jitter: Callable[[float], float] = backoff.full_jitter,
         cooldown: SessionCooldown | None = None,
         on_failed: Callable[[FailedReply], None] | None = None,
+        on_output: Callable[[], None] | None = None,
         on_ended: Callable[[Reply[T], BaseException | None], None] | None = None,
     ) -> None:
         super().__init__()
@@ -126,6 +129,7 @@ class Reply(Driver, Generic[T]):
         self._jitter = jitter
         self._cooldown = cooldown or SessionCooldown()
         self._on_failed = on_failed
+        self._on_output = on_output
         self._on_ended = on_ended
         self._future: asyncio.Future[T] = self._loop.create_future()
 
@@ -357,6 +361,10 @@ class Reply(Driver, Generic[T]):
             self._succeed(attempt)
             return None
         delivery.on_end = self.wake
+        if self._on_output is not None:
+            delivery.on_output = self._on_output
+            if delivery.first_output:
+                self._on_output()
         yield from self._await_end(attempt, delivery)
         return None if self._ended else self._finish(attempt, delivery)
 

@@ -31,6 +31,7 @@ ENV: Final = {
     "TRACED_RETRY_RETRY_RATE_LIMITS": "retry_rate_limits",
     "TRACED_RETRY_ON_SILENCE": "on_silence",
     "TRACED_RETRY_BUDGET": "budget",
+    "TRACED_RETRY_WAITING_AFTER": "waiting_after",
 }
 """The variable of each field that has one."""
 
@@ -64,6 +65,9 @@ class RetryPolicy:
         budget: the retries that this process may send, per provider. None means no limit. Default:
             one budget for all policies, with 10 retries at once, and then one per 10 replies and
             one per 30 s.
+        waiting_after: seconds without output after which ``on_waiting`` is called. Default: 2.0 s.
+            A healthy realtime model starts to speak within about 1 s, and a caller who hears no
+            sound for longer than 2 s assumes that the line is dead.
         classify: a function that overrules the default table for one failure, and returns None to
             keep it. For example ``lambda f: dataclasses.replace(f, recoverable=True) if f.code ==
             "busy" else None``. Default: None.
@@ -81,6 +85,7 @@ class RetryPolicy:
     retry_rate_limits: bool = True
     on_silence: OnSilence | None = None
     budget: RetryBudget | None = field(default_factory=process_budget)
+    waiting_after: float = 2.0
     classify: Callable[[Failure], Failure | None] | None = None
 
     def __post_init__(self) -> None:
@@ -102,9 +107,9 @@ class RetryPolicy:
 
         Numbers: ``LIVEKIT_REALTIME_MAX_RETRIES``, ``LIVEKIT_REALTIME_RETRY_BASE_DELAY``,
         ``LIVEKIT_REALTIME_RETRY_MAX_DELAY``, ``TRACED_RETRY_DEADLINE``,
-        ``TRACED_RETRY_ATTEMPT_TIMEOUT``. True or false (also 1, 0, yes, no, on, off):
-        ``TRACED_RETRY_RETRY_RATE_LIMITS``. A word: ``TRACED_RETRY_ON_SILENCE``. Retries at once,
-        or ``off``: ``TRACED_RETRY_BUDGET``.
+        ``TRACED_RETRY_ATTEMPT_TIMEOUT``, ``TRACED_RETRY_WAITING_AFTER``. True or false (also 1, 0,
+        yes, no, on, off): ``TRACED_RETRY_RETRY_RATE_LIMITS``. A word: ``TRACED_RETRY_ON_SILENCE``.
+        Retries at once, or ``off``: ``TRACED_RETRY_BUDGET``.
 
         Raises:
             PolicyError: if a value is invalid. The message names the variable.
@@ -238,5 +243,6 @@ _CHECKS: Final[dict[str, Callable[[Any], str | None]]] = {
     "retry_rate_limits": _check_boolean,
     "on_silence": _check_silence,
     "budget": _check_budget,
+    "waiting_after": _check_seconds,
     "classify": _check_callable,
 }

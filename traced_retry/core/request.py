@@ -85,6 +85,8 @@ class Delivery:
         self.cancelled = False
         """Whether it was cancelled before its first output."""
         self.on_end: Callable[[], None] = lambda: None
+        self.on_output: Callable[[], None] = lambda: None
+        """Called at the first output."""
 
     @property
     def first_output(self) -> bool:
@@ -106,6 +108,7 @@ class Delivery:
         self.spoke = self.spoke or not tool
         if self.first_output_at is None:
             self.first_output_at = asyncio.get_running_loop().time()
+            self.on_output()
 
     def mark_activity(self) -> None:
         """Record an event of the provider. An adapter that calls this reports every event."""

@@ -47,6 +47,7 @@ class RetryOptions:
     on_silence: OnSilence | None = None
     budget: float | Literal["off"] | None = None
     """Retries at once, as in ``TRACED_RETRY_BUDGET``."""
+    waiting_after: float | None = None
 
     def __init__(self, **options: Any) -> None:
         known = [field.name for field in fields(self)]
@@ -100,7 +101,7 @@ class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         options = {f.name: kwargs[f.name] for f in fields(RetryOptions) if f.name in kwargs}
         if options:
             kwargs["policy"] = RetryOptions(**options).policy()
-        known = ("policy", "tracer_provider", "meter_provider", "on_exhausted")
+        known = ("policy", "tracer_provider", "meter_provider", "on_exhausted", "on_waiting")
         given = {name: kwargs[name] for name in known if name in kwargs}
         if is_imported():
             from traced_retry.livekit.hook import instrument  # noqa: PLC0415 - it imports LiveKit

@@ -12,6 +12,7 @@ from livekit.agents import llm
 from traced_retry import semconv
 from traced_retry.core.failure import Failure, Kind, explain, failure
 from traced_retry.core.request import Delivery
+from traced_retry.core.waiting import Wait
 
 Generation = llm.GenerationCreatedEvent
 Call = Callable[[], "asyncio.Future[Generation]"]
@@ -34,6 +35,8 @@ class PassthroughRequest:
         """To be called with the id of the ``SpeechHandle``, if it is known later."""
         self.stop_watching: Callable[[], None] = lambda: None
         """The function that stops watching the ``SpeechHandle`` for interruption."""
+        self.wait: Wait | None = None
+        """The wait for the first output, if ``on_waiting`` is to report it."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send the request as the plugin does."""
@@ -81,6 +84,11 @@ class PassthroughRequest:
     def delivery(self, result: Generation) -> Delivery | None:
         """Return None: this provider does not report the end of a reply."""
         return None
+
+    def end_wait(self) -> None:
+        """End the wait for the first output."""
+        if self.wait is not None:
+            self.wait.end()
 
     def ended(self) -> None:
         """Clean up after the reply, with any outcome."""
