@@ -100,7 +100,6 @@ class Driver(ABC):
             # the context variables of the code that asked for the reply.
             self._context = contextvars.copy_context()
         self._cancel_timer()
-        self._timer = None
         if when is not None:
             self._timer = weakref.ref(self._loop.call_at(when, _Alarm(self)))
 
