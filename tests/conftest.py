@@ -31,6 +31,7 @@ LONGEST = [
     "test_end_to_end.py",
     "test_jaeger.py",
     "test_load_balancer.py",
+    "test_vmagent.py",
     "test_enable_jobs.py",
     "test_doctor.py",
     "test_presets.py",

@@ -27,6 +27,7 @@ def enable(ctx: JobContext) -> bool:
         ctx, policy=policy, preset="jaeger", service_name="support", on_exhausted=on_exhausted
     )
     traced_retry.enable(on_waiting=on_waiting)
+    traced_retry.enable(on_waiting=traced_retry.Filler("typing.ogg", pause=0))
     assert tracing.destination + ""
     return tracing.flush(1.0)
 
@@ -47,6 +48,7 @@ async def on_waiting(waiting: traced_retry.WaitingReply) -> None:
 def wrap(model: llm.RealtimeModel, provider: TracerProvider) -> llm.RealtimeModel:
     """Every argument of wrap."""
     policy = traced_retry.RetryPolicy(deadline=8, on_silence="listen", classify=classify)
+    policy = dataclasses.replace(policy, breaker="auto")
     traced_retry.instrument(policy=policy)
     traced_retry.uninstrument()
     traced_retry.disable()

@@ -35,7 +35,7 @@ from livekit.agents import (  # noqa: E402
     llm,
 )
 from livekit.agents.voice import SpeechHandle  # noqa: E402
-from livekit.plugins import google, phonic, ultravox  # noqa: E402
+from livekit.plugins import google, openai, phonic, ultravox  # noqa: E402
 from livekit.plugins.nvidia.experimental import realtime as nvidia  # noqa: E402
 from support.providers import PROVIDERS  # noqa: E402
 from support.recorder import Recorder  # noqa: E402
@@ -44,6 +44,7 @@ import traced_retry  # noqa: E402
 from traced_retry.core.budget import RetryBudget  # noqa: E402
 from traced_retry.simulator.aws import AWSSimulator  # noqa: E402
 from traced_retry.simulator.google import GoogleSimulator  # noqa: E402
+from traced_retry.simulator.gpt_live import GPTLiveSimulator  # noqa: E402
 from traced_retry.simulator.nvidia import PersonaPlexSimulator  # noqa: E402
 from traced_retry.simulator.phonic import PhonicSimulator, redirected  # noqa: E402
 from traced_retry.simulator.ultravox import UltravoxSimulator  # noqa: E402
@@ -81,6 +82,12 @@ def _ultravox(server, http, stack):
 def _phonic(server, http, stack):
     stack.enter_context(redirected(server.url))
     return phonic.realtime.RealtimeModel(api_key=MARK)
+
+
+def _gpt_live(server, http, stack):
+    return openai.realtime.GPTLiveModel(
+        api_key=MARK, base_url=server.url, http_session=http, conn_options=FAST
+    )
 
 
 def _nvidia(server, http, stack):
@@ -124,6 +131,7 @@ PROVIDERS = {
     "ultravox": (UltravoxSimulator, _ultravox),
     "phonic": (PhonicSimulator, _phonic),
     "aws": (AWSSimulator, _aws),
+    "gpt-live": (GPTLiveSimulator, _gpt_live),
     "nvidia": (PersonaPlexSimulator, _nvidia),
 }
 
@@ -416,7 +424,8 @@ def judge(cell: Cell, row: Row, recorder: Recorder, *, with_ids: bool) -> None:
     letters = [a["traced_retry.action"][0].upper() for a in recorder.attempts]
     cell.actions = " ".join(letters[: first.get("traced_retry.attempts", 0)])
     late = sum(recorder.points("traced_retry.late_replies").values())
-    cell.result = came_to + (f" and {late} late reply counted" if late else "")
+    cell.result = came_to or "not noticed"
+    cell.result += f" and {late} late reply counted" if late else ""
     must = row.must if with_ids else ""
     written = (
         repr([s.to_json() for s in recorder.spans()]),
@@ -438,7 +447,7 @@ def judge(cell: Cell, row: Row, recorder: Recorder, *, with_ids: bool) -> None:
         and cell.heard
         and not late
         and outcome == "exhausted",
-        "counted as heard, but not heard": not stop and not cell.heard,
+        "counted as heard, but not heard": replies and not stop and not cell.heard,
         "heard in part, and not reported": cell.cut and not stop,
         # A late answer to the caller has a handle of its own.
         "the handle has no exception": stop in REPORTED_BY_HANDLE
@@ -484,7 +493,8 @@ def table(provider: str, against: list[str], problems: list[str]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
         print(f"{provider:<16}{row.name:<60}", *cells[2:], sep="  | ", flush=True)
     if left_out:
-        lines += ["", f"Not in this protocol: {'; '.join(left_out)}."]
+        names = ", ".join(f'"{name}"' for name in left_out)
+        lines += ["", f"Not in this protocol: {names}."]
     return "\n".join(lines)
 
 

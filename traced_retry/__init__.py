@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from traced_retry._version import __version__
+from traced_retry.core.breaker import CircuitOpenError
 from traced_retry.core.budget import RetryBudget
 from traced_retry.core.decorator import RetryingRealtimeSession, retry
 from traced_retry.core.failure import Failure
@@ -31,12 +32,15 @@ from traced_retry.errors import (
 if TYPE_CHECKING:
     from traced_retry.export.enable import Tracing, enable
     from traced_retry.livekit import instrument, uninstrument, wrap
+    from traced_retry.livekit.filler import Filler
 
 __all__ = [
+    "CircuitOpenError",
     "ConfigurationFileError",
     "ExportError",
     "FailedReply",
     "Failure",
+    "Filler",
     "MissingExtraError",
     "PolicyError",
     "RetryBudget",
@@ -56,6 +60,7 @@ __all__ = [
 
 
 _LATE = {
+    "Filler": "traced_retry.livekit.filler",
     "Tracing": "traced_retry.export.enable",
     "enable": "traced_retry.export.enable",
     "instrument": "traced_retry.livekit",

@@ -74,6 +74,8 @@ DECISION: Final = "traced_retry.decision"
 NEXT_DELAY: Final = "traced_retry.next_delay"
 """Seconds the next attempt is planned to wait (float). A reconnect may make it longer. The real
 wait is ``traced_retry.delay`` of that attempt."""
+ANSWERED_ATTEMPT: Final = "traced_retry.answered_attempt"
+"""The number of the earlier attempt that was answered during this attempt."""
 RESULT: Final = "traced_retry.result"
 OPERATION: Final = "traced_retry.operation"
 """``say`` on the metrics and log records of a ``say``, and absent for a ``generate_reply``. Spans
@@ -88,9 +90,10 @@ TRACE_ID: Final = "trace_id"
 
 # --- values -----------------------------------------------------------------------------------
 
-Action = Literal["send", "listen", "restart"]
+Action = Literal["send", "listen", "restart", "hedge"]
 """``send``: a request goes out. ``listen``: the wait for the answer to an earlier request
-continues. ``restart``: a new session is opened, then a request goes out."""
+continues. ``restart``: a new session is opened, then a request goes out. ``hedge``: a second
+request goes out while the first one may still be answered, and the first answer is the reply."""
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
 
 SpanKind = Literal["CHAIN", "LLM"]
@@ -120,6 +123,7 @@ StopReason = Literal[
     "max_attempts",
     "deadline",
     "budget",
+    "circuit_open",
     "unsafe_to_resend",
     "output_started",
     "not_recoverable",
@@ -133,6 +137,7 @@ OUTCOME_OF: Final[dict[StopReason, Outcome]] = {
     "max_attempts": "exhausted",
     "deadline": "exhausted",
     "budget": "exhausted",
+    "circuit_open": "exhausted",
     "unsafe_to_resend": "exhausted",
     "output_started": "not_recoverable",
     "not_recoverable": "not_recoverable",

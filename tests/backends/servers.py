@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -32,6 +33,10 @@ _APT = "apt-get install prometheus prometheus-alertmanager"
 HOW = {
     "jaeger": f"{_BUILD} jaeger",
     "otelcol": f"{_BUILD} otelcol",
+    "prometheus3": f"{_BUILD} prometheus3",
+    "promtool3": f"{_BUILD} promtool3",
+    "vmagent": f"{_BUILD} vmagent",
+    "vmalert-tool": f"{_BUILD} vmalert-tool",
     "prometheus": _APT,
     "promtool": _APT,
     "prometheus-alertmanager": _APT,
@@ -143,6 +148,11 @@ class Process:
             self._process.kill()
             self._process.wait()
 
+    def kill(self):
+        """End the server with a SIGKILL. It can be started again."""
+        self._process.kill()
+        self._process.wait()
+
     def _is_ready(self):
         if self._process.poll() is not None:
             log = (self.folder / f"{self.name}.log").read_text(errors="replace")
@@ -150,7 +160,18 @@ class Process:
         return _answers(self.ready)
 
 
-class Jaeger:
+class _Server:
+    """A server whose constructor sets ``_process``."""
+
+    def __enter__(self):
+        self._process.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self._process.__exit__()
+
+
+class Jaeger(_Server):
     """Jaeger, with the shipped configuration; traces in memory, or on disk where ``badger``."""
 
     def __init__(self, folder, *, badger=None, prometheus="http://127.0.0.1:9"):
@@ -176,13 +197,6 @@ class Jaeger:
                 "PROMETHEUS_URL": prometheus,
             },
         )
-
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
 
     def traces(self, service, operation=""):
         """Every trace of the service (that has a span named ``operation``), by trace id, each a
@@ -244,7 +258,7 @@ def _plain(value):
     return int(content) if kind == "intValue" else content
 
 
-class Prometheus:
+class Prometheus(_Server):
     """Prometheus with the shipped configuration and recording rules.
 
     Args:
@@ -252,9 +266,13 @@ class Prometheus:
         counts: the port of what counts spans.
         itself: the port on which a Collector tells of itself, where there is one.
         port: its own.
+        program: the command, ``prometheus`` or ``prometheus3``.
+        vmagent: the port of a vmagent, if it is scraped.
     """
 
-    def __init__(self, folder, *, counts, itself=None, port=None):
+    def __init__(
+        self, folder, *, counts, itself=None, port=None, program="prometheus", vmagent=None
+    ):
         port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         self._folder = folder
@@ -267,10 +285,14 @@ class Prometheus:
         ):
             assert shipped in text
             text = text.replace(shipped, ours)
+        if vmagent:
+            commented = re.search(r"( *# .*vmagent\n)(?: *# .*\n){2}", text)[0]
+            used = commented.replace("# ", "", 3).replace("8429", str(vmagent))
+            text = text.replace(commented, used)
         (folder / "prometheus.yaml").write_text(text)
         shutil.copytree(DASHBOARDS / "prometheus", folder / "rules")
         self._process = Process(
-            "prometheus",
+            program,
             [
                 f"--config.file={folder / 'prometheus.yaml'}",
                 f"--storage.tsdb.path={folder / 'data'}",
@@ -281,13 +303,6 @@ class Prometheus:
             f"{self.url}/-/ready",
             folder,
         )
-
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
 
     def query(self, expression, at=None):
         """The vector that the expression gives: {labels as a frozenset of pairs: value}."""
@@ -312,7 +327,7 @@ class Prometheus:
         ]
 
 
-class Collector:
+class Collector(_Server):
     """The Collector for a fleet with the shipped configuration; clean calls are not kept."""
 
     def __init__(self, folder, *, traces, prometheus):
@@ -337,9 +352,44 @@ class Collector:
             },
         )
 
-    def __enter__(self):
-        self._process.__enter__()
-        return self
+    def kill(self):
+        """End the Collector with a SIGKILL. It can be started again, with the same ports."""
+        self._process.kill()
 
-    def __exit__(self, *_):
-        self._process.__exit__()
+
+class VMAgent(_Server):
+    """Vmagent with the shipped aggregation; it writes to Prometheus each second."""
+
+    INTERVAL = 1
+    """Seconds between two outputs; 15 in the file we ship."""
+    IGNORED = 3
+    """Seconds in which a first sample is no increase; 30 in the file we ship."""
+
+    def __init__(self, folder, *, prometheus):
+        (self.port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{self.port}"
+        text = (EXPORTERS / "vmagent/aggregation.yaml").read_text()
+        for shipped, ours in (
+            ("127.0.0.1:8429", f"127.0.0.1:{self.port}"),
+            ("interval: 15s", f"interval: {self.INTERVAL}s"),
+            ("ignore_first_sample_interval: 30s", f"ignore_first_sample_interval: {self.IGNORED}s"),
+        ):
+            assert shipped in text
+            text = text.replace(shipped, ours)
+        (folder / "aggregation.yaml").write_text(text)
+        self._process = Process(
+            "vmagent",
+            [
+                f"-streamAggr.config={folder / 'aggregation.yaml'}",
+                "-remoteWrite.forcePromProto",
+                f"-remoteWrite.url={prometheus}/api/v1/write",
+                f"-remoteWrite.tmpDataPath={folder / 'vmagent'}",
+                f"-httpListenAddr=127.0.0.1:{self.port}",
+            ],
+            f"{self.url}/-/ready",
+            folder,
+        )
+
+    def kill(self):
+        """End vmagent with a SIGKILL. It can be started again, on the same port."""
+        self._process.kill()

@@ -17,6 +17,7 @@ NEED_SERVERS = [
     "backends/test_exactness.py",
     "backends/test_jaeger.py",
     "backends/test_load_balancer.py",
+    "backends/test_vmagent.py",
     "dashboards/test_end_to_end.py",
     "dashboards/test_fleet.py",
 ]

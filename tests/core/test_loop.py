@@ -291,7 +291,7 @@ class TestTime:
         telemetry = Telemetry(**recorder.providers)
         reply = Reply(
             CallRequest(script.future),
-            RetryPolicy(),
+            RetryPolicy(base_delay=1.0),
             telemetry.reply(Target("openai")),
             jitter=lambda bound: bound,
         )

@@ -59,7 +59,7 @@ def reply(recorder):
         trace = Telemetry(**recorder.providers).reply(Target("somebody"))
         return Reply(
             request,
-            RetryPolicy(**policy),
+            RetryPolicy(**{"base_delay": 1.0, **policy}),
             trace,
             jitter=lambda bound: bound,
             on_failed=on_failed,

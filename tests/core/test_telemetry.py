@@ -41,7 +41,7 @@ def ask(recorder, *steps, cancel_after=None, in_livekit=False, **policy):
     telemetry = Telemetry(**recorder.providers, in_livekit=in_livekit)
     reply = Reply(
         CallRequest(script.future),
-        RetryPolicy(**policy),
+        RetryPolicy(**{"base_delay": 1.0, **policy}),
         telemetry.reply(TARGET),
         jitter=lambda bound: bound,
     ).start()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every panel beside what the simulators know: the value it shows, the truth, and how near it is.
+"""Compare each panel with the simulators' records: its value, the expected value, the tolerance.
 
-The truth is made of what each simulator was asked, when, and what its script had it do. How long an
-answer took that came at once nobody knows beforehand; it is taken for 0, and the machine may need
-:data:`BUSY` for it.
+The expected value comes from the requests of each simulator, their times and the faults of its
+script. The duration of an immediate answer is unknown beforehand. It counts as 0 s, and the machine
+may need up to :data:`BUSY` for it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ UNTOLD = {
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt as its simulator must have caused it; ``code`` is "" where it succeeded."""
+    """One attempt as its simulator must have caused it. ``code`` is "" if it succeeded."""
 
     action: str
     code: str
@@ -50,14 +50,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply, likewise."""
+    """One reply as its simulator must have caused it."""
 
     provider: str
     attempts: tuple[Attempt, ...]
 
     @property
     def outcome(self):
-        """As in ``semconv.Outcome``."""
+        """Return the outcome, as in ``semconv.Outcome``."""
         last = self.attempts[-1].code
         if not last:
             return "succeeded" if len(self.attempts) == 1 else "recovered"
@@ -65,17 +65,17 @@ class Reply:
 
     @property
     def seconds(self):
-        """The silence."""
+        """Return the time until the reply was heard or failed."""
         return sum(attempt.seconds for attempt in self.attempts)
 
     @property
     def requests(self):
-        """How many were sent."""
+        """Return the number of requests that were sent."""
         return sum(attempt.action != "listen" for attempt in self.attempts)
 
 
 def replies(played):
-    """The replies of one job, of which at most the last one is lost."""
+    """Yield the replies of one job. At most the last one is lost."""
     provider, patience = PROVIDER[played.job.provider], played.job.patience
     again = "restart" if played.job.provider == "google" else "listen"
     failed, silent = [], False
@@ -103,7 +103,7 @@ def replies(played):
 
 @dataclass(frozen=True)
 class Row:
-    """One value that a panel shows, and what it should be."""
+    """One value of a panel, and its expected value."""
 
     board: str
     panel: str
@@ -116,14 +116,15 @@ class Row:
 
     @property
     def fits(self):
-        """Whether the value is where it should be."""
+        """Return whether the value is within its tolerance."""
         return self.low <= self.value <= self.high
 
 
 def count(number, part=0.2):
-    """(truth, tolerance, low, high): a count is put together from rates, which extrapolate.
+    """Return (expected, tolerance, low, high) of a count.
 
-    Most are within 3 %; what a scrape that comes late on a busy machine adds is more than that.
+    A panel's count comes from rates, which extrapolate. Most are within 3 %, and a late scrape on a
+    busy machine adds more.
     """
     if not number:
         return "0", "±0.05", -0.05, 0.05
@@ -132,30 +133,33 @@ def count(number, part=0.2):
 
 
 def share(part, whole=1.0):
-    """The same of a ratio."""
+    """Return (expected, tolerance, low, high) of a ratio."""
     ratio = part / whole
     off = max(0.15 * ratio, 0.05)
     return f"{ratio:.3f}", "15 %, at least 0.05", ratio - off, ratio + off
 
 
 def difference(part, whole):
-    """The same of what one count has more than another, for each of these."""
+    """Return (expected, tolerance, low, high) of the surplus of one count over another."""
     ratio = part / whole
     return f"{ratio:.3f}", "±0.15", ratio - 0.15, ratio + 0.15
 
 
 def exactly(number):
-    """The same of what is no estimate."""
+    """Return (expected, tolerance, low, high) of an exact value."""
     return f"{number:g}", "exact", number - 1e-9, number + 1e-9
 
 
 def between(low, high, true):
-    """The same where only bounds are known."""
+    """Return (expected, tolerance, low, high) of a value with known bounds."""
     return true, f"{low:.3g} to {high:.3g}", low, high
 
 
 def quantile(q, seconds):
-    """The same of a quantile: the bounds of its bucket, or of the next to it where it is near."""
+    """Return (expected, tolerance, low, high) of a quantile, from the bounds of its bucket.
+
+    The next bucket is allowed if the quantile is near its bound.
+    """
     ordered = sorted(seconds)
 
     def at(rank):
@@ -168,7 +172,7 @@ def quantile(q, seconds):
 
 
 class Fleet:
-    """What the simulators know of all replies, or of those of one provider."""
+    """The simulators' records of all replies, or of one provider's."""
 
     def __init__(self, jobs, provider=None):
         self.replies = [
@@ -179,16 +183,16 @@ class Fleet:
         self.waits = len(self.attempts) - len(self.replies)
 
     def of(self, *outcomes):
-        """How many ended so."""
+        """Return the number of replies with these outcomes."""
         return sum(reply.outcome in outcomes for reply in self.replies)
 
     @property
     def heard(self):
-        """The seconds of the replies that were heard."""
+        """Return the seconds of the heard replies."""
         return [reply.seconds for reply in self.replies if reply.outcome not in LOST]
 
     def requests(self):
-        """How many were sent."""
+        """Return the number of requests that were sent."""
         return sum(reply.requests for reply in self.replies)
 
 
@@ -210,7 +214,7 @@ class Panels:
         self.each = {name: Fleet(jobs, name) for name in names}
 
     def rows(self):
-        """All of them."""
+        """Yield all rows."""
         yield from self._glance(OVERVIEW, self.every)
         for name, of in self.each.items():
             yield from self._outcomes(OVERVIEW, "$provider", of, provider=name)
@@ -265,7 +269,7 @@ class Panels:
             yield _row(board, panel, series, found.get(outcome, 0), count(of.of(outcome)))
 
     def _initiators(self):
-        """Every reply of this fleet is requested by the agent."""
+        """Yield the rows by initiator: the agent requests each reply of this fleet."""
         of = self.every
         for panel, known in (
             ("Replies by initiator", len(of.replies)),
@@ -471,7 +475,7 @@ because it uses OpenAI's protocol and adapter. NVIDIA is not, because its plugin
 
 
 def as_markdown(spans, agents):
-    """The whole list; the values of a run, all else as it must be."""
+    """Return the whole list with the values of a run."""
     by_agents = {(row.board, row.panel, row.series): row for row in agents}
     lines = [HEAD]
     for board, title in ((OVERVIEW, "Overview"), (ONE, "One provider")):
@@ -501,5 +505,5 @@ def as_markdown(spans, agents):
 
 
 def without_values(markdown):
-    """The list but for what a run measured."""
+    """Return the list without the values of a run."""
     return [line.rsplit(" | ", 2)[0] for line in markdown.splitlines()]

@@ -63,13 +63,24 @@ def panels(dashboard):
             yield panel
 
 
-def run_rule_test(folder, test):
-    """Run one test of rules with promtool, and return the finished process."""
+ENGINES = {
+    "promtool": ["promtool", "test", "rules"],
+    "promtool3": ["promtool3", "test", "rules"],
+    "vmalert-tool": ["vmalert-tool", "unittest", "--disableAlertgroupLabel", "--files"],
+}
+"""The commands that test rules for Prometheus 2, Prometheus 3 and VictoriaMetrics."""
+
+
+def run_rule_test(folder, test, engine="promtool"):
+    """Run one test of rules with an engine, and return the finished process."""
+    if engine == "vmalert-tool":
+        cases = [dict(case) for case in test["tests"]]
+        for case in cases:
+            case["metricsql_expr_test"] = case.pop("promql_expr_test")
+        test = {**test, "tests": cases}
     path = folder / "test.yaml"
     path.write_text(json.dumps(test))
+    program, *arguments = ENGINES[engine]
     return subprocess.run(
-        [command("promtool"), "test", "rules", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
+        [command(program), *arguments, str(path)], capture_output=True, text=True, check=False
     )

@@ -7,6 +7,7 @@ nothing else of them is changed.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import threading
@@ -15,7 +16,16 @@ import urllib.request
 
 import pytest
 import yaml
-from backends.servers import DASHBOARDS, EXPORTERS, Process, command, free_ports, get, until
+from backends.servers import (
+    DASHBOARDS,
+    EXPORTERS,
+    Collector,
+    Process,
+    command,
+    free_ports,
+    get,
+    until,
+)
 from dashboards.reading import faster
 from dashboards.traffic import Traffic
 
@@ -87,13 +97,18 @@ def alertmanager(tmp_path, config, port):
     )
 
 
-@pytest.fixture
-def paging(tmp_path):
-    """Traffic that is scraped, Prometheus and Alertmanager that run, and where pages arrive."""
+@contextlib.contextmanager
+def alerting(tmp_path, targets):
+    """Start Prometheus and Alertmanager, and yield the webhook and the URLs of both.
+
+    Args:
+        tmp_path: a folder for their files.
+        targets: the addresses of the job that has the counts from spans.
+    """
     for name in ("prometheus", "prometheus-alertmanager"):
         command(name)
     port, manager = free_ports(2)
-    hook, traffic = Webhook(), Traffic()
+    hook = Webhook()
     (tmp_path / "rules").mkdir()
     for path in (DASHBOARDS / "prometheus").glob("*.yaml"):
         (tmp_path / "rules" / path.name).write_text(faster(path.read_text(), 60))
@@ -103,10 +118,7 @@ def paging(tmp_path):
         f"127.0.0.1:{manager}"
     ]
     shipped["scrape_configs"] = [
-        {
-            "job_name": "traced-retry-spans",
-            "static_configs": [{"targets": [f"127.0.0.1:{traffic.port}"]}],
-        }
+        {"job_name": "traced-retry-spans", "static_configs": [{"targets": targets}]}
     ]
     (tmp_path / "prometheus.yaml").write_text(json.dumps(shipped))
     url = f"http://127.0.0.1:{port}"
@@ -122,11 +134,23 @@ def paging(tmp_path):
         tmp_path,
     )
     config = alertmanager_config(hook.server_address[1])
-    with alertmanager(tmp_path, config, manager), prometheus:
-        yield traffic, hook, url, f"http://127.0.0.1:{manager}"
-    traffic.close()
-    hook.shutdown()
-    hook.server_close()
+    try:
+        with alertmanager(tmp_path, config, manager), prometheus:
+            yield hook, url, f"http://127.0.0.1:{manager}"
+    finally:
+        hook.shutdown()
+        hook.server_close()
+
+
+@pytest.fixture
+def paging(tmp_path):
+    """Traffic that is scraped, Prometheus and Alertmanager that run, and where pages arrive."""
+    traffic = Traffic()
+    try:
+        with alerting(tmp_path, [f"127.0.0.1:{traffic.port}"]) as (hook, prometheus, manager):
+            yield traffic, hook, prometheus, manager
+    finally:
+        traffic.close()
 
 
 def firing(prometheus):
@@ -211,6 +235,53 @@ def test_several_providers_fail(paging):
     # A busy machine may miss scrapes for five seconds, which are five minutes here.
     pages = [page for page in hook.groups("/page", "firing") if alerts.ABSENT not in page]
     assert [json.dumps({"alertname": alerts.MANY})] == pages
+
+
+def test_killed_collectors_are_reported(tmp_path):
+    """One of five killed Collectors opens a ticket, five page, and a restart resolves both."""
+    for name in ("otelcol", "prometheus", "prometheus-alertmanager"):
+        command(name)
+    collectors = []
+    for number in range(5):
+        folder = tmp_path / f"collector-{number}"
+        folder.mkdir()
+        collectors.append(Collector(folder, traces="127.0.0.1:9", prometheus="http://127.0.0.1:9"))
+    targets = [f"127.0.0.1:{collector.counts}" for collector in collectors]
+    up = 'sum(up{job="traced-retry-spans"})'
+    ticket = json.dumps({"alertname": alerts.DEGRADED})
+    page = json.dumps({"alertname": alerts.ABSENT})
+
+    def notified(group, path, status):
+        until(lambda: group in hook.groups(path, status), 60, f"{group} being {status}")
+
+    with contextlib.ExitStack() as stack:
+        for collector in collectors:
+            stack.enter_context(collector)
+        hook, prometheus, _ = stack.enter_context(alerting(tmp_path, targets))
+        until(lambda: value(prometheus, up) == 5, 30, "five targets being up")
+        # Time runs 60 times faster here, so the targets may be absent for too long at the start.
+        only = {(alerts.WATCHDOG, None)}
+        until(lambda: firing(prometheus) == only, 60, "the end of other alerts")
+        hook.got.clear()
+
+        collectors[0].kill()
+        notified(ticket, "/ticket", "firing")
+        (alert,) = hook.groups("/ticket", "firing")[ticket][0]["alerts"]
+        assert "some_counts_down" == alert["labels"]["cause"]
+        assert {} == hook.groups("/page", "firing")
+
+        collectors[0].__enter__()
+        notified(ticket, "/ticket", "resolved")
+
+        for collector in collectors:
+            collector.kill()
+        notified(page, "/page", "firing")
+        (alert,) = hook.groups("/page", "firing")[page][0]["alerts"]
+        assert "counts_down" == alert["labels"]["cause"]
+
+        for collector in collectors:
+            collector.__enter__()
+        notified(page, "/page", "resolved")
 
 
 def test_page_arrives_while_group_of_another_environment_is_open(tmp_path):

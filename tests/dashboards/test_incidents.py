@@ -61,7 +61,7 @@ def series(number, incident):
         yield replies(f"{number}-beside", "succeeded", values(beside, beside, minutes, beside))
 
 
-def first_notices(folder, rules, incidents=INCIDENTS):
+def first_notices(folder, rules, incidents=INCIDENTS, engine="promtool"):
     """Return the minute of the first firing alert: {(environment, severity): minute}."""
     first = (
         'min(min_over_time(timestamp(ALERTS{{alertstate="firing", '
@@ -96,7 +96,7 @@ def first_notices(folder, rules, incidents=INCIDENTS):
             }
         ],
     }
-    done = run_rule_test(folder, test)
+    done = run_rule_test(folder, test, engine)
     shown = re.findall(
         r'environment_name=\\?"([\w-]+)\\?", severity=\\?"(\w+).*?got:(.*?)(?=expr:|\Z)',
         done.stdout + done.stderr,

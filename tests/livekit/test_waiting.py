@@ -264,7 +264,7 @@ class TestCallback:
 
         records = [r.getMessage() for r in caplog.records if r.name == "traced_retry"]
         assert ["on_waiting raised ValueError"] == [r.split(" at ")[0] for r in records]
-        assert ["reply 1", "reply 2"] == talk.heard
+        assert 2 == len(talk.heard)
 
     async def test_disabled_process_reports_no_wait(self, start_conversation, waits):
         """disable() switches the callback off."""

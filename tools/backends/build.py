@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the servers of tests/backends: ``python tools/backends/build.py [jaeger] [otelcol]``.
+"""Build the servers of the tests: ``python tools/backends/build.py [NAME ...]``.
 
-Both come from the Go module proxy with the ordinary ``go`` command (1.24 or newer) and land in
-``~/.cache/traced-retry/backends`` (or where ``TRACED_RETRY_BACKENDS`` says), never in the tree. Six
-minutes for Jaeger on two cores, two more for the Collector; nothing to do the second time.
-Prometheus and Alertmanager are Debian packages: ``apt-get install prometheus
+They come from the Go module proxy with the ordinary ``go`` command (1.26 or newer) and land in
+``~/.cache/traced-retry/backends`` (or in the folder that ``TRACED_RETRY_BACKENDS`` names), never in
+the tree. On two cores Jaeger takes six minutes, the Collector two, Prometheus 3 with its promtool
+three, and the two parts of VictoriaMetrics two. A second run builds only missing ones.
+Prometheus 2 and Alertmanager are Debian packages: ``apt-get install prometheus
 prometheus-alertmanager``.
 """
 
@@ -16,12 +17,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 JAEGER = "github.com/jaegertracing/jaeger@v1.76.0"
 """Jaeger 2.13.0. Its module has no v2 tag: v1.76.0 is the last one it has, made on the same
 commit, and the proxy has no later commit."""
 BUILDER = "go.opentelemetry.io/collector/cmd/builder@v0.155.0"
+PROMETHEUS = "github.com/prometheus/prometheus/cmd/%s@v0.316.0"
+"""Prometheus 3.16, named ``prometheus3`` here, beside Debian's 2.42."""
+VICTORIAMETRICS = "github.com/VictoriaMetrics/VictoriaMetrics/app/%s@v1.151.0"
 MANIFEST = Path(__file__).with_name("otelcol.yaml")
 CACHE = Path(
     os.environ.get("TRACED_RETRY_BACKENDS") or Path.home() / ".cache/traced-retry/backends"
@@ -46,11 +51,23 @@ def workshop(name: str) -> Path:
     return folder
 
 
-def install(built: Path) -> None:
-    """Put it where the tests look; also while an older one runs."""
-    new = CACHE / "bin" / f"{built.name}.new"
+def install(built: Path, name: str | None = None) -> None:
+    """Move the program to the folder where the tests look, also while an older one runs."""
+    new = CACHE / "bin" / f"{name or built.name}.new"
     shutil.copy(built, new)
     new.replace(new.with_suffix(""))
+
+
+def package(path: str, name: str, tags: str = "") -> Callable[[], None]:
+    """Return a function that builds a package as its authors publish it."""
+
+    def build() -> None:
+        folder = workshop(name)
+        flags = (f"-tags={tags}", "-trimpath", "-ldflags=-s -w")
+        run("go", "install", *flags, path, cwd=folder, GOBIN=str(folder))
+        install(folder / path.rpartition("/")[2].partition("@")[0], name)
+
+    return build
 
 
 def jaeger() -> None:
@@ -101,15 +118,26 @@ def outdated(name: str) -> bool:
     return name == "otelcol" and not same
 
 
+MAKERS: dict[str, Callable[[], None]] = {
+    "jaeger": jaeger,
+    "otelcol": otelcol,
+    **{
+        # With service discovery this takes five times as long. Tests name their targets.
+        f"{name}3": package(PROMETHEUS % name, f"{name}3", "remove_all_sd")
+        for name in ("prometheus", "promtool")
+    },
+    **{name: package(VICTORIAMETRICS % name, name) for name in ("vmagent", "vmalert-tool")},
+}
+
+
 def main() -> None:
-    """Build what was asked for, or all, where it is not there yet or not as it should be."""
-    wanted = sys.argv[1:] or ["jaeger", "otelcol"]
-    makers = {"jaeger": jaeger, "otelcol": otelcol}
-    if unknown := set(wanted) - set(makers):
-        sys.exit(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(makers)}")
+    """Build the named servers, or all, unless they are there in the right version."""
+    wanted = sys.argv[1:] or list(MAKERS)
+    if unknown := set(wanted) - set(MAKERS):
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(MAKERS)}")
     for name in wanted:
         if outdated(name):
-            makers[name]()
+            MAKERS[name]()
         print(f"{CACHE / 'bin' / name}")
 
 

@@ -131,7 +131,7 @@ class _Bucket:
     __slots__ = ("at", "clock", "tokens")
 
     at: float
-    """The time at which :attr:`tokens` was up to date."""
+    """The time when :attr:`tokens` was up to date."""
     clock: Clock
     """The clock of the event loop that was last used. An exporter's thread reads the gauge."""
 

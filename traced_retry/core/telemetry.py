@@ -51,6 +51,11 @@ class Target:
     initiator: semconv.Initiator = "agent"
     """Who starts the reply."""
 
+    @property
+    def key(self) -> tuple[str, str | None, str | None, int | None]:
+        """Return the parts that name the model on its server."""
+        return self.provider, self.model, self.server_address, self.server_port
+
     @functools.cached_property
     def labels(self) -> Attributes:
         """Return the labels that every metric has."""
@@ -232,8 +237,11 @@ def _attempt_end(attempt: Attempt[Any]) -> Attributes:
             attributes[semconv.ERROR_CODE] = failure.code
         if attempt.next_action is not None:
             attributes[semconv.NEXT_DELAY] = attempt.next_delay
-    if attempt.delivery is not None and attempt.delivery.response_id:
-        attributes[semconv.RESPONSE_ID] = attempt.delivery.response_id
+    if (delivery := attempt.delivery) is not None:
+        if delivery.response_id:
+            attributes[semconv.RESPONSE_ID] = delivery.response_id
+        if delivery.answers_attempt is not None:
+            attributes[semconv.ANSWERED_ATTEMPT] = delivery.answers_attempt
     return attributes
 
 

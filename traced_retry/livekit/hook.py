@@ -3,7 +3,8 @@
 
 Only methods of the session's instance are replaced: ``generate_reply``, ``interrupt``, ``aclose``,
 ``say`` if the plugin has one, and ``emit`` by the adapter. Identity, ``isinstance``, labels,
-events and private state of the plugin stay unchanged.
+events and private state of the plugin stay unchanged. LiveKit creates the session of a duplex model
+itself. For these models ``DuplexRealtimeAdapter.session`` is replaced, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from livekit.agents import SpeechCreatedEvent, llm
 from livekit.agents import telemetry as livekit_telemetry
@@ -55,6 +56,9 @@ from traced_retry.livekit.speech import (
 
 logger = logging.getLogger(semconv.SCOPE)
 
+M = TypeVar("M", bound="llm.RealtimeModel | llm.DuplexModel")
+"""A LiveKit model whose sessions get retries."""
+
 OnExhausted = Callable[[FailedReply], "Awaitable[None] | None"]
 OnWaiting = Callable[[WaitingReply], "Awaitable[None] | None"]
 
@@ -65,8 +69,12 @@ LiveKit then waits for the pending replies. It kills a job's process that does n
 ``shutdown_process_timeout`` of ``AgentServer`` and ``WorkerOptions``, which is 10 s by default
 (livekit-agents 1.7.0 to 1.8.9)."""
 
+_LAST = 0.9
+"""Seconds after :data:`DRAIN_WITHIN` for the answer to a hedged request to begin."""
 _HOOK = "_traced_retry"
-"""Name of the attribute that marks a session with our hook."""
+"""Name of the attribute that marks a session with our hook, and a wrapped model."""
+_HOOKS = "_traced_retry_hooks_duplex_models"
+"""Name of the attribute that marks ``DuplexRealtimeAdapter.session`` if it is replaced."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def check_arguments(policy: object, on_exhausted: object, on_waiting: object) ->
     if on_waiting is not None and not callable(on_waiting):
         raise ArgumentError(
             f"on_waiting is {shown(on_waiting)}; it must be a function of one WaitingReply, "
-            "async or not"
+            "async or not, or a Filler"
         )
     warn_about_misspelt()
     supported.choice()
@@ -260,7 +268,7 @@ class SessionHook:
     def _end_retries(self) -> None:
         self._drained = True
         for reply in list(self._open):
-            reply.end_retries(timeout_failure(DRAIN_WITHIN))
+            reply.end_retries(timeout_failure(DRAIN_WITHIN), _LAST)
 
     # --- Replies, for the adapter --------------------------------------------------------------
 
@@ -522,18 +530,19 @@ def _install(session: llm.RealtimeSession[Any], config: _Config, *, explicit: bo
 
 
 def wrap(
-    model: llm.RealtimeModel,
+    model: M,
     *,
     policy: RetryPolicy | None = None,
     tracer_provider: otel_trace.TracerProvider | None = None,
     meter_provider: metrics.MeterProvider | None = None,
     on_exhausted: OnExhausted | None = None,
     on_waiting: OnWaiting | None = None,
-) -> llm.RealtimeModel:
+) -> M:
     """Add retries and traces to every session of ``model``, and return ``model``.
 
     Args:
-        model: any LiveKit realtime model. One without an adapter is traced and never re-sent.
+        model: any LiveKit realtime or duplex model. One without an adapter is traced and never
+            re-sent.
         policy: the retry policy. Default: :meth:`RetryPolicy.from_env`.
         tracer_provider: the target of spans. Default: the provider given to
             ``livekit.agents.telemetry``, else the global one.
@@ -543,20 +552,22 @@ def wrap(
             block. Its exceptions are logged once and suppressed.
         on_waiting: called (or awaited) once with a :class:`WaitingReply` for a reply that has no
             output ``policy.waiting_after`` seconds after its request, but not for a ``say()``. A
-            coroutine is cancelled at the first output or at the end of the reply.
+            coroutine is cancelled at the first output or at the end of the reply. A
+            :class:`Filler` plays a sound.
 
     Raises:
         PolicyError: if an environment variable is invalid.
-        TypeError: if ``model`` is not a LiveKit realtime model, or if another argument has a wrong
-            type.
+        TypeError: if ``model`` is not a LiveKit realtime or duplex model, or if another argument
+            has a wrong type.
     """
-    if not isinstance(model, llm.RealtimeModel):
+    is_duplex = _is_duplex(model)
+    if not (is_duplex or isinstance(model, llm.RealtimeModel)):
         raise TypeError(
-            "wrap() takes a livekit.agents.llm.RealtimeModel, and this is a "
+            "wrap() takes a livekit.agents.llm.RealtimeModel or DuplexModel, and this is a "
             f"{type(model).__name__}; the pipeline's LLM, STT and TTS retry by themselves"
         )
     check_arguments(policy, on_exhausted, on_waiting)
-    if hasattr(model.session, _HOOK):
+    if hasattr(model if is_duplex else model.session, _HOOK):
         warnings.warn(
             f"{model.label} is wrapped already; the second wrap() does nothing",
             RuntimeWarning,
@@ -566,6 +577,10 @@ def wrap(
     if switch.check():
         return model
     config = _config(policy, tracer_provider, meter_provider, on_exhausted, on_waiting)
+    if not isinstance(model, llm.RealtimeModel):
+        setattr(model, _HOOK, config)
+        _hook_duplex_sessions()
+        return model
     if isinstance(model, llm.RealtimeModelFallbackAdapter):
         for child in _children(model):
             _wrap_session(child, config)
@@ -584,6 +599,34 @@ def _wrap_session(model: llm.RealtimeModel, config: _Config) -> None:
 
     setattr(session, _HOOK, config)
     model.session = session  # type: ignore[method-assign]
+
+
+def _is_duplex(model: object) -> bool:
+    """Return whether ``model`` is a duplex model, which LiveKit 1.7.0 does not have."""
+    base = getattr(llm, "DuplexModel", None)
+    return base is not None and isinstance(model, base)
+
+
+def _hook_duplex_sessions() -> None:
+    """Install the hook in each session of a wrapped duplex model.
+
+    LiveKit itself puts its adapter around such a model, so ``wrap`` cannot replace a method of the
+    adapter's instance.
+    """
+    original = llm.DuplexRealtimeAdapter.session
+    if hasattr(original, _HOOKS):
+        return
+
+    @functools.wraps(original)
+    def session(self: llm.DuplexRealtimeAdapter, *args: Any, **kwargs: Any) -> Any:
+        made = original(self, *args, **kwargs)
+        if (config := getattr(self.duplex_model, _HOOK, None)) is not None:
+            with suppress_and_log("hooking a session of a duplex model"):
+                _install(made, config, explicit=True)
+        return made
+
+    setattr(session, _HOOKS, True)
+    llm.DuplexRealtimeAdapter.session = session  # type: ignore[method-assign]
 
 
 def _children(adapter: llm.RealtimeModelFallbackAdapter) -> list[llm.RealtimeModel]:

@@ -171,10 +171,14 @@ class SingleSlotAdapter(Adapter):
         """Whether the plugin is connected, as far as known."""
         self.dead: Failure | None = None
         """The failure of a dead session, if the adapter knows it better than the hook."""
-        self.speaking = SlotDelivery(session)
+        self.watch_deliveries()
         self._given_up: PassthroughRequest | None = None
         session.on("input_speech_started", lambda _: self.watch_for(None))
         before(session, "emit", self._on_emit)
+
+    def watch_deliveries(self) -> None:
+        """Have the course of each reply watched."""
+        self.speaking = SlotDelivery(self.session)
 
     def starts_reply(self, generation: Generation) -> bool:
         """Return whether no request is open, and none was given up that may be answered now."""

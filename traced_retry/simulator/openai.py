@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An OpenAI Realtime server, text only, that fails on a script."""
+"""An OpenAI Realtime server that fails on a script."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class OpenAISimulator(Simulator):
     """
 
     path = "/v1/realtime"
+    sound = 0.0
+    """Seconds of silence that each reply has as its sound. With 0 the server answers in text."""
 
     @property
     def url(self) -> str:
@@ -42,7 +44,9 @@ class OpenAISimulator(Simulator):
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
         """Create the server's side of a new connection."""
-        return _ScriptedConnection(self, ws, http.query.get("model", "gpt-realtime"))
+        connection = _ScriptedConnection(self, ws, http.query.get("model", "gpt-realtime"))
+        connection.sound = self.sound
+        return connection
 
 
 class _ScriptedConnection(OpenAIConnection):
@@ -87,9 +91,12 @@ class _ScriptedConnection(OpenAIConnection):
                 await self.reply(request)
             case "tool":
                 await self.call_tool(request, fault.argument)
-            case "late":
+            case "late" | "unlabelled":
+                labels = request.metadata if fault.name == "late" else None
                 self.late += 1
-                self.after(fault.seconds, partial(self.reply_late, request))
+                self.after(
+                    fault.seconds, partial(self.reply_late, replace(request, metadata=labels))
+                )
             case "slow":
                 response = await self.begin_reply(request)
                 self.after(fault.seconds, partial(self.end_slowly, request, response))
@@ -129,12 +136,12 @@ class _ScriptedConnection(OpenAIConnection):
                 await self.call_function(response, fault.argument)
                 self.after(PAUSE, partial(self.fail, response, "server_error"))
             case "stalled":
-                await self.begin(request.metadata)
+                response = await self.begin(request.metadata)
+                if fault.argument:
+                    self.after(fault.seconds, partial(self.speak_late, request, response))
             case "empty":
                 response = await self.begin(request.metadata)
                 await self.finish(response, "completed")
-            case "unlabelled":
-                await self.reply(replace(request, metadata=None))
             case "incomplete":
                 response = await self.begin(request.metadata)
                 await self.finish(response, "incomplete", reason="content_filter")
@@ -183,6 +190,12 @@ class _ScriptedConnection(OpenAIConnection):
         self.late -= 1
         await self.reply(request)
         await self.drop_if_next()
+
+    async def speak_late(self, request: Request, response: Response) -> None:
+        if self.active is response:  # Not cancelled meanwhile.
+            await self.begin_words(request, response)
+            await self.end_reply(request, response)
+            await self.drop_if_next()
 
     async def end_slowly(self, request: Request, response: Response) -> None:
         if self.active is response:  # Not cancelled meanwhile.
