@@ -276,16 +276,7 @@ class Reply(Driver, Generic[T]):
         while True:
             attempt = self._attempt
             assert attempt is not None
-            assert attempt.future is not None
-            failure = None
-            if not attempt.future.done():
-                failure = yield from self._await_attempt(attempt)
-            if failure is None and not self._ended:
-                failure = self._take_result(attempt)
-            if attempt.delivery is not None and failure is None and not self._ended:
-                yield from self._await_end(attempt, attempt.delivery)
-                if not self._ended:
-                    failure = self._finish(attempt, attempt.delivery)
+            failure = yield from self._follow(attempt)
             if failure is None or self._ended:
                 return
             if self._future.cancelled():  # The policy's classify did so.
@@ -359,6 +350,20 @@ class Reply(Driver, Generic[T]):
         self._attempt = attempt
         if not future.done():
             future.add_done_callback(self._on_attempt_done)
+
+    def _follow(self, attempt: Attempt[T]) -> Generator[float | None, None, Failure | None]:
+        """Wait until the attempt is over. Return its failure if it was not heard."""
+        assert attempt.future is not None
+        failure = None
+        if not attempt.future.done():
+            failure = yield from self._await_attempt(attempt)
+        if failure is None and not self._ended:
+            failure = self._take_result(attempt)
+        delivery = attempt.delivery
+        if delivery is None or failure is not None or self._ended:
+            return failure
+        yield from self._await_end(attempt, delivery)
+        return None if self._ended else self._finish(attempt, delivery)
 
     def _await_attempt(self, attempt: Attempt[T]) -> Generator[float | None, None, Failure | None]:
         """Wait for the end of the attempt. Return the failure that ends it before its result."""
