@@ -13,7 +13,7 @@ from backends import servers
 from backends.servers import DASHBOARDS, EXPORTERS, command
 
 from traced_retry import semconv
-from traced_retry.monitoring.check import run_checks
+from traced_retry.doctor.exporters import run_checks
 
 FOLDERS = ("jaeger", "collector", "prometheus", "alertmanager", "grafana", "vmagent")
 SERVER_SIDE = [

@@ -82,7 +82,7 @@ def check_exporters(
     and 1 otherwise.
     """
     # The import needs PyYAML, which only these commands use.
-    from traced_retry.monitoring.check import run_checks  # noqa: PLC0415
+    from traced_retry.doctor.exporters import run_checks  # noqa: PLC0415
 
     checks = list(run_checks(path))
     for check in checks:
