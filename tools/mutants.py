@@ -301,7 +301,9 @@ class Runner:
         self._copies: SimpleQueue[Path] = SimpleQueue()
         self._folder = tempfile.TemporaryDirectory()
         for number in range(jobs):
-            copy = Path(self._folder.name) / str(number)
+            # Hypothesis draws constants of modules outside of such a folder. The same examples then
+            # could not be drawn for each mutant.
+            copy = Path(self._folder.name) / str(number) / "site-packages"
             shutil.copytree(ROOT / PACKAGE, copy / PACKAGE)
             for data in ("dashboards", "exporters"):
                 shutil.copytree(ROOT / data, copy / PACKAGE / data)
@@ -322,7 +324,7 @@ class Runner:
             process.start()
             process.join()
             if process.exitcode:
-                print((copy / "output.txt").read_text()[-2000:])
+                print((copy / "output.txt").read_text()[-4000:])
                 raise SystemExit(f"the tests fail without a mutant: {' '.join(files)}")
             recorded: dict[str, Any] = json.loads((copy / "reach.json").read_text())
             return recorded
@@ -430,10 +432,21 @@ def _run_tests(copy: str, files: list[str], tests: list[str] | None) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(ROOT)
-    sys.dont_write_bytecode = True
+    # A changed module must not be written, and compiled tests are read again by each run.
+    sys.dont_write_bytecode = tests is not None
     sys.path.insert(0, copy)
     os.environ.update(PYTHONPATH=copy, PYTHONDONTWRITEBYTECODE="1", TRACED_RETRY_BACKENDS="none")
-    options = ["-q", "-x", "-p", "no:randomly", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = [
+        "-q",
+        "-x",
+        "--show-capture=no",
+        "-p",
+        "no:randomly",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # pytest is imported already
     # A test on the wall clock could fail because the machine is busy.
     options += ["-m", "not packages and not real_time"]
