@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import compileall
 import multiprocessing
 import os
+import py_compile
 import random
 import shutil
 import signal
@@ -227,7 +229,8 @@ class Runner:
     def __init__(self, jobs: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
         # Importing LiveKit takes seconds. The package itself must not be imported here.
-        self._context.set_forkserver_preload(["pytest", "hypothesis", "livekit.plugins.openai"])
+        plugins = [f"livekit.plugins.{name}" for name in ("openai", "google", "ultravox", "xai")]
+        self._context.set_forkserver_preload(["pytest", "hypothesis", *plugins])
         self._copies: SimpleQueue[Path] = SimpleQueue()
         self._folder = tempfile.TemporaryDirectory()
         for number in range(jobs):
@@ -235,6 +238,9 @@ class Runner:
             shutil.copytree(ROOT / PACKAGE, copy / PACKAGE)
             for data in ("dashboards", "exporters"):
                 shutil.copytree(ROOT / data, copy / PACKAGE / data)
+            # Each run then compiles only the changed module, which it knows by its content.
+            by_content = py_compile.PycInvalidationMode.CHECKED_HASH
+            compileall.compile_dir(copy, quiet=2, invalidation_mode=by_content)
             self._copies.put(copy)
 
     def close(self) -> None:

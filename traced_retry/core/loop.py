@@ -196,7 +196,7 @@ class Reply(Driver, Generic[T]):
     def fail_unsent(self, failure: Failure, stop: semconv.StopReason) -> None:
         """Record a reply that failed before :meth:`start` was called."""
         self._began = self._loop.time()
-        self._trace.begin(self._began)
+        self._trace.begin(self._began, 0.0)
         self._give_up(failure, stop)
         self._future.exception()  # Mark it as retrieved, because no caller has the future.
 
@@ -700,8 +700,7 @@ class Reply(Driver, Generic[T]):
     def _finish_up(self, failure: Failure | None) -> None:
         """Stop the timer, and report the end of the reply to the hook."""
         self._ended = True
-        if self._timer is not None:
-            self._cancel_timer()
+        self._cancel_timer()
         if self._on_ended is not None:
             self._on_ended(self, None if failure is None else failure.error)
 

@@ -302,7 +302,7 @@ class ReplyTrace:
         return trace.format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
     @_suppress_and_log
-    def begin(self, began: float = 0.0, ago: float = 0.0) -> None:
+    def begin(self, began: float, ago: float) -> None:
         """Start the span of the reply, which began ``ago`` seconds ago.
 
         ``began`` is the event loop's time at that moment.
