@@ -287,6 +287,7 @@ class Prometheus(_Server):
         port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         self.otlp = f"{self.url}/api/v1/otlp/v1/metrics"
+        self._folder = folder
         text = (EXPORTERS / "prometheus/prometheus.yaml").read_text()
         for shipped, ours in (
             ("127.0.0.1:8889", f"127.0.0.1:{counts}"),
@@ -348,7 +349,7 @@ class Prometheus(_Server):
 class Collector(_Server):
     """The Collector for a fleet with the shipped configuration; clean calls are not kept."""
 
-    def __init__(self, folder, *, traces, prometheus):
+    def __init__(self, folder, *, traces, prometheus, config=None, environment=None):
         names = ("OTLP_GRPC", "OTLP_HTTP", "HEALTH", "INTERNAL")
         *ports, self.counts = free_ports(len(names) + 1)
         ports = dict(zip(names, ports, strict=True))
@@ -356,7 +357,7 @@ class Collector(_Server):
         self.itself = ports["INTERNAL"]
         self._process = Process(
             "otelcol",
-            ["--config", str(EXPORTERS / "collector/collector.yaml")],
+            ["--config", str(config or EXPORTERS / "collector/collector.yaml")],
             f"http://127.0.0.1:{ports['HEALTH']}/status",
             folder,
             {
@@ -365,8 +366,10 @@ class Collector(_Server):
                 "SPANMETRICS_FLUSH": f"{FLUSH}s",
                 "DECISION_WAIT": "1s",
                 "KEEP_PERCENT": "0",
+                "COLLECTOR_QUEUE": str(folder / f"queue-{self.itself}"),
                 "TRACES_ENDPOINT": traces,
                 "PROMETHEUS_URL": prometheus,
+                **(environment or {}),
             },
         )
 
