@@ -212,7 +212,7 @@ ROWS = (
     Row(
         "started, then silent, a second request would be answered",
         "stalled,ok",
-        must="exhausted (deadline)",
+        must="recovered",
     ),
     Row("completed without output, then ok", "empty,ok", must="recovered"),
     # Answers of servers that only resemble OpenAI's.

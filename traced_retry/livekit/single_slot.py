@@ -29,8 +29,8 @@ from traced_retry.livekit.streams import shut
 
 _AHEAD = 0.1
 """Seconds by which an attempt ends before the plugin's own time-out would empty the slot."""
-_SLIVER = 1.0
-"""Seconds before the deadline that are too short for another window."""
+_SHORTEST_WINDOW = 1.0
+"""Seconds. No further window begins if the deadline comes sooner after it."""
 _LONGEST = 60.0
 """Seconds from its first words until a reply without a reported end counts as heard."""
 
@@ -287,7 +287,7 @@ class SingleSlotRequest(PassthroughRequest):
         if action == "send":
             return window - _AHEAD
         left = self._began + policy.deadline - asyncio.get_running_loop().time()
-        return window if left > window + _SLIVER else None
+        return window if left > window + _SHORTEST_WINDOW else None
 
     def timed_out(self, seconds: float) -> Failure:
         """Return the failure of our own time-out: ``connection_lost`` if the connection is down."""
