@@ -37,6 +37,7 @@ _ROLE: Final = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?([^<]+)</
 _TABLE: Final = re.compile(r"<table>.*?</table>", re.DOTALL)
 _HEADING: Final = re.compile(r"<th[^>]*>(.*?)</th>", re.DOTALL)
 _CELL: Final = re.compile(r"<td[^>]*>(.*?)</td>", re.DOTALL)
+_CODE: Final = re.compile(r"<code>([^<]+)</code>")
 _TAG: Final = re.compile(r"<[^>]+>")
 _NARROW: Final = 40
 """The characters of a row that fit into a narrow screen."""
@@ -80,12 +81,15 @@ def _stackable(match: re.Match[str]) -> str:
     """
     table = match[0]
     headings = [_TAG.sub("", text).replace('"', "&quot;") for text in _HEADING.findall(table)]
-    cells = [len(_TAG.sub("", cell)) for cell in _CELL.findall(table)]
+    cells = _CELL.findall(table)
     columns = len(headings)
-    if columns < 3 or sum(max(cells[n::columns], default=0) for n in range(columns)) <= _NARROW:
+    widths = [max(len(_TAG.sub("", cell)) for cell in cells[n::columns]) for n in range(columns)]
+    if columns < 3 or sum(widths) <= _NARROW:
         return table
+    has_long_names = any(len(name) > _NARROW for name in _CODE.findall("".join(cells[::columns])))
+    kind = "stacked long" if has_long_names else "stacked"
     labels = itertools.cycle(f'<td data-label="{text}"' for text in headings)
-    return f'<div class="stacked">{re.sub("<td", lambda _: next(labels), table)}</div>'
+    return f'<div class="{kind}">{re.sub("<td", lambda _: next(labels), table)}</div>'
 
 
 def _home(uri: str) -> str:
