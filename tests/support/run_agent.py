@@ -28,9 +28,12 @@ from traced_retry.simulator import OpenAISimulator
 async def run(agent, options):
     """Run the jobs, one after the other."""
     server = agent.server
-    # LiveKit's own limit, 10 s, passes during the imports of a process on a busy machine.
+    # LiveKit's own limits, 10 s each, pass during the imports and the exit of a process on a busy
+    # machine.
     server.update_options(
-        job_executor_type=JobExecutorType[options.executor.upper()], initialize_process_timeout=60
+        job_executor_type=JobExecutorType[options.executor.upper()],
+        initialize_process_timeout=60,
+        shutdown_process_timeout=60,
     )
     server._host = "127.0.0.1"
     server._mp_ctx_str = options.start
