@@ -51,10 +51,13 @@ class Played:
     """``time.monotonic()`` of the SIGKILL."""
     texts: int = 0
     """How many texts its simulator was told to speak as they are."""
+    turns: int = 0
+    """How many turns of the caller its simulator answered by itself."""
 
     def truth(self, until=float("inf")):
         """{outcome: replies} that its simulator saw end, of those asked for before ``until``."""
-        return Counter(outcome for at, outcome in _outcomes(self.requests) if at < until)
+        found = Counter(outcome for at, outcome in _outcomes(self.requests) if at < until)
+        return found + Counter(succeeded=self.turns)
 
 
 def _outcomes(requests):
@@ -111,6 +114,10 @@ class Simulators(threading.Thread):
         self._servers.append(server)
         return server
 
+    def speak(self, server):
+        """Have the caller speak once."""
+        self._do(server.caller_speaks())
+
     def _do(self, work):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
@@ -133,10 +140,13 @@ def play(jobs, *, at_once=8, kill=()):
         while waiting or running:
             while waiting and len(running) < at_once:
                 place, job, server = waiting.pop(0)
-                process = context.Process(target=run, args=(job,))
+                caller = context.Semaphore(0)
+                process = context.Process(target=run, args=(job, caller))
                 process.start()
-                running[place] = (process, server)
-            for place, (process, server) in list(running.items()):
+                running[place] = (process, server, caller)
+            for place, (process, server, caller) in list(running.items()):
+                if caller.acquire(block=False):
+                    simulators.speak(server)
                 wanted = dict(kill).get(place)
                 if wanted is not None and len(server.requests) >= wanted:
                     process.kill()
@@ -149,7 +159,7 @@ def play(jobs, *, at_once=8, kill=()):
                 del running[place]
             time.sleep(0.02)
         return [
-            Played(job, list(server.requests), killed.get(place), _told(server))
+            Played(job, list(server.requests), killed.get(place), _told(server), len(server.turns))
             for place, ((job, _), server) in enumerate(zip(jobs, servers, strict=True))
         ]
 
@@ -195,6 +205,8 @@ class Fleet:
     jaeger: Jaeger
     prometheus: Prometheus
     played: list[Played]
+    engines: dict[str, Prometheus]
+    """Every Prometheus, by its command."""
 
     @property
     def ended(self):
@@ -208,19 +220,25 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def measure(folder, plan=plan, idle=0.0):
+def measure(folder, plan=plan, idle=0.0, programs=("prometheus",)):
     """Play the plan before real servers: processes -> Collector -> Jaeger and Prometheus.
 
-    Before that Prometheus scrapes for ``idle`` seconds.
+    Before that Prometheus scrapes for ``idle`` seconds. Each of the programs is a Prometheus.
     """
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
+    ports = free_ports(len(programs))
+    url, *others = (f"http://127.0.0.1:{port}" for port in ports)
     with contextlib.ExitStack() as stack:
         jaeger = stack.enter_context(Jaeger(folder))
-        collector = stack.enter_context(Collector(folder, traces=jaeger.grpc, prometheus=url))
-        prometheus = stack.enter_context(
-            Prometheus(folder, counts=collector.counts, itself=collector.itself, port=port)
+        collector = stack.enter_context(
+            Collector(folder, traces=jaeger.grpc, prometheus=url, others=others)
         )
+        counts = {"counts": collector.counts, "itself": collector.itself}
+        engines = {}
+        for program, port in zip(programs, ports, strict=True):
+            (folder / program).mkdir()
+            server = Prometheus(folder / program, port=port, program=program, **counts)
+            engines[program] = stack.enter_context(server)
+        prometheus = engines[programs[0]]
         environment = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
             "OTEL_BSP_SCHEDULE_DELAY": f"{EXPORT * 1000:.0f}",
@@ -235,7 +253,7 @@ def measure(folder, plan=plan, idle=0.0):
             jobs.append((replace(job, environment=all_of_it), script))
         played = play(jobs, kill=kill)
         settle(prometheus, ENDED)
-        yield Fleet(jaeger, prometheus, played)
+        yield Fleet(jaeger, prometheus, played, engines)
 
 
 def truth(jobs, before=None):

@@ -59,7 +59,7 @@ def settle(prometheus, service):
     over = time.time()
     until(
         lambda: (last_scrape(prometheus, spans(service)) or 0) > over + 2 * FLUSH + 2 * SCRAPE,
-        seconds=4 * FLUSH + 4 * SCRAPE,
+        seconds=60.0,
         what=f"a scrape after the last flush of {service}",
     )
 

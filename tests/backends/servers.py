@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 EXPORTERS = ROOT / "exporters"
@@ -54,13 +55,18 @@ def command(name):
 
     If there is none, skip the test, or fail it if TRACED_RETRY_REQUIRE_BACKENDS is 1.
     """
-    path = f"{CACHE / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    if BACKENDS != "none" and (found := shutil.which(name, path=path)):
+    if found := found_command(name):
         return found
     message = f"there is no {name} here; get it with: {HOW[name]}"
     if os.environ.get("TRACED_RETRY_REQUIRE_BACKENDS") == "1":
         pytest.fail(message, pytrace=False)
     return pytest.skip(message)
+
+
+def found_command(name):
+    """Return the path of a server's command, or None."""
+    path = f"{CACHE / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return None if BACKENDS == "none" else shutil.which(name, path=path)
 
 
 def free_ports(count):
@@ -322,17 +328,36 @@ class Prometheus:
 
 
 class Collector:
-    """The Collector for a fleet with the shipped configuration; clean calls are not kept."""
+    """The Collector for a fleet with the shipped configuration; clean calls are not kept.
 
-    def __init__(self, folder, *, traces, prometheus):
+    Args:
+        folder: for its files.
+        traces: the address of Jaeger.
+        prometheus: the URL of the server that it writes the agents' own metrics to.
+        others: the URLs of more such servers.
+    """
+
+    def __init__(self, folder, *, traces, prometheus, others=()):
         names = ("OTLP_GRPC", "OTLP_HTTP", "HEALTH", "INTERNAL")
         *ports, self.counts = free_ports(len(names) + 1)
         ports = dict(zip(names, ports, strict=True))
         self.endpoint = f"http://127.0.0.1:{ports['OTLP_HTTP']}"
         self.itself = ports["INTERNAL"]
+        arguments = ["--config", str(EXPORTERS / "collector/collector.yaml")]
+        if others:
+            shipped = yaml.safe_load((EXPORTERS / "collector/collector.yaml").read_text())
+            write = shipped["exporters"]["prometheus_remote_write"]
+            more = {
+                f"prometheus_remote_write/{n}": {**write, "endpoint": f"{url}/api/v1/write"}
+                for n, url in enumerate(others)
+            }
+            metrics = {"exporters": ["prometheus_remote_write", *more]}
+            overlay = {"exporters": more, "service": {"pipelines": {"metrics": metrics}}}
+            (folder / "others.json").write_text(json.dumps(overlay))
+            arguments += ["--config", str(folder / "others.json")]
         self._process = Process(
             "otelcol",
-            ["--config", str(EXPORTERS / "collector/collector.yaml")],
+            arguments,
             f"http://127.0.0.1:{ports['HEALTH']}/status",
             folder,
             {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 
@@ -52,6 +53,19 @@ def test_prometheus_takes_its_configuration_and_rules(tmp_path):
 def test_alertmanager_takes_its_configuration():
     """``amtool check-config``."""
     check("amtool", "check-config", EXPORTERS / "alertmanager/alertmanager.yaml")
+
+
+@pytest.mark.parametrize("service", ["pagerduty", "slack", "opsgenie"])
+def test_alertmanager_takes_the_receivers_of_a_service(service, tmp_path):
+    """``amtool check-config`` of the shipped configuration with the receivers in place of ours."""
+    config = yaml.safe_load((EXPORTERS / "alertmanager/alertmanager.yaml").read_text())
+    path = EXPORTERS / f"alertmanager/receivers/{service}.yaml"
+    examples = {receiver["name"] for receiver in config["receivers"]}
+    config.update(yaml.safe_load(path.read_text()))
+    (tmp_path / "alertmanager.yaml").write_text(json.dumps(config))
+
+    assert examples == {receiver["name"] for receiver in config["receivers"]}
+    check("amtool", "check-config", tmp_path / "alertmanager.yaml")
 
 
 def test_alertmanager_starts_with_its_configuration(tmp_path):
@@ -141,19 +155,34 @@ def test_the_sampler_names_every_outcome_but_success():
 
 
 def test_compose_mounts_files_that_are_there():
-    """Nothing can be started here (no Docker); that much can be checked."""
+    """Each mounted file is there, and Docker creates no folder in place of a missing one."""
     compose = yaml.safe_load((EXPORTERS / "compose.yaml").read_text())
     mounted = [
         volume.split(":")[0]
         for service in compose["services"].values()
         for volume in service.get("volumes", [])
-        if volume.startswith("./") and not volume.startswith("./dashboards")
+        if isinstance(volume, str) and volume.startswith("./")
     ]
+    required = {
+        volume["source"]
+        for service in compose["services"].values()
+        for volume in service.get("volumes", [])
+        if isinstance(volume, dict) and volume["bind"] == {"create_host_path": False}
+    }
 
     assert {"collector", "jaeger", "prometheus", "alertmanager", "grafana"} == {
         *compose["services"]
     }
     assert [] == [path for path in mounted if not (EXPORTERS / path).exists()]
+    assert {"./dashboards/prometheus", "./dashboards/grafana"} == required
+
+
+def test_compose_restarts_and_limits_every_service():
+    """A server that ends is started again, and none takes the memory of the machine."""
+    services = yaml.safe_load((EXPORTERS / "compose.yaml").read_text())["services"]
+
+    assert {"unless-stopped"} == {service["restart"] for service in services.values()}
+    assert all(service["mem_limit"] for service in services.values())
 
 
 def test_the_rules_arithmetic(tmp_path):

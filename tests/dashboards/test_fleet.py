@@ -40,10 +40,16 @@ SAYS = ("xai", "phonic")
 """Of the providers that speak a given text themselves, those that are told to."""
 
 
+SERVICES = (fleets.ENDED, "another-agent")
+"""The names of every other job's service."""
+ENGINES = ("prometheus", "prometheus3")
+
+
 def plan():
     """Of each provider six or seven replies heard at once, one late, and one lost (two of those
-    that tell no code: so many that the 95th percentile is theirs); one refused. Some speak given
-    texts as well, of which no panel tells. All that twice: in no environment, and in one.
+    that tell no code: so many that the 95th percentile is theirs); one refused. As many again start
+    because the caller speaks. Some speak given texts as well, of which no panel tells. All that
+    twice: in no environment, and in one. Each has jobs of two services.
     """
     planned = []
     for provider in PROVIDER:
@@ -56,10 +62,16 @@ def plan():
         budget = 5.0 if provider == "openai" else None
         job = Job(provider, 2, patience=patience, budget=budget)
         planned += [(job, f"ok,{lost}")] * (1 if coded else 2)
-        planned += [(Job(provider, 4, texts=3 * (provider in SAYS), pause=0.2), "ok")]
+        replies = 8 if coded else 10
+        job = Job(provider, 4, texts=3 * (provider in SAYS), turns=replies, pause=0.2)
+        planned += [(job, "ok")]
     planned += [(Job("openai"), "error:invalid_request_error")]
     there = {"OTEL_RESOURCE_ATTRIBUTES": f"deployment.environment.name={ENVIRONMENT}"}
-    return [*planned, *((replace(job, environment=there), script) for job, script in planned)], {}
+    planned += [(replace(job, environment=there), script) for job, script in planned]
+    for place, (job, script) in enumerate(planned):
+        service = {"OTEL_SERVICE_NAME": SERVICES[place % 2]}
+        planned[place] = (replace(job, environment={**job.environment, **service}), script)
+    return planned, {}
 
 
 _OWN = re.compile(r"\btraced_retry_(replies|attempts|reply_duration|attempt_duration)_")
@@ -91,15 +103,16 @@ class Measured:
     fleet: fleets.Fleet
     began: float
     ended: float
+    prometheus: servers.Prometheus
 
     def ask(self, expression, at=None):
         """An instant query: {frozenset of labels: value}."""
-        return self.fleet.prometheus.query(expression, at or self.ended)
+        return self.prometheus.query(expression, at or self.ended)
 
     def draw(self, expression):
         """A range query: [(labels, [values])]."""
         answer = servers.get(
-            f"{self.fleet.prometheus.url}/api/v1/query_range",
+            f"{self.prometheus.url}/api/v1/query_range",
             query=expression,
             start=self.began,
             end=self.ended,
@@ -113,7 +126,7 @@ class Measured:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def played(tmp_path_factory):
     """The fleet once it was played, and the last count is in."""
     for name in ("jaeger", "otelcol", "prometheus"):
         servers.command(name)
@@ -126,10 +139,18 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(servers, "DASHBOARDS", folder / "shipped")
         began = time.time()
-        with fleets.measure(folder, plan, idle=300 / FASTER) as fleet:
+        programs = [name for name in ENGINES if servers.found_command(name)]
+        with fleets.measure(folder, plan, 300 / FASTER, programs) as fleet:
             settled = time.time() + (300 + 60) / FASTER + 2 * servers.FLUSH + 2 * STEP
             servers.until(lambda: time.time() > settled, 60, "the last minutes being counted")
-            yield Measured(fleet, began, time.time())
+            yield Measured(fleet, began, time.time(), fleet.prometheus)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def measured(request, played):
+    """The same, asked on each version of Prometheus."""
+    servers.command(request.param)
+    return replace(played, prometheus=played.fleet.engines[request.param])
 
 
 def filled(expression, measured, provider=".*", environment=".*", rollup="1m"):
@@ -320,6 +341,30 @@ def test_every_panel_shows_only_chosen_environment(measured, shipped, path):
     assert [] == [row for row in found.rows() if not row.fits]
 
 
+def test_services_and_initiators_are_counted_apart(measured):
+    """On both paths, the counters of each service have its own replies, half of them answers."""
+    known = Counter()
+    for played in measured.fleet.played:
+        service = played.job.environment["OTEL_SERVICE_NAME"]
+        for reply in expected.replies(played):
+            known[service, reply.initiator] += 1
+    spans = 'traces_span_metrics_calls_total{span_name="generate_reply"}'
+    own = (
+        'label_replace(last_over_time(traced_retry_replies_total{traced_retry_operation=""}[10m]),'
+    )
+    own += ' "service_name", "$1", "job", "(.*)")'
+
+    for series in (spans, own):
+        found = measured.ask(f"sum by (service_name, traced_retry_initiator) ({series})")
+        counted = {
+            (of["service_name"], of["traced_retry_initiator"]): value
+            for of, value in ((dict(labels), value) for labels, value in found.items())
+        }
+        assert known == counted
+    half = sum(known.values()) / 2
+    assert half == pytest.approx(sum(known[s, "provider"] for s in SERVICES), abs=2)
+
+
 def test_variable_lists_environments(measured):
     """The variable's values, as Grafana asks for them; and no environment is one."""
     (variable,) = (
@@ -352,7 +397,7 @@ def test_exemplars_lead_to_traces(measured):
         for board, panel, t in QUERIES
         if board == "overview.json" and t.get("exemplar")
     }
-    found = measured.fleet.prometheus.exemplars(filled(json.loads(target), measured))
+    found = measured.prometheus.exemplars(filled(json.loads(target), measured))
 
     assert found
     assert [] == [
@@ -374,20 +419,23 @@ def test_jaeger_searches_find_failed_replies(measured):
     for target in targets:
         tags = dict(pair.split("=") for pair in target["tags"].split())
         tags["gen_ai.provider.name"] = "openai"
-        answer = servers.get(
-            f"{measured.fleet.jaeger.url}/api/traces",
-            service=fleets.ENDED,
-            operation=target["operation"],
-            tags=json.dumps(tags),
-            limit=target["limit"],
-        )
-        found[tags["traced_retry.outcome"]] = len(answer["data"])
+        answers = [
+            servers.get(
+                f"{measured.fleet.jaeger.url}/api/traces",
+                service=service,
+                operation=target["operation"],
+                tags=json.dumps(tags),
+                limit=target["limit"],
+            )
+            for service in SERVICES
+        ]
+        found[tags["traced_retry.outcome"]] = sum(len(answer["data"]) for answer in answers)
 
     known = expected.Fleet(measured.fleet.played, "openai")
     assert {outcome: known.of(outcome) for outcome in ("exhausted", "not_recoverable")} == found
 
 
-def test_preview_draws_each_panel(measured, tmp_path):
+def test_preview_draws_each_panel(played, tmp_path):
     """Each panel is drawn from its real answers, on a page that loads nothing.
 
     Into the folder TRACED_RETRY_PREVIEW where that is set, with a picture of each dashboard.
@@ -404,11 +452,11 @@ def test_preview_draws_each_panel(measured, tmp_path):
         for panel in preview.shown(board):
             found = answers[name][panel["id"]] = []
             for target in panel["targets"]:
-                expression = PATHS["spans"](filled(target["expr"], measured, provider))
+                expression = PATHS["spans"](filled(target["expr"], played, provider))
                 lines = (
-                    [(dict(of), [(0.0, v)]) for of, v in measured.ask(expression).items()]
+                    [(dict(of), [(0.0, v)]) for of, v in played.ask(expression).items()]
                     if target["instant"]
-                    else measured.draw(expression)
+                    else played.draw(expression)
                 )
                 found.append((target, lines))
     folder = Path(os.environ.get("TRACED_RETRY_PREVIEW") or tmp_path).resolve()
