@@ -170,17 +170,24 @@ def _told(server):
 
 EXPORT = 1.0
 """Seconds between two exports of a process, of spans and of metrics."""
-ENDED, KILLED = "fleet", "fleet-killed"
+SERVICES, KILLED = ("fleet", "fleet-2"), "fleet-killed"
 """``service.name`` of the jobs that end by themselves, and of those that are killed."""
+ENDED = "|".join(SERVICES)
+"""Selects both services of the jobs that end by themselves."""
+ENVIRONMENTS = ("production", "staging")
+ENGINES = ("prometheus", "prometheus3")
+"""Each version of Prometheus that counts."""
 
 
 def plan():
     """Sixty-six jobs with their scripts, and {place: requests} of those to be killed once they have
     sent so many.
 
-    Most have one reply. Of each provider there are five that ask once and hear it, one that asks
-    three times and hears the second late, and one whose second reply is lost. Two are rejected for
-    good. The last eight are killed in the middle of a long call.
+    Of each provider there are five that ask once and hear it, and then hear the answers to two
+    turns of the caller. One asks three times and hears the second late, and the second reply of one
+    is lost. Two are rejected, and hear the answer to one turn. So the provider starts half of the
+    replies. The last eight are killed in the middle of a long call. The others are of two services
+    in two environments.
     """
     slow, quick = [], []
     for provider in PROVIDER:
@@ -190,12 +197,16 @@ def plan():
             late, lost, patience = "late:4", "silence", 3.0
         slow.append((Job(provider, 2, patience=patience), f"ok,{lost}"))
         slow.append((Job(provider, 3, pause=0.1, patience=patience), f"ok,{late},ok"))
-        quick += [(Job(provider), "ok")] * 5
-    quick += [(Job("openai"), f"error:{NOT_RECOVERABLE}")] * 2
+        quick += [(Job(provider, turns=2), "ok")] * 5
+    quick += [(Job("openai", turns=1), f"error:{NOT_RECOVERABLE}")] * 2
     killed = [(Job(provider, 1000, pause=0.15), "ok") for provider in PROVIDER]
-    first = len(slow) + len(quick)
-    kill = {first + n: 10 + n for n in range(len(killed))}
-    return slow + quick + killed, kill
+    ended = []
+    for place, (job, script) in enumerate(slow + quick):
+        environment = f"deployment.environment.name={ENVIRONMENTS[place // 2 % 2]}"
+        of = {"OTEL_SERVICE_NAME": SERVICES[place % 2], "OTEL_RESOURCE_ATTRIBUTES": environment}
+        ended.append((replace(job, environment=of), script))
+    kill = {len(ended) + n: 10 + n for n in range(len(killed))}
+    return ended + killed, kill
 
 
 @dataclass
@@ -248,11 +259,12 @@ def measure(folder, plan=plan, idle=0.0, programs=("prometheus",)):
         planned, kill = plan()
         jobs = []
         for place, (job, script) in enumerate(planned):
-            service = {"OTEL_SERVICE_NAME": KILLED if place in kill else ENDED}
+            service = {"OTEL_SERVICE_NAME": KILLED if place in kill else SERVICES[0]}
             all_of_it = {**environment, **service, **job.environment}
             jobs.append((replace(job, environment=all_of_it), script))
         played = play(jobs, kill=kill)
-        settle(prometheus, ENDED)
+        for each in engines.values():
+            settle(each, ENDED)
         yield Fleet(jaeger, prometheus, played, engines)
 
 

@@ -24,7 +24,7 @@ import pytest
 from backends import fleet as fleets
 from backends import servers
 from backends.agent import Job
-from backends.fleet import CODED, PROVIDER, truth
+from backends.fleet import CODED, ENGINES, PROVIDER, SERVICES, truth
 from dashboards.reading import DASHBOARDS, ROOT, dashboards, faster, panels
 
 from dashboards import expected, preview
@@ -38,11 +38,6 @@ ENVIRONMENT = "staging"
 """Of half the jobs; the others name none."""
 SAYS = ("xai", "phonic")
 """Of the providers that speak a given text themselves, those that are told to."""
-
-
-SERVICES = (fleets.ENDED, "another-agent")
-"""The names of every other job's service."""
-ENGINES = ("prometheus", "prometheus3")
 
 
 def plan():
