@@ -89,8 +89,11 @@ bench: .venv/.bench  ## the cost of retries and traces, beside tenacity and stam
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/events.py
 	$(BIN)/python benchmarks/outage.py
+	$(BIN)/python benchmarks/replies.py
+	$(BIN)/python benchmarks/breaker.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/queries.py
+	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/report.py
 
 .PHONY: backends

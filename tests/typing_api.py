@@ -26,6 +26,7 @@ def enable(ctx: JobContext) -> bool:
     tracing: traced_retry.Tracing = traced_retry.enable(
         ctx, policy=policy, preset="jaeger", service_name="support", on_exhausted=on_exhausted
     )
+    traced_retry.enable(on_waiting=on_waiting)
     assert tracing.destination + ""
     return tracing.flush(1.0)
 
@@ -37,9 +38,16 @@ async def on_exhausted(failed: traced_retry.FailedReply) -> None:
     assert failed.seconds + 1.0
 
 
+async def on_waiting(waiting: traced_retry.WaitingReply) -> None:
+    """An async callback."""
+    assert waiting.seconds + 1.0
+    assert waiting.provider + (waiting.model or "") + (waiting.trace_id or "")
+
+
 def wrap(model: llm.RealtimeModel, provider: TracerProvider) -> llm.RealtimeModel:
     """Every argument of wrap."""
     policy = traced_retry.RetryPolicy(deadline=8, on_silence="listen", classify=classify)
+    policy = dataclasses.replace(policy, breaker="auto")
     traced_retry.instrument(policy=policy)
     traced_retry.uninstrument()
     traced_retry.disable()

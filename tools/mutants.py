@@ -53,6 +53,10 @@ LIVEKIT_TESTS = [
         "interruption",
         "hook",
         "provider_contract",
+        "thunderphone",
+        "turns",
+        "shutdown",
+        "fatal",
         "regressions",
         "say",
         "openai_compatible",
@@ -81,7 +85,7 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 }
 
 FALSE = ("None", "False", "0", "0.0")
-"""Values that None stands for, so that returning None instead would change nothing."""
+"""Values that None stands for. Returning None instead is no change."""
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from traced_retry._version import __version__
+from traced_retry.core.breaker import CircuitOpenError
 from traced_retry.core.budget import RetryBudget
 from traced_retry.core.decorator import RetryingRealtimeSession, retry
 from traced_retry.core.failure import Failure
 from traced_retry.core.loop import FailedReply
 from traced_retry.core.policy import PolicyError, RetryPolicy
 from traced_retry.core.switch import disable
+from traced_retry.core.waiting import WaitingReply
 from traced_retry.errors import (
     ConfigurationFileError,
     ExportError,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from traced_retry.livekit import instrument, uninstrument, wrap
 
 __all__ = [
+    "CircuitOpenError",
     "ConfigurationFileError",
     "ExportError",
     "FailedReply",
@@ -43,6 +46,7 @@ __all__ = [
     "RetryingRealtimeSession",
     "Tracing",
     "UsageError",
+    "WaitingReply",
     "__version__",
     "disable",
     "enable",

@@ -35,12 +35,18 @@ MODEL: Final = "gen_ai.request.model"
 SERVER_ADDRESS: Final = "server.address"
 SERVER_PORT: Final = "server.port"
 ERROR_TYPE: Final = "error.type"
+GEN_AI_OPERATION: Final = "gen_ai.operation.name"
+"""On both spans: ``generate_content``, as on LiveKit's ``realtime_inference`` span."""
+GENERATE_CONTENT: Final = "generate_content"
 RESPONSE_ID: Final = "gen_ai.response.id"
 """The provider's id of the response, once one has begun. LiveKit's plugin invents it for Gemini."""
 LK_RETRY_COUNT: Final = "lk.retry_count"
 """0-based, as on LiveKit's own ``llm_request_run`` and ``tts_request_run`` spans."""
 LK_SPEECH_ID: Final = "lk.speech_id"
 """The id of LiveKit's ``SpeechHandle``, as on its ``agent_turn`` span."""
+SPAN_KIND: Final = "openinference.span.kind"
+"""Whether tools such as Langfuse and Phoenix count the span as a generation: see
+:data:`SpanKind`."""
 
 OTHER: Final = "_OTHER"
 """Semantic conventions' word for an ``error.type`` outside the known, bounded set."""
@@ -49,8 +55,8 @@ OTHER: Final = "_OTHER"
 
 OUTCOME: Final = "traced_retry.outcome"
 ATTEMPTS: Final = "traced_retry.attempts"
-"""The number of attempts (int). It is 0 if an earlier reply of the session got a wait from the
-provider that is longer than this reply may take."""
+"""The number of attempts (int). It is 0 if the reply ended before its first request, for example
+because the session ended."""
 DELAY_TOTAL: Final = "traced_retry.delay.total"
 """Seconds spent waiting between attempts, summed (float)."""
 STOP_REASON: Final = "traced_retry.stop_reason"
@@ -68,6 +74,8 @@ DECISION: Final = "traced_retry.decision"
 NEXT_DELAY: Final = "traced_retry.next_delay"
 """Seconds the next attempt is planned to wait (float). A reconnect may make it longer. The real
 wait is ``traced_retry.delay`` of that attempt."""
+ANSWERED_ATTEMPT: Final = "traced_retry.answered_attempt"
+"""The number of the earlier attempt that was answered during this attempt."""
 RESULT: Final = "traced_retry.result"
 OPERATION: Final = "traced_retry.operation"
 """``say`` on the metrics and log records of a ``say``, and absent for a ``generate_reply``. Spans
@@ -82,10 +90,15 @@ TRACE_ID: Final = "trace_id"
 
 # --- values -----------------------------------------------------------------------------------
 
-Action = Literal["send", "listen", "restart"]
+Action = Literal["send", "listen", "restart", "hedge"]
 """``send``: a request goes out. ``listen``: the wait for the answer to an earlier request
-continues. ``restart``: a new session is opened, then a request goes out."""
+continues. ``restart``: a new session is opened, then a request goes out. ``hedge``: a second
+request goes out while the first one may still be answered, and the first answer is the reply."""
 ACTIONS: Final[tuple[Action, ...]] = get_args(Action)
+
+SpanKind = Literal["CHAIN", "LLM"]
+"""``LLM`` on the reply span if LiveKit got no generation, and ``CHAIN`` on all other spans. A
+generation is counted on LiveKit's ``realtime_inference`` span, so a reply counts once."""
 
 Initiator = Literal["agent", "provider"]
 """``agent``: the code requested the reply. ``provider``: the provider started it by itself, because
@@ -110,6 +123,7 @@ StopReason = Literal[
     "max_attempts",
     "deadline",
     "budget",
+    "circuit_open",
     "unsafe_to_resend",
     "output_started",
     "not_recoverable",
@@ -123,6 +137,7 @@ OUTCOME_OF: Final[dict[StopReason, Outcome]] = {
     "max_attempts": "exhausted",
     "deadline": "exhausted",
     "budget": "exhausted",
+    "circuit_open": "exhausted",
     "unsafe_to_resend": "exhausted",
     "output_started": "not_recoverable",
     "not_recoverable": "not_recoverable",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many job processes, and the simulators that know what they really asked and heard."""
+"""Run many job processes with simulators that record their requests and answers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NOT_RECOVERABLE = "invalid_request_error"
 
 @dataclass
 class Played:
-    """One job, once it is over."""
+    """One job that has ended."""
 
     job: Job
     requests: list
@@ -55,14 +55,15 @@ class Played:
     """How many turns of the caller its simulator answered by itself."""
 
     def truth(self, until=float("inf")):
-        """{outcome: replies} that its simulator saw end, of those asked for before ``until``."""
+        """Return {outcome: replies} of the simulator, for replies requested before ``until``."""
         found = Counter(outcome for at, outcome in _outcomes(self.requests) if at < until)
         return found + Counter(succeeded=self.turns)
 
 
 def _outcomes(requests):
-    """(when asked, outcome) of each reply. A request that was answered ends one; so does the last
-    of those that were not.
+    """Yield (time of the request, outcome) of each reply.
+
+    A request that was answered ends a reply. So does the last of those that were not.
     """
     failed, codes = [], []
     for request in requests:
@@ -99,11 +100,11 @@ class Simulators(threading.Thread):
         self._loop.close()
 
     def run(self):
-        """The thread."""
+        """Run the event loop of the thread."""
         self._loop.run_forever()
 
     def serve(self, provider, script):
-        """A simulator that runs."""
+        """Start a simulator."""
 
         async def start():
             server = simulator(provider)(script)
@@ -123,10 +124,10 @@ class Simulators(threading.Thread):
 
 
 def play(jobs, *, at_once=8, kill=()):
-    """Run jobs, ``(Job, script)``, each in a process of its own; returns them :class:`Played`.
+    """Run jobs, ``(Job, script)``, each in its own process, and return them as :class:`Played`.
 
-    Those whose place is in ``kill``, {place: requests}, get a SIGKILL once their simulator has
-    heard that many requests.
+    ``kill`` is {position: requests}. Such a job gets a SIGKILL when its simulator has received that
+    many requests.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -180,14 +181,13 @@ ENGINES = ("prometheus", "prometheus3")
 
 
 def plan():
-    """Sixty-six jobs with their scripts, and {place: requests} of those to be killed once they have
-    sent so many.
+    """Return 66 jobs with their scripts, and {position: requests} of the jobs to kill.
 
-    Of each provider there are five that ask once and hear it, and then hear the answers to two
-    turns of the caller. One asks three times and hears the second late, and the second reply of one
-    is lost. Two are rejected, and hear the answer to one turn. So the provider starts half of the
-    replies. The last eight are killed in the middle of a long call. The others are of two services
-    in two environments.
+    Each provider has five jobs that request one reply and hear it, and then hear the answers to two
+    turns of the caller. One job requests three times and hears the second late, and one has a
+    second reply that is lost. Two jobs get a permanent error, and hear the answer to one turn. So
+    the provider starts half of the replies of these jobs, which belong to two services in two
+    environments. The last eight are killed in the middle of a long call.
     """
     slow, quick = [], []
     for provider in PROVIDER:
@@ -211,7 +211,7 @@ def plan():
 
 @dataclass
 class Fleet:
-    """The servers that run, and what was played before them."""
+    """The running servers, and the jobs that ran."""
 
     jaeger: Jaeger
     prometheus: Prometheus
@@ -221,20 +221,21 @@ class Fleet:
 
     @property
     def ended(self):
-        """The jobs that ended by themselves."""
+        """Return the jobs that ended by themselves."""
         return [played for played in self.played if played.killed_at is None]
 
     @property
     def killed(self):
-        """The jobs that were killed."""
+        """Return the jobs that were killed."""
         return [played for played in self.played if played.killed_at is not None]
 
 
 @contextlib.contextmanager
 def measure(folder, plan=plan, idle=0.0, programs=("prometheus",)):
-    """Play the plan before real servers: processes -> Collector -> Jaeger and Prometheus.
+    """Run the plan with real servers: processes -> Collector -> Jaeger and Prometheus.
 
-    Before that Prometheus scrapes for ``idle`` seconds. Each of the programs is a Prometheus.
+    Prometheus scrapes for ``idle`` seconds before the first job. Each of ``programs`` is a command
+    of Prometheus, and all of them count the same jobs.
     """
     ports = free_ports(len(programs))
     url, *others = (f"http://127.0.0.1:{port}" for port in ports)

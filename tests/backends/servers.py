@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -70,12 +71,20 @@ def found_command(name):
 
 
 def free_ports(count):
-    """Ports that were free a moment ago, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return ports that were free a moment ago, all different.
+
+    They lie below the range from which Linux and macOS choose the port of a client or of a server
+    on port 0. Otherwise, another test could take such a port before the server starts. They do not
+    depend on the tests' random seed, which is the same in each process that runs tests.
+    """
+    found = []
+    while len(found) < count:
+        port = secrets.choice(range(10_000, 32_000))
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            if port not in found:
+                found.append(port)
+    return found
 
 
 def until(condition, seconds=20.0, what="it"):
@@ -157,7 +166,18 @@ class Process:
         return _answers(self.ready)
 
 
-class Jaeger:
+class _Server:
+    """A server whose constructor sets ``_process``."""
+
+    def __enter__(self):
+        self._process.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self._process.__exit__()
+
+
+class Jaeger(_Server):
     """Jaeger, with the shipped configuration; traces in memory, or on disk where ``badger``."""
 
     def __init__(self, folder, *, badger=None, prometheus="http://127.0.0.1:9"):
@@ -183,13 +203,6 @@ class Jaeger:
                 "PROMETHEUS_URL": prometheus,
             },
         )
-
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
 
     def traces(self, service, operation=""):
         """Every trace of the service (that has a span named ``operation``), by trace id, each a
@@ -251,7 +264,7 @@ def _plain(value):
     return int(content) if kind == "intValue" else content
 
 
-class Prometheus:
+class Prometheus(_Server):
     """Prometheus with the shipped configuration and recording rules.
 
     Args:
@@ -297,13 +310,6 @@ class Prometheus:
             folder,
         )
 
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
-
     def query(self, expression, at=None):
         """The vector that the expression gives: {labels as a frozenset of pairs: value}."""
         parameters = {"query": expression, **({} if at is None else {"time": f"{at:.3f}"})}
@@ -327,7 +333,7 @@ class Prometheus:
         ]
 
 
-class Collector:
+class Collector(_Server):
     """The Collector for a fleet with the shipped configuration; clean calls are not kept.
 
     Args:
@@ -371,19 +377,12 @@ class Collector:
             },
         )
 
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
-
     def kill(self):
         """End the Collector with a SIGKILL. It can be started again, with the same ports."""
         self._process.kill()
 
 
-class VMAgent:
+class VMAgent(_Server):
     """Vmagent with the shipped aggregation; it writes to Prometheus each second."""
 
     INTERVAL = 1
@@ -415,13 +414,6 @@ class VMAgent:
             f"{self.url}/-/ready",
             folder,
         )
-
-    def __enter__(self):
-        self._process.__enter__()
-        return self
-
-    def __exit__(self, *_):
-        self._process.__exit__()
 
     def kill(self):
         """End vmagent with a SIGKILL. It can be started again, on the same port."""

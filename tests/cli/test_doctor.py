@@ -116,6 +116,9 @@ def jaeger(tmp_path_factory):
         yield jaeger
 
 
+NAMED = "correct the value that the message names"
+
+
 class TestWell:
     def test_local_store(self, doctor, tmp_path):
         """Nothing set: status 0, the test span is read back, and its file is gone again."""
@@ -209,21 +212,44 @@ class TestProvider:
     @pytest.mark.parametrize(
         ("environ", "check", "said", "fix"),
         [
-            ({"OTEL_SDK_DISABLED": "true"}, "provider", "nowhere", "OTEL_SDK_DISABLED"),
-            ({"OTEL_TRACES_EXPORTER": "none"}, "export", "nowhere", "OTEL_TRACES_EXPORTER"),
-            ({"OTEL_TRACES_EXPORTER": "jeager"}, "provider", "'jeager'; installed", "correct"),
-            ({"XDG_STATE_HOME": "/dev/null"}, "provider", "cannot be written", "XDG_STATE_HOME"),
-            ({"OTEL_CONFIG_FILE": "/not/there.yaml"}, "provider", "/not/there.yaml", "correct"),
-            ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:99999"}, "provider", "65535", "correct"),
+            (
+                {"OTEL_SDK_DISABLED": "true"},
+                "provider",
+                "nowhere",
+                "unset OTEL_SDK_DISABLED",
+            ),
+            (
+                {"OTEL_TRACES_EXPORTER": "none"},
+                "export",
+                "nowhere",
+                "set OTEL_TRACES_EXPORTER to otlp, or unset it for the local store",
+            ),
+            ({"OTEL_TRACES_EXPORTER": "jeager"}, "provider", "'jeager'; installed", NAMED),
+            (
+                {"XDG_STATE_HOME": "/dev/null"},
+                "provider",
+                "cannot be written",
+                "set XDG_STATE_HOME to a folder that can be written",
+            ),
+            ({"OTEL_CONFIG_FILE": "/not/there.yaml"}, "provider", "/not/there.yaml", NAMED),
+            ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:99999"}, "provider", "65535", NAMED),
         ],
     )
     def test_nowhere(self, examined, environ, check, said, fix):
-        """Said, with what to do."""
+        """The remedy fits the one problem that is reported."""
         done = examined(**environ)
 
         assert {check: "fail"} == done.bad
         assert said in done[check]["message"]
-        assert fix in done[check]["fix"]
+        assert fix == done[check]["fix"]
+
+    def test_file_that_says_disabled(self, examined, tmp_path):
+        """The remedy is in the file."""
+        (tmp_path / "otel.yaml").write_text('file_format: "1.0"\ndisabled: true\n')
+        done = examined(OTEL_CONFIG_FILE=str(tmp_path / "otel.yaml"))
+
+        assert {"provider": "fail"} == done.bad
+        assert "set disabled to false in the file" == done["provider"]["fix"]
 
     def test_disk_full(self, doctor):
         """The store is made, and what it is handed is lost."""
@@ -361,6 +387,13 @@ class TestSettings:
         assert {"policy": "fail"} == done.bad
         assert len(said) == len(found)
         assert all(what in message for what, message in zip(said, found, strict=True))
+
+    @pytest.mark.parametrize(("file", "well"), [("breaker", True), ("missing/breaker", False)])
+    def test_breaker(self, examined, tmp_path, file, well):
+        """A file that cannot be used leaves replies without the breaker."""
+        done = examined(TRACED_RETRY_BREAKER=tmp_path / file)
+
+        assert ({} if well else {"breaker": "fail"}) == done.bad
 
     def test_text(self, doctor):
         """A value that cannot be, its fix below it, and status 1."""

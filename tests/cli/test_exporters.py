@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from support.fresh import COMMAND, program
 
+from traced_retry import shipped_files
+from traced_retry.monitoring.files import files as dashboard_files
+
 ROOT = Path(__file__).parents[2] / "exporters"
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file())
 
@@ -38,6 +41,15 @@ class TestList:
 
         assert [] == [line for line in lines if ".yaml" in line and len(line.split()) < 4]
         assert any(line.startswith("presets/jaeger.yaml") and "Jaeger:" in line for line in lines)
+
+    @pytest.mark.parametrize("files", [shipped_files.exporters, dashboard_files])
+    def test_descriptions_are_whole_sentences(self, files):
+        """A description in YAML ends with a full stop, or with the command to apply it."""
+        described = {file.name: file.description for file in files() if file.name.endswith("yaml")}
+        commands = [f"kubectl apply -f {Path(name).name}" for name in described]
+
+        assert described
+        assert {} == {n: t for n, t in described.items() if not t.endswith((".", *commands))}
 
 
 class TestShow:

@@ -249,7 +249,7 @@ class TestReply:
 class TestGauge:
     async def test_gauge_shows_tokens_left_per_provider(self, ask, recorder):
         """The gauge includes the tokens that time has earned since the last reply."""
-        policy = RetryPolicy(budget=RetryBudget(4, per_reply=0, per_second=0.25))
+        policy = RetryPolicy(base_delay=1.0, budget=RetryBudget(4, per_reply=0, per_second=0.25))
         with pytest.raises(ProviderError):
             await ask(Scripted(DOWN), policy, "ultravox")  # three retries, and 1 + 2 + 4 s
         key = frozenset({("gen_ai.provider.name", "ultravox")})

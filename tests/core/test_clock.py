@@ -102,7 +102,7 @@ class TestOldLoop:
         before = time.time_ns()
         reply = Reply(
             CallRequest(script.future),
-            RetryPolicy(deadline=15.0, attempt_timeout=4.0, max_retries=2),
+            RetryPolicy(base_delay=1.0, deadline=15.0, attempt_timeout=4.0, max_retries=2),
             trace,
             jitter=lambda bound: bound,
             on_failed=told.append,

@@ -156,6 +156,7 @@ class TestKinds:
             "rate_limit",
             "active_response",
             "empty_response",
+            "circuit_open",
             "unknown",
         } == {kind for kind, recoverable in RECOVERABLE.items() if recoverable}
 

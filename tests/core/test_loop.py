@@ -224,6 +224,16 @@ class TestFailure:
 
         assert "hello" == await retry(provider="openai")(make(script))()
 
+    @pytest.mark.parametrize("word", ["Future", "Task", "Awaitable", "Coroutine", "Any"])
+    def test_function_with_annotation_to_await_is_accepted(self, word):
+        """The annotation promises a result to await."""
+
+        def ask():
+            raise AssertionError
+
+        ask.__annotations__["return"] = f"{word}[str]"
+        assert ask is retry(provider="openai")(ask).__wrapped__
+
     async def test_exception_outside_of_on_is_final(self, recorder):
         """Only the exceptions that ``on`` names are retried."""
         script = Scripted(ConnectionError(), ProviderError("server_error"))
@@ -281,7 +291,7 @@ class TestTime:
         telemetry = Telemetry(**recorder.providers)
         reply = Reply(
             CallRequest(script.future),
-            RetryPolicy(),
+            RetryPolicy(base_delay=1.0),
             telemetry.reply(Target("openai")),
             jitter=lambda bound: bound,
         )

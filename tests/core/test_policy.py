@@ -52,7 +52,9 @@ class TestRetryPolicy:
         with pytest.raises(PolicyError, match=r"max_retries is .*whole number, 0 or more"):
             RetryPolicy(max_retries=value)
 
-    @pytest.mark.parametrize("name", ["base_delay", "max_delay", "deadline", "attempt_timeout"])
+    @pytest.mark.parametrize(
+        "name", ["base_delay", "max_delay", "deadline", "attempt_timeout", "waiting_after"]
+    )
     @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "2", True])
     def test_invalid_seconds_are_refused(self, name, value):
         """Seconds have to be finite and not negative."""
@@ -160,10 +162,14 @@ class TestFromEnv:
                 "TRACED_RETRY_ATTEMPT_TIMEOUT": "3",
                 "TRACED_RETRY_RETRY_RATE_LIMITS": "No",
                 "TRACED_RETRY_ON_SILENCE": "listen",
+                "TRACED_RETRY_HEDGE_AFTER": "off",
+                "TRACED_RETRY_FIRST_WORD_TIMEOUT": "5.5",
             }
         )
 
-        assert policy == RetryPolicy(5, 0.5, 4.0, 12.0, 3.0, False, "listen")
+        assert policy == RetryPolicy(
+            5, 0.5, 4.0, 12.0, 3.0, False, "listen", hedge_after=None, first_word_timeout=5.5
+        )
 
     @pytest.mark.parametrize(
         ("text", "value"),
@@ -219,7 +225,41 @@ class TestFromEnv:
 class TestDelays:
     def test_delay_doubles_up_to_max_delay(self):
         """The bounds are the exponential ones of backoff."""
-        assert [1, 2, 4, 5, 5] == waits(RetryPolicy(max_delay=5.0), 5)
+        assert [1, 2, 4, 5, 5] == waits(RetryPolicy(base_delay=1.0, max_delay=5.0), 5)
+
+    def test_default_delay_fits_the_failure(self):
+        """Only a provider that asks for fewer requests gets the longer waits."""
+        delays = RetryPolicy().delays(lambda bound: bound)
+        limited = failure(TimeoutError(), "rate_limit")
+        broken = failure(TimeoutError(), "server_error")
+        overloaded = failure(TimeoutError(), "overloaded")
+
+        assert [0.1, 1.0, 0.2, 2.0, 4.0, 0.4] == [
+            delays.next(each) for each in (broken, limited, broken, overloaded, limited, broken)
+        ]
+
+    @pytest.mark.parametrize(
+        "policy",
+        [
+            RetryPolicy(base_delay=1.0),
+            RetryPolicy.from_env({"LIVEKIT_REALTIME_RETRY_BASE_DELAY": "1"}),
+        ],
+    )
+    def test_delay_of_the_user_applies_to_all_failures(self, policy):
+        """A value that was set counts for all failures, even if it is the default's value."""
+        assert [1.0, 2.0] == waits(policy, 2)
+
+    @pytest.mark.parametrize(
+        "of", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))]
+    )
+    def test_copy_of_default_delay_is_a_default(self, of):
+        """A copied or pickled policy has the delays of the original."""
+        assert [0.1, 0.2] == waits(of(RetryPolicy()), 2)
+        assert [0.1, 0.2] == waits(dataclasses.replace(RetryPolicy(), max_retries=1), 2)
+
+    def test_max_delay_below_fast_delay(self):
+        """The largest delay limits the short delays, too."""
+        assert [0.0] == waits(RetryPolicy(base_delay=0, max_delay=0), 1)
 
     def test_base_delay_of_zero_never_waits(self):
         """A base of zero never waits, not even after a thousand retries (2.2.1 would overflow)."""

@@ -58,7 +58,7 @@ def reply(recorder):
         trace = Telemetry(**recorder.providers).reply(Target("somebody"))
         return Reply(
             request,
-            RetryPolicy(**policy),
+            RetryPolicy(**{"base_delay": 1.0, **policy}),
             trace,
             jitter=lambda bound: bound,
             on_failed=on_failed,
@@ -400,6 +400,63 @@ class TestNews:
         asked.interrupt()
 
         assert "hello" == await future
+
+
+class TestEndRetries:
+    """The session drains, so no further attempt may begin."""
+
+    LATE = failure(TimeoutError("drained"), "timeout", ended_locally=True)
+
+    async def test_first_attempt_may_still_be_answered(self, reply, recorder):
+        """Without retries the caller would wait for it, too."""
+        asked = reply(Request(Scripted((3, "hello"))))
+        future = asked.start()
+        await asyncio.sleep(1)
+        asked.end_retries(self.LATE)
+
+        assert "hello" == await future
+        assert ["succeeded"] == [r["traced_retry.outcome"] for r in recorder.replies]
+
+    async def test_first_attempt_that_fails_is_the_last(self, reply, recorder):
+        """The caller gets its own error."""
+        script = Scripted((3, ProviderError("server_error")))
+        asked = reply(Request(script))
+        future = asked.start()
+        await asyncio.sleep(1)
+        asked.end_retries(self.LATE)
+
+        with pytest.raises(ProviderError):
+            await future
+        assert 1 == script.calls
+        assert "max_attempts" == recorder.replies[0]["traced_retry.stop_reason"]
+
+    @pytest.mark.parametrize("second", [(30, "hello"), HANG])
+    @pytest.mark.parametrize("after", [0.5, 1.5])
+    async def test_wait_and_later_attempt_end_at_once(self, second, after, reply, recorder):
+        """The agent gets the provider's error, in the wait as in the second attempt."""
+        asked = reply(Request(Scripted(ProviderError("server_error"), second)))
+        future = asked.start()
+        await asyncio.sleep(after)
+        asked.end_retries(self.LATE)
+
+        assert isinstance(future.exception(), ProviderError)
+        assert "deadline" == recorder.replies[0]["traced_retry.stop_reason"]
+
+    @pytest.mark.parametrize("words", [False, True])
+    async def test_only_reply_with_output_goes_on(self, words, reply, recorder):
+        """A response without a word ends, and one with words is heard to its end."""
+        request = Request(Scripted("hello"))
+        request.given = delivery = Delivery()
+        asked = reply(request)
+        await asked.start()
+        if words:
+            delivery.mark_output()
+        asked.end_retries(self.LATE)
+        delivery.end()
+
+        assert ("succeeded" if words else "exhausted") == (
+            recorder.replies[0]["traced_retry.outcome"]
+        )
 
 
 class TestDelivery:

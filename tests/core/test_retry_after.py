@@ -29,7 +29,7 @@ def session(recorder):
     def session(script, **policy):
         return Reply(
             CallRequest(script.future),
-            RetryPolicy(**policy),
+            RetryPolicy(**{"base_delay": 1.0, **policy}),
             telemetry.reply(Target("openai")),
             jitter=lambda bound: bound,
             cooldown=shared,

@@ -8,8 +8,10 @@ order. After each step the promise holds; at the end the books agree.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -28,7 +30,8 @@ from support.scripted import ProviderError
 from support.stepped import FAILED, HEARD, INDEX, Errors, SteppedLoop, effort, play, seen_alike
 
 from traced_retry import RetryPolicy, semconv
-from traced_retry.core import guard
+from traced_retry.core import breaker, guard
+from traced_retry.core.breaker import circuit
 from traced_retry.core.budget import RetryBudget
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import explain, failure
@@ -63,6 +66,8 @@ class Sent:
     """The provider is done with it."""
     discarded: bool = False
     """An answer to it reaches nobody."""
+    kept: bool = False
+    """Its attempt has ended, and an answer to it is still the reply."""
 
     def say(self):
         """A word of its answer, which the agent hears if it holds the reply."""
@@ -128,6 +133,11 @@ class Asked:
     def explain(self, error):
         return explain(error)
 
+    def refused(self):
+        if self.sent:
+            self.problems.append("refused although it was sent")
+        return failure(ProviderError(), "circuit_open")
+
     def timed_out(self, seconds):
         return failure(TimeoutError("ours"), "timeout", ended_locally=True)
 
@@ -139,12 +149,32 @@ class Asked:
     def ready(self):
         return self.provider.ready
 
+    def can_hedge(self):
+        return self.provider.hedges and self.provider.ready
+
+    def can_replace(self):
+        return self.provider.hedges
+
+    def has_answer(self):
+        return False
+
     def abandon(self, attempt, then):
-        if then != "listen":
+        if then == "hedge":
+            self.sent[-1].kept = True
+            attempt.cancel()
+        elif then != "listen":
+            self.settle()
             self._discard(attempt)
 
     def cancel(self, attempt):
+        self.settle()
         self._discard(attempt)
+
+    def settle(self):
+        """Discard the requests of earlier attempts."""
+        for sent in self.sent:
+            if sent.kept:
+                sent.kept, sent.discarded = False, True
 
     def delivery(self, result):
         if result.discarded:
@@ -170,6 +200,8 @@ class Provider:
     actions: list
     """What is safe after the first, second... attempt; and again from the start."""
     limit: float | None
+    hedges: bool
+    """Whether it is safe to send another request while one is open, or begun without a word."""
     ready: bool = True
     next_time: object = None
     """What the next attempt meets at once: "answer", or what makes the error that it raises."""
@@ -177,6 +209,12 @@ class Provider:
 
     def answer(self, sent):
         """Begin the answer; where it tells of nothing further, that was all."""
+        if sent.kept:  # The current attempt gets the answer, and nobody the one to its request.
+            current = sent.asked.sent[-1]
+            sent.kept, sent.future = False, current.future
+            current.discarded, current.future = True, asyncio.Future(loop=self.loop)
+        if not sent.discarded:
+            sent.asked.settle()
         sent.answered, sent.over = True, not self.delivers
         if self.delivers:
             sent.delivery = Delivery()
@@ -196,6 +234,7 @@ class Machine(RuleBasedStateMachine):
         self.errors = Errors()
         self.recorder = Recorder()
         self.stepped = SteppedLoop()
+        self.folder = tempfile.TemporaryDirectory()
         self.asked = []
         self.in_vain = 0
         """How many were asked of a session that is over."""
@@ -206,24 +245,29 @@ class Machine(RuleBasedStateMachine):
             st.sampled_from(["send", "listen", "restart", None]), min_size=1, max_size=4
         ),
         limit=st.sampled_from([1.0, None]),
+        hedges=st.booleans(),
         policy=st.fixed_dictionaries(
             {
                 "max_retries": st.sampled_from([3, 2, 1, 0]),
                 "base_delay": st.sampled_from([0.5, 0]),
                 "deadline": st.sampled_from([8.0, 4.0]),
                 "attempt_timeout": st.sampled_from([None, 1.5]),
+                "hedge_after": st.sampled_from([0.5, None]),
+                "first_word_timeout": st.sampled_from([0.5, None]),
             }
         ),
         budget=st.sampled_from([None, None, 2]),
         impatient=st.booleans(),
         mortal=st.booleans(),
     )
-    def begin(self, delivers, actions, limit, policy, budget, impatient, mortal):
+    def begin(self, delivers, actions, limit, hedges, policy, budget, impatient, mortal):
         """A provider, and what may be spent on each reply."""
         self.impatient, self.mortal = impatient, mortal
-        self.provider = Provider(self.stepped.loop, delivers < 3, actions, limit)
+        self.provider = Provider(self.stepped.loop, delivers < 3, actions, limit, hedges)
         budget = None if budget is None else RetryBudget(budget)
-        self.policy = RetryPolicy(**policy, budget=budget)
+        path = f"{self.folder.name}/breaker"
+        self.policy = RetryPolicy(**policy, budget=budget, breaker=path)
+        self.circuit = circuit(path, *Target("somebody").key)
         self.telemetry = Telemetry(**self.recorder.providers)
         self.retry_after = SessionCooldown()
 
@@ -243,6 +287,7 @@ class Machine(RuleBasedStateMachine):
 
         def on_ended(reply, error):
             asked.ended += 1
+            asked.settle()
 
         with self.stepped.standing():
             asked.reply = Reply(
@@ -427,6 +472,14 @@ class Machine(RuleBasedStateMachine):
                 asked.reply.report_failure(*self.provider.dead)
         self.stepped.go_on(then)
 
+    @rule(then=THEN)
+    @precondition(lambda self: len(self.asked) > 1)
+    def open_circuit(self, then):
+        """Other processes have seen the provider fail for all of them."""
+        next_probe = round((self.stepped.now + breaker.INTERVAL) * 1e6)
+        self.circuit._words[self.circuit._at + breaker._NEXT_PROBE] = next_probe
+        self.stepped.go_on(then)
+
     @rule(seconds=st.sampled_from([1.0, 3.0]))
     @precondition(lambda self: self.open or self.provider.dead)
     def wait(self, seconds):
@@ -480,6 +533,8 @@ class Machine(RuleBasedStateMachine):
             self.recorder.shutdown()
             self.errors.close()
             self.stepped.close()
+            breaker.forget()
+            self.folder.cleanup()
 
     def come_to_an_end(self):
         """Words end, and the rest has its time."""
@@ -572,7 +627,7 @@ class TestFound:
         policy = {"max_retries": 0, "base_delay": 0, "deadline": 4.0, "attempt_timeout": None}
         policy.update((name, changes.pop(name)) for name in list(changes) if name in policy)
         arguments = {"delivers": 3, "actions": ["send"], "limit": None, "budget": None}
-        ready = {"impatient": True, "mortal": True, "policy": policy}
+        ready = {"impatient": True, "mortal": True, "hedges": False, "policy": policy}
         return "begin", {**arguments, **ready, **changes}
 
     def test_failure_in_turn_of_cancel_counts_as_interrupted(self):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -93,6 +94,7 @@ class TestVersions:
             ("1.7.0", True, False),
             ("1.8.9", True, False),
             ("1.8", True, False),
+            ("1.8.9.post1", True, False),
             ("1.6.9", False, False),
             ("1.8.10", False, True),
             ("1.9.0rc1", False, True),
@@ -104,6 +106,11 @@ class TestVersions:
         versions = supported.Versions("1.7.0", "1.8.9")
 
         assert (inside, newer) == (installed in versions, versions.newer(installed))
+
+    def test_frozen(self):
+        """No caller can change the supported versions."""
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            supported.LIVEKIT.newest = "9.9.9"
 
 
 class TestChoice:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from traced_retry.core.telemetry import Target, Telemetry
 
 TARGET = Target("openai", "gpt-realtime", "api.openai.com", 443)
 KNOWN = {
+    "openinference.span.kind": "CHAIN",
+    "gen_ai.operation.name": "generate_content",
     "gen_ai.provider.name": "openai",
     "traced_retry.initiator": "agent",
     "gen_ai.request.model": "gpt-realtime",
@@ -38,7 +41,7 @@ def ask(recorder, *steps, cancel_after=None, in_livekit=False, **policy):
     telemetry = Telemetry(**recorder.providers, in_livekit=in_livekit)
     reply = Reply(
         CallRequest(script.future),
-        RetryPolicy(**policy),
+        RetryPolicy(**{"base_delay": 1.0, **policy}),
         telemetry.reply(TARGET),
         jitter=lambda bound: bound,
     ).start()
@@ -242,7 +245,9 @@ class TestSpans:
 
     async def test_reply_span_has_exact_attributes(self, case, recorder):
         """The reply's span has exactly the attributes of the contract."""
-        assert [{**KNOWN, **case.reply}] == recorder.replies
+        heard = case.reply["traced_retry.outcome"] in ("succeeded", "recovered")
+        kind = {"openinference.span.kind": "CHAIN" if heard else "LLM"}
+        assert [{**KNOWN, **kind, **case.reply}] == recorder.replies
 
     async def test_only_failed_spans_have_error_status(self, case, recorder):
         """A recovered or interrupted reply is no error, and each failed attempt is one."""
@@ -734,6 +739,12 @@ class TestHarmless:
         assert {"recovered": 1} == recorder.counted("traced_retry.replies", "traced_retry.outcome")
 
 
+def test_target_is_frozen():
+    """The labels are computed once, so a changed target would keep its old ones."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TARGET.provider = "x_ai"
+
+
 class TestVocabulary:
     def test_each_stop_reason_has_one_outcome(self):
         """Each stop reason leads to one outcome, and each failed outcome has a stop reason."""
@@ -746,7 +757,7 @@ class TestVocabulary:
         assert set(get_args(semconv.StopReason)) == set(semconv.OUTCOME_OF)
 
     def test_own_names_have_own_prefix(self):
-        """Names outside traced_retry.* belong to OpenTelemetry or LiveKit."""
+        """Names outside traced_retry.* belong to OpenTelemetry, LiveKit or OpenInference."""
         names = {
             v
             for k, v in vars(semconv).items()
@@ -755,8 +766,10 @@ class TestVocabulary:
         foreign = {n for n in names if not n.startswith("traced_retry.")}
 
         assert {
+            "gen_ai.operation.name",
             "gen_ai.provider.name",
             "gen_ai.request.model",
+            "openinference.span.kind",
             "server.address",
             "server.port",
             "error.type",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every panel beside what the simulators know: the value it shows, the truth, and how near it is.
+"""Compare each panel with the simulators' records: its value, the expected value, the tolerance.
 
-The truth is made of what each simulator was asked, when, and what its script had it do. How long an
-answer took that came at once nobody knows beforehand; it is taken for 0, and the machine may need
-:data:`BUSY` for it.
+The expected value comes from the requests of each simulator, their times and the faults of its
+script. The duration of an immediate answer is unknown beforehand. It counts as 0 s, and the machine
+may need up to :data:`BUSY` for it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,27 @@ OVERVIEW, ONE = "overview.json", "provider.json"
 LOST = ("exhausted", "not_recoverable")
 
 UNTOLD = {
-    (OVERVIEW, "Alerts"): "which alerts fire is test_alerts.py's and test_end_to_end.py's",
-    (ONE, "Alerts"): "which alerts fire is test_alerts.py's and test_end_to_end.py's",
+    (OVERVIEW, "Alerts"): "`test_alerts.py` and `test_end_to_end.py` test which alerts fire",
+    (ONE, "Alerts"): "`test_alerts.py` and `test_end_to_end.py` test which alerts fire",
     (
         ONE,
         "Exhausted replies",
-    ): "a list of traces: test_jaeger_searches_find_failed_replies compares it",
+    ): "a list of traces. `test_jaeger_searches_find_failed_replies` compares it",
     (
         ONE,
         "Refused replies",
-    ): "a list of traces: test_jaeger_searches_find_failed_replies compares it",
-    (ONE, "Lost replies"): "a list of traces from Tempo, which is not here: never run",
+    ): "a list of traces. `test_jaeger_searches_find_failed_replies` compares it",
+    (
+        ONE,
+        "Lost replies",
+    ): "a list of traces from Tempo: not tested",
 }
 """Panels without a row, and why."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt as its simulator must have caused it; ``code`` is "" where it succeeded."""
+    """One attempt as its simulator must have caused it. ``code`` is "" if it succeeded."""
 
     action: str
     code: str
@@ -47,7 +50,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply, likewise."""
+    """One reply as its simulator must have caused it."""
 
     provider: str
     attempts: tuple[Attempt, ...]
@@ -55,7 +58,7 @@ class Reply:
 
     @property
     def outcome(self):
-        """As in ``semconv.Outcome``."""
+        """Return the outcome, as in ``semconv.Outcome``."""
         last = self.attempts[-1].code
         if not last:
             return "succeeded" if len(self.attempts) == 1 else "recovered"
@@ -63,17 +66,17 @@ class Reply:
 
     @property
     def seconds(self):
-        """The silence."""
+        """Return the time until the reply was heard or failed."""
         return sum(attempt.seconds for attempt in self.attempts)
 
     @property
     def requests(self):
-        """How many were sent."""
+        """Return the number of requests that were sent."""
         return sum(attempt.action != "listen" for attempt in self.attempts)
 
 
 def replies(played):
-    """The replies of one job, of which at most the last one is lost."""
+    """Yield the replies of one job. At most the last one is lost."""
     provider, patience = PROVIDER[played.job.provider], played.job.patience
     again = "restart" if played.job.provider == "google" else "listen"
     failed, silent = [], False
@@ -103,7 +106,7 @@ def replies(played):
 
 @dataclass(frozen=True)
 class Row:
-    """One value that a panel shows, and what it should be."""
+    """One value of a panel, and its expected value."""
 
     board: str
     panel: str
@@ -116,46 +119,50 @@ class Row:
 
     @property
     def fits(self):
-        """Whether the value is where it should be."""
+        """Return whether the value is within its tolerance."""
         return self.low <= self.value <= self.high
 
 
 def count(number, part=0.2):
-    """(truth, tolerance, low, high): a count is put together from rates, which extrapolate.
+    """Return (expected, tolerance, low, high) of a count.
 
-    Most are within 3 %; what a scrape that comes late on a busy machine adds is more than that.
+    A panel's count comes from rates, which extrapolate. Most are within 3 %, and a late scrape on a
+    busy machine adds more.
     """
     if not number:
-        return "0", "0.05", -0.05, 0.05
+        return "0", "±0.05", -0.05, 0.05
     off = max(part * number, 0.75)
-    return f"{number:g}", f"{part:.0%}, or 0.75", number - off, number + off
+    return f"{number:g}", f"{part * 100:.0f} %, at least 0.75", number - off, number + off
 
 
 def share(part, whole=1.0):
-    """The same of a ratio."""
+    """Return (expected, tolerance, low, high) of a ratio."""
     ratio = part / whole
     off = max(0.15 * ratio, 0.05)
-    return f"{ratio:.3f}", "15 %, or 0.05", ratio - off, ratio + off
+    return f"{ratio:.3f}", "15 %, at least 0.05", ratio - off, ratio + off
 
 
 def difference(part, whole):
-    """The same of what one count has more than another, for each of these."""
+    """Return (expected, tolerance, low, high) of the surplus of one count over another."""
     ratio = part / whole
-    return f"{ratio:.3f}", "0.15", ratio - 0.15, ratio + 0.15
+    return f"{ratio:.3f}", "±0.15", ratio - 0.15, ratio + 0.15
 
 
 def exactly(number):
-    """The same of what is no estimate."""
+    """Return (expected, tolerance, low, high) of an exact value."""
     return f"{number:g}", "exact", number - 1e-9, number + 1e-9
 
 
 def between(low, high, true):
-    """The same where only bounds are known."""
+    """Return (expected, tolerance, low, high) of a value with known bounds."""
     return true, f"{low:.3g} to {high:.3g}", low, high
 
 
 def quantile(q, seconds):
-    """The same of a quantile: the bounds of its bucket, or of the next to it where it is near."""
+    """Return (expected, tolerance, low, high) of a quantile, from the bounds of its bucket.
+
+    The next bucket is allowed if the quantile is near its bound.
+    """
     ordered = sorted(seconds)
 
     def at(rank):
@@ -168,7 +175,7 @@ def quantile(q, seconds):
 
 
 class Fleet:
-    """What the simulators know of all replies, or of those of one provider."""
+    """The simulators' records of all replies, or of one provider's."""
 
     def __init__(self, jobs, provider=None):
         self.replies = [
@@ -179,16 +186,16 @@ class Fleet:
         self.waits = len(self.attempts) - len(self.replies)
 
     def of(self, *outcomes):
-        """How many ended so."""
+        """Return the number of replies with these outcomes."""
         return sum(reply.outcome in outcomes for reply in self.replies)
 
     @property
     def heard(self):
-        """The seconds of the replies that were heard."""
+        """Return the seconds of the heard replies."""
         return [reply.seconds for reply in self.replies if reply.outcome not in LOST]
 
     def requests(self):
-        """How many were sent."""
+        """Return the number of requests that were sent."""
         return sum(reply.requests for reply in self.replies)
 
 
@@ -210,7 +217,7 @@ class Panels:
         self.each = {name: Fleet(jobs, name) for name in names}
 
     def rows(self):
-        """All of them."""
+        """Yield all rows."""
         yield from self._glance(OVERVIEW, self.every)
         for name, of in self.each.items():
             yield from self._outcomes(OVERVIEW, "$provider", of, provider=name)
@@ -265,6 +272,7 @@ class Panels:
             yield _row(board, panel, series, found.get(outcome, 0), count(of.of(outcome)))
 
     def _initiators(self):
+        """Yield the rows by initiator: the provider starts half of the replies of this fleet."""
         for panel, some in (
             ("Replies by initiator", self.every.replies),
             ("Lost replies by initiator", [r for r in self.every.replies if r.outcome in LOST]),
@@ -443,30 +451,41 @@ def _row(board, panel, series, value, known):
 
 
 HEAD = """\
-# Every panel beside its truth
+# Panels and expected values
 
-Generated by `make preview` (`tests/dashboards/test_fleet.py`); do not edit.
+Generated by `make preview` (`tests/dashboards/test_fleet.py`). Do not edit.
 
-Job processes with the real plugins of eight providers talked to simulators, an outage in their
-scripts; spans and metrics went through a real Collector into a real Jaeger and Prometheus. The
-providers started half of the replies by themselves, because the caller spoke. What each panel's own
-queries gave is below, on either way of counting, beside what the simulators
-know. The test fails where a value is outside its tolerance. The rules ran ten times faster than
-shipped. An answer that came at once is told as 0 s; on a busy machine it takes some tenths.
+This page shows that each panel of the dashboards displays the right number. A test runs job
+processes with the real plugins of eight providers against simulators that fail on a script. The
+agents request half of the replies. The providers start the other half, because the caller speaks.
+Spans and metrics go through a real Collector into a real Jaeger and Prometheus. The test then sends
+each panel's own query and compares the value with the simulators' records. It fails if a value is
+outside its tolerance.
 
-LiveKit inference speaks OpenAI's protocol, by the same adapter; NVIDIA's plugin has no
+| column | meaning |
+|---|---|
+| panel | the title. `$provider` is the panel that the dashboard repeats for each provider |
+| series | the line of the panel, for example a provider and an outcome |
+| expected | the value by the simulators' records. A time is 0 s if the simulator answered at once |
+| tolerance | the allowed difference from the expected value, or the allowed range |
+| from spans | the value in this run, if replies are [counted from spans](exactness.md) |
+| by the agents | the value in this run, if the agents count replies |
+
+The rules ran ten times faster than shipped, so counts are estimates from few samples. On a busy
+machine an immediate answer takes some tenths of a second. LiveKit inference is not in the list,
+because it uses OpenAI's protocol and adapter. NVIDIA is not, because its plugin has no
 `generate_reply`.
 """
 
 
 def as_markdown(spans, agents):
-    """The whole list; the values of a run, all else as it must be."""
+    """Return the whole list with the values of a run."""
     by_agents = {(row.board, row.panel, row.series): row for row in agents}
     lines = [HEAD]
     for board, title in ((OVERVIEW, "Overview"), (ONE, "One provider")):
         lines += [
             f"## {title}\n",
-            "| panel | series | truth | tolerance | from spans | by the agents |",
+            "| panel | series | expected | tolerance | from spans | by the agents |",
             "|---|---|---|---|---|---|",
         ]
         for row in spans:
@@ -479,12 +498,16 @@ def as_markdown(spans, agents):
                 cells = (row.panel, row.series, row.true, told, f"{row.value:.3f}", value)
                 lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    lines += ["## Panels without a truth\n", "| dashboard | panel | why |", "|---|---|---|"]
+    lines += [
+        "## Panels without an expected value\n",
+        "| dashboard | panel | reason |",
+        "|---|---|---|",
+    ]
     for (board, panel), why in UNTOLD.items():
         lines.append(f"| {board.removesuffix('.json')} | {panel} | {why} |")
     return "\n".join(lines) + "\n"
 
 
 def without_values(markdown):
-    """The list but for what a run measured."""
+    """Return the list without the values of a run."""
     return [line.rsplit(" | ", 2)[0] for line in markdown.splitlines()]

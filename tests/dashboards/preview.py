@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws dashboards as one HTML page, from what their queries really gave. This is not Grafana.
+"""Draw dashboards as one HTML page from the real answers to their queries. This is not Grafana.
 
-``make preview``: the fleet test asks Prometheus what each panel asks, this draws the answers, and a
-headless Chromium takes the pictures.
+``make preview``: the fleet test sends the queries of each panel to Prometheus, this module draws
+the answers, and a headless Chromium takes the pictures.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
@@ -19,7 +20,15 @@ from dashboards.reading import panels
 
 CELL, GAP, LINE = 52, 8, 34
 """Pixels: a column of Grafana's grid, the gap between panels, a row of the grid."""
-COLOURS = ["#7eb26d", "#eab839", "#6ed0e0", "#ef843c", "#e24d42", "#1f78c1", "#ba43a9", "#705da0"]
+AXIS, LEGEND = 16, 15
+"""Pixels: the time axis, and a line of the legend."""
+COLOURS = [
+    *("#6ed0e0", "#3274d9", "#e0559f", "#ff9830", "#0f9d8f", "#e8e8e8", "#9a7be0", "#b07a4a"),
+    *("#7fa8a8", "#c4a484", "#5195ce", "#e0a0a0", "#64b0c8", "#8a9ba8", "#4f8fa8", "#a86a3d"),
+    *("#9ec5d6", "#ffa6b0", "#2f575e", "#f9ba8f", "#614d93", "#70dbed", "#99440a", "#dedaf7"),
+]
+"""The colours of names that the dashboards leave to Grafana. They have no red, yellow or green,
+which mean outcomes and limits."""
 NAMED = {
     "green": "#73bf69",
     "yellow": "#f2cc0c",
@@ -29,27 +38,53 @@ NAMED = {
     "purple": "#b877d9",
     "text": "#d8d9da",
 }
+OUTCOMES = {
+    "succeeded": "green",
+    "recovered": "yellow",
+    "exhausted": "red",
+    "not_recoverable": "dark-red",
+    "interrupted": "blue",
+    "superseded": "purple",
+}
+"""The colours of outcomes, as the dashboards set them."""
 STYLE = """
 body { background: #111217; color: #d8d9da; font: 13px/1.35 system-ui, sans-serif; margin: 16px; }
 h1 { font-size: 20px; } p { color: #9fa3a8; max-width: 60rem; }
-.board { position: relative; width: 1248px; margin-bottom: 40px; }
+.board { position: relative; margin-bottom: 40px; }
 .panel { position: absolute; background: #181b1f; border: 1px solid #2c3235; border-radius: 3px;
   box-sizing: border-box; padding: 6px 8px; overflow: hidden; }
 .row { position: absolute; font-weight: 600; padding: 6px 0; }
 .title { font-weight: 500; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.stat { font-size: 30px; white-space: nowrap; text-align: center; padding-top: 28px; }
+.stat { font-size: 30px; white-space: nowrap; text-align: center; padding-top: 18px; }
 .none { color: #9fa3a8; text-align: center; padding-top: 30px; }
-.legend { color: #9fa3a8; font: 11px/15px system-ui; max-height: 30px; overflow: hidden; }
+.legend { color: #9fa3a8; font: 11px/15px system-ui; }
 .legend span { white-space: nowrap; display: inline-block; }
 .legend i { display: inline-block; width: 10px; height: 3px; margin: 0 4px 3px 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 12px; }
 td, th { text-align: left; padding: 3px 8px; border-bottom: 1px solid #2c3235; }
 text { fill: #9fa3a8; font-size: 10px; }
+svg { display: block; }
+.stat-panel .title { white-space: normal; font-size: 12px; }
+@media (max-width: 800px) {
+  body { margin: 10px; }
+  .board { width: auto !important; height: auto !important; display: flow-root; }
+  .panel, .row { position: static; width: auto !important; height: auto !important; }
+  .panel { margin-bottom: 8px; }
+  .panel.stat-panel { float: left; width: calc(50% - 8px) !important; margin-right: 8px; }
+  .row { clear: both; }
+  .title { white-space: normal; }
+  .stat { font-size: 24px; padding: 8px 0; }
+  .legend { font-size: 12px; line-height: 18px; }
+  svg { width: 100%; height: auto; overflow: visible; margin-top: 12px; }
+  svg.wide text { font-size: 16px; }
+  svg.whole text { font-size: 26px; }
+  .none { padding: 12px 0; }
+}
 """
 
 
 def page(boards, answers):
-    """The whole page.
+    """Return the page.
 
     Args:
         boards: {file name: dashboard}.
@@ -57,18 +92,24 @@ def page(boards, answers):
     """
     drawn = "".join(_board(board, answers[name]) for name, board in boards.items())
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Dashboards, drawn</title>'
-        f"<style>{STYLE}</style><h1>Dashboards, drawn from real query results</h1>"
-        "<p>Each panel's own queries, answered by a real Prometheus that a fleet of simulated "
-        "calls fed; the rules ran ten times faster than shipped, so the time shown is some "
-        "two minutes. This is a drawing of the answers: no Grafana took part, so colours, axes and "
-        f"layout are near to Grafana's and not the same.</p>{drawn}</html>"
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Dashboards, drawn</title><style>{STYLE}</style>"
+        "<h1>Dashboards, drawn from real query results</h1>"
+        "<p>A real Prometheus answered the queries of each panel. Its data came from a fleet of "
+        "simulated calls. The rules ran ten times faster than shipped, so a chart covers about two "
+        "minutes. The times are in UTC. No Grafana took part, so layout and most colours differ "
+        "from Grafana's.</p><p>Green, yellow, red and dark red are outcomes: succeeded, recovered, "
+        "exhausted and not recoverable. A dashed line is a limit: red for a page, yellow for a "
+        "ticket. Each other name has one colour in all panels of a dashboard.</p>"
+        f"{drawn}</html>"
     )
 
 
 def repeated(board, names):
-    """The dashboard as Grafana shows it: a panel that is repeated is there once per name, and what
-    is below it is further down.
+    """Return the dashboard as Grafana shows it, with a repeated panel once per name.
+
+    The panels below a repeated panel are moved down.
     """
     made, down = [], 0
     for panel in board["panels"]:
@@ -87,13 +128,14 @@ def repeated(board, names):
 
 
 def height(board):
-    """Pixels that the dashboard needs, its titles included."""
+    """Return the height of the dashboard in pixels, with its titles."""
     bottom = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
-    return bottom * LINE + 230
+    return bottom * LINE + 270
 
 
 def _board(board, answers):
     width, made, bottom = CELL * 24, [], 0
+    colours = {}
     for panel in board["panels"]:
         at = panel["gridPos"]
         place = f"left:{at['x'] * CELL}px;top:{at['y'] * LINE}px;width:{at['w'] * CELL - GAP}px"
@@ -103,10 +145,11 @@ def _board(board, answers):
             made.append(f'<div class="row" style="{place}">{escape(panel["title"])}{folded}</div>')
             continue
         size = (at["w"] * CELL - GAP - 18, at["h"] * LINE - GAP - 12)
-        body = draw(panel, answers.get(panel["id"], []), *size)
+        body = draw(panel, answers.get(panel["id"], []), *size, colours)
         title = panel["title"]
+        kind = "panel stat-panel" if panel["type"] == "stat" else "panel"
         made.append(
-            f'<div class="panel" style="{place};height:{at["h"] * LINE - GAP}px" '
+            f'<div class="{kind}" style="{place};height:{at["h"] * LINE - GAP}px" '
             f'title="{escape(panel["description"])}"><div class="title">{escape(title)}</div>'
             f"{body}</div>"
         )
@@ -116,8 +159,8 @@ def _board(board, answers):
     )
 
 
-def draw(panel, answers, width, height):
-    """One panel's inside."""
+def draw(panel, answers, width, height, colours=None):
+    """Return the inside of one panel. ``colours`` keeps the colour of each name between panels."""
     series = [
         (_name(target, labels), points, target)
         for target, found in answers
@@ -126,7 +169,26 @@ def draw(panel, answers, width, height):
     ]
     if not series:
         return f'<div class="none">{escape(panel["fieldConfig"]["defaults"]["noValue"])}</div>'
-    return _KINDS[panel["type"]](panel, series, width, height)
+    return _KINDS[panel["type"]](panel, series, width, height, {} if colours is None else colours)
+
+
+def _svg(width, height, parts):
+    """Return a drawing that a narrow screen scales."""
+    kind = "whole" if width > 700 else "wide" if width > 350 else "small"
+    return (
+        f'<svg class="{kind}" width="{width}" height="{height:.0f}" '
+        f'viewBox="0 0 {width} {height:.0f}">{"".join(parts)}</svg>'
+    )
+
+
+def _axis(times, left, width, y):
+    """Yield the times below a chart: its start, its middle and its end."""
+    first, last = times[0], times[-1]
+    marks = ((0, "start"), (0.5, "middle"), (1, "end"))
+    for part, anchor in marks if last > first else marks[:1]:
+        at = datetime.fromtimestamp(first + part * (last - first), UTC)
+        x = left + part * (width - left)
+        yield f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{at:%H:%M:%S}</text>'
 
 
 def _name(target, labels):
@@ -165,7 +227,7 @@ def _table(panel, series, *_):
 
 
 def _looks(panel, name):
-    """Colour and dash that the panel sets for that series."""
+    """Return the colour and the dash that the panel sets for that series."""
     colour, dashed = None, False
     for override in panel["fieldConfig"]["overrides"]:
         if override["matcher"]["options"] == name:
@@ -176,22 +238,30 @@ def _looks(panel, name):
     return colour, dashed
 
 
-def _timeseries(panel, series, width, height):
+def _colour(name, colours):
+    """Return the colour of a name: that of its outcome, or the next one that is free."""
+    if name in OUTCOMES:
+        return NAMED[OUTCOMES[name]]
+    return colours.setdefault(name, COLOURS[len(colours) % len(COLOURS)])
+
+
+def _timeseries(panel, series, width, height, colours):
     settings = panel["fieldConfig"]["defaults"]
     stacked = settings["custom"].get("stacking", {}).get("mode") == "normal"
-    left, foot = 52, 62
+    letters = sum(len(name) + 5 for name, *_ in series)
+    left, foot = 52, 26 + AXIS + LEGEND * math.ceil(letters * 6 / width)
     plot = (width - left, height - foot)
     times = sorted({at for _, points, _ in series for at, _ in points})
     span = max(times[-1] - times[0], 1)
     lines, base = [], dict.fromkeys(times, 0.0)
-    for place, (name, points, _) in enumerate(series):
+    for name, points, _ in series:
         colour, dashed = _looks(panel, name)
         found = {at: value for at, value in points if not math.isnan(value)}
         lower = dict(base)
         if stacked and not dashed:
             base = {at: base[at] + found.get(at, 0.0) for at in times}
             found = base
-        lines.append((name, colour or COLOURS[place % len(COLOURS)], dashed, dict(found), lower))
+        lines.append((name, colour or _colour(name, colours), dashed, dict(found), lower))
     top = max((v for _, _, _, found, _ in lines for v in found.values()), default=0) or 1
 
     def xy(at, value):
@@ -203,23 +273,23 @@ def _timeseries(panel, series, width, height):
         f"{_value(top * part, settings['unit'])}</text>"
         for part in (0, 0.5, 1)
     ]
+    svg += _axis(times, left, width, plot[1] + AXIS - 2)
     for _, colour, dashed, found, lower in reversed(lines):
         path = " ".join(xy(at, value) for at, value in sorted(found.items()))
         if stacked and not dashed:
             under = " ".join(xy(at, lower[at]) for at in sorted(found, reverse=True))
             svg.append(f'<polygon points="{path} {under}" fill="{colour}" opacity=".7"/>')
         dash = ' stroke-dasharray="6 5"' if dashed else ""
-        svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}"{dash}/>')
+        svg.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>'
+        )
     legend = " ".join(
         f'<span><i style="background:{c}"></i>{escape(n)}</span>' for n, c, *_ in lines
     )
-    return (
-        f'<svg width="{width}" height="{height - foot + 6}">{"".join(svg)}</svg>'
-        f'<div class="legend">{legend}</div>'
-    )
+    return f'{_svg(width, plot[1] + AXIS + 2, svg)}<div class="legend">{legend}</div>'
 
 
-def _heatmap(_panel, series, width, height):
+def _heatmap(_panel, series, width, height, _colours):
     rows = sorted(series, key=lambda s: float(s[0].replace("+Inf", "inf")))
     times = sorted({at for _, points, _ in rows for at, _ in points})
     cells, below = [], dict.fromkeys(times, 0.0)
@@ -240,14 +310,15 @@ def _heatmap(_panel, series, width, height):
             for n, at in enumerate(times)
             if here[at] > 0
         ]
-    return f'<svg width="{width}" height="{height - 30}">{"".join(svg)}</svg>'
+    svg += _axis(times, 46, width, height - 34 + AXIS - 4)
+    return _svg(width, height - 34 + AXIS, svg)
 
 
 _KINDS = {"stat": _stat, "table": _table, "timeseries": _timeseries, "heatmap": _heatmap}
 
 
 def screenshot(html, picture, width, height):
-    """A picture of the page by a headless Chromium; False where there is none."""
+    """Take a picture of the page with a headless Chromium. Return False if there is none."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         return False
@@ -271,5 +342,5 @@ def screenshot(html, picture, width, height):
 
 
 def shown(board):
-    """The panels that have queries to Prometheus."""
+    """Return the panels that have queries to Prometheus."""
     return [p for p in panels(board) if any("expr" in t for t in p.get("targets", []))]

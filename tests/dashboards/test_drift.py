@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries name what is emitted, and what is emitted is charted.
+"""Test that queries use only emitted names, and that each emitted name has a panel.
 
-What is emitted is not copied here: our own code records one reply of every kind through
-OpenTelemetry's Prometheus exporter, and the spanmetrics connector's labels are read from the
-configuration that we ship. `make oldest` runs this on the oldest OpenTelemetry supported, too.
+The emitted names are not copied here: our own code records one reply of each kind through
+OpenTelemetry's Prometheus exporter, and the labels of the spanmetrics connector come from the
+shipped configuration. ``make oldest`` runs this on the oldest supported OpenTelemetry, too.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ NOT_CHARTED = {
     semconv.ERROR_CODE: "on the trace only: it is not bounded",
     semconv.DECISION: "on the trace; the outcomes tell what came of it",
     semconv.NEXT_DELAY: "on the trace; what was really waited is charted",
+    semconv.ANSWERED_ATTEMPT: "on the trace; the attempts by action are charted",
     semconv.TRACE_ID: "on log records",
 }
 """Attributes that no chart shows, and why."""
@@ -54,7 +55,7 @@ NOT_CHARTED = {
 
 @pytest.fixture(scope="module")
 def emitted():
-    """{metric: {label: values}} of the agents' own metrics."""
+    """Return the agents' own metrics: {metric: {label: values}}."""
     from dashboards.emitted import emitted
 
     return emitted()
@@ -62,7 +63,7 @@ def emitted():
 
 @pytest.fixture(scope="module")
 def known(emitted):
-    """{metric: labels}: emitted, counted from spans, scraped, and recorded from those."""
+    """Return {metric: labels}: emitted, counted from spans, scraped, or recorded from those."""
     found = {
         **{name: {*labels, *promql.TARGET} for name, labels in emitted.items()},
         **promql.spans(),
@@ -85,7 +86,7 @@ ROLLUPS = ("1m", "10m")
 
 
 def every_query():
-    """(where, expression) of every rule, panel, variable and annotation."""
+    """Return (place, expression) of each rule, panel, variable and annotation."""
     for rule in rules():
         yield rule.get("record") or rule["alert"], rule["expr"]
     for name, board in dashboards().items():
@@ -111,7 +112,7 @@ QUERIES = sorted(set(every_query()))
 
 @pytest.mark.parametrize(("where", "expression"), QUERIES)
 def test_every_metric_and_label_is_emitted(known, where, expression):
-    """No query selects a series that nobody makes, or by a label that it cannot have."""
+    """Each query selects an existing series by labels that it can have."""
     tree = promql.parse(expression)
 
     for selector in promql.selectors(tree):
@@ -137,7 +138,7 @@ VALUES = {
 
 @pytest.mark.parametrize(("where", "expression"), QUERIES)
 def test_every_query_is_about_replies(known, where, expression):
-    """What a plugin is told to say has metrics of the same names, and is in no figure."""
+    """Each query excludes ``say``, which has metrics of the same names."""
     operation = semconv.OPERATION.replace(".", "_")
     mixed = [
         selector
@@ -150,7 +151,7 @@ def test_every_query_is_about_replies(known, where, expression):
 
 
 def test_every_count_keeps_the_environment():
-    """Each rule that sums per provider, process or exporter does so per environment, too."""
+    """Each rule that sums per provider, process or exporter keeps the environment."""
     mixed = [
         (rule["record"], node.modifier.labels)
         for rule in rules()
@@ -167,7 +168,7 @@ def test_every_count_keeps_the_environment():
 
 @pytest.mark.parametrize(("where", "expression"), [q for q in QUERIES if ".json" in q[0]])
 def test_every_panel_filters_by_environment(where, expression):
-    """So is each annotation, and each variable but that one itself."""
+    """Each panel, annotation and other variable filters by environment."""
     constant = re.compile(r"up|traced_retry:(objective|.*_(threshold|objective|limit)):.*")
     mixed = [
         selector.metric
@@ -181,7 +182,7 @@ def test_every_panel_filters_by_environment(where, expression):
 
 @pytest.mark.parametrize(("where", "expression"), QUERIES)
 def test_every_value_is_emitted(where, expression):
-    """No query compares a label with a value that it never has."""
+    """Each value in a query is a possible value of its label."""
     values = {name.replace(".", "_"): of for name, of in VALUES.items()}
 
     for selector in promql.selectors(promql.parse(expression)):
@@ -192,7 +193,7 @@ def test_every_value_is_emitted(where, expression):
 
 
 def test_emitted_values_match_vocabulary(emitted):
-    """What the test above compares with is what comes out."""
+    """The vocabulary of the test above is the emitted one."""
     replies, attempts = (
         emitted["traced_retry_replies_total"],
         emitted["traced_retry_attempts_total"],
@@ -207,7 +208,7 @@ def test_emitted_values_match_vocabulary(emitted):
 
 
 def _shown():
-    """Metrics behind all panels, and labels that a panel groups by, through recording rules."""
+    """Return the metrics behind all panels, and the labels by which a panel groups."""
     recorded = {rule["record"]: rule["expr"] for rule in rules() if "record" in rule}
     metrics, labels, seen = set(), set(), set()
     todo = [
@@ -231,7 +232,7 @@ def _shown():
 
 
 def test_every_instrument_is_charted(emitted):
-    """Each family that comes out is behind some panel; so is each instrument of the vocabulary."""
+    """Each emitted family and each instrument of the vocabulary is behind a panel."""
     metrics, _ = _shown()
     families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in emitted}
     charted = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in metrics}
@@ -243,7 +244,7 @@ def test_every_instrument_is_charted(emitted):
 
 
 def test_every_attribute_is_charted_or_listed_with_reason():
-    """Each attribute of the vocabulary is a label of some panel, or listed with a reason."""
+    """Each attribute is a label of a panel, or is listed with a reason."""
     _, labels = _shown()
     ours = {
         semconv.PROVIDER,
@@ -265,7 +266,7 @@ def test_every_attribute_is_charted_or_listed_with_reason():
 
 
 def test_every_outcome_has_a_colour_of_its_own():
-    """So that a value added to the vocabulary is given one."""
+    """Each outcome has its own colour, also if one is added to the vocabulary."""
     board = dashboards()["provider.json"]
     (panel,) = [p for p in panels(board) if p["title"] == "Replies by outcome"]
     named = {o["matcher"]["options"] for o in panel["fieldConfig"]["overrides"]}

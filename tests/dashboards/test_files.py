@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is committed is what is generated; `traced-retry dashboards` with one's own thresholds."""
+"""Test that committed files are the generated ones, and the command's own thresholds."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ CLI = [sys.executable, "-m", "traced_retry.cli", "dashboards"]
 
 
 def run(*arguments):
-    """The command, as a process."""
+    """Run the command as a process."""
     return subprocess.run(
         [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
     )
 
 
 def test_rules_are_as_generated():
-    """Nobody edited alerts.yaml and its other forms, and nobody forgot `make dashboards`."""
+    """alerts.yaml and its other forms are as ``make dashboards`` generates them."""
     made = formats.files(config.read(DASHBOARDS / "config.yaml"))
 
     assert made == {name: (DASHBOARDS / name).read_text() for name in made}
 
 
 def test_everything_is_as_generated(tmp_path):
-    """Running the generator in a copy of the folders changes no file, and no table of the docs."""
+    """Running the generator in a copy of the folders changes no file and no table."""
     pytest.importorskip("grafana_foundation_sdk")
     root = DASHBOARDS.parent
     for folder in ("dashboards", "docs", "tools/dashboards"):
@@ -52,15 +52,15 @@ def test_everything_is_as_generated(tmp_path):
 
 class TestRunbook:
     def sections(self):
-        """Titles of its sections."""
+        """Return the titles of the runbook's sections."""
         return re.findall(r"^## (.+)$", (DASHBOARDS / "runbook.md").read_text(), re.MULTILINE)
 
     def test_each_alert_has_section(self):
-        """In the order of the list that links count by."""
+        """The sections have the order by which links count them."""
         assert list(alerts.ALERTS) == self.sections()
 
     def test_each_section_has_required_parts(self):
-        """What callers experience, where to look, why, what to do, how to know."""
+        """Each section has effect, place to look, cause, action and check."""
         text = (DASHBOARDS / "runbook.md").read_text()
         for section in text.split("\n## ")[1:]:
             for heading in (
@@ -73,7 +73,7 @@ class TestRunbook:
                 assert heading in section, section[:40]
 
     def test_links_lead_to_section(self, shipped):
-        """Of each alert; in Grafana by the panel's id, elsewhere by the heading's anchor."""
+        """Each alert links to its section, by the panel's id or the heading's anchor."""
         board = dashboards()["runbook.json"]
         title = {p["id"]: p["title"] for p in panels(board)}
         for alert in alerts.alerts(shipped):
@@ -86,7 +86,7 @@ class TestRunbook:
             assert f"https://wiki.example/runbook#{alert.alert.lower()}" == url
 
     def test_runbook_names_only_existing_panels(self):
-        """What it tells to look at is on a dashboard."""
+        """Each panel that the runbook names is on a dashboard."""
         text = re.sub(r"\s+", " ", (DASHBOARDS / "runbook.md").read_text())
         named = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text))
         boards = dashboards().values()
@@ -98,7 +98,7 @@ class TestRunbook:
 
 class TestWrite:
     def test_write_puts_all_files_into_folder(self, tmp_path):
-        """All files, with our numbers where none are given."""
+        """All files are written with the default numbers."""
         done = run("write", tmp_path / "d")
 
         assert 0 == done.returncode, done.stderr
@@ -108,7 +108,7 @@ class TestWrite:
             assert (DASHBOARDS / name).read_text() == (tmp_path / "d" / name).read_text()
 
     def test_own_thresholds_reach_rules_and_panels(self, tmp_path):
-        """They are in the rules, in the drawn thresholds, and in the config that is written."""
+        """The thresholds are in the rules, the panels and the written config."""
         options = {
             "--objective": 99.5,
             "--min-replies": 7,
@@ -137,7 +137,7 @@ class TestWrite:
         assert done.stdout == run("write", tmp_path, "--config", tmp_path / "config.yaml").stdout
 
     def test_rules_written_with_any_threshold_are_well_formed(self, tmp_path):
-        """Promtool takes them."""
+        """Promtool accepts the written rules."""
         run("write", tmp_path, "--objective", 99.95, "--min-replies", 1)
         done = subprocess.run(
             [command("promtool"), "check", "rules", *map(str, tmp_path.glob("prometheus/*.yaml"))],
@@ -168,7 +168,7 @@ class TestWrite:
 
     @pytest.mark.parametrize("objective", [80, 87.5])
     def test_threshold_that_can_never_fire_is_refused(self, objective, tmp_path):
-        """It says why, and what would do."""
+        """The message has the reason and a possible value."""
         done = run("write", tmp_path / "d", "--objective", objective)
 
         assert 2 == done.returncode
@@ -196,7 +196,7 @@ class TestWrite:
         ],
     )
     def test_invalid_option_is_refused(self, option, value, says, tmp_path):
-        """One line that names it, and status 2."""
+        """One line names the option, and the status is 2."""
         done = run("write", tmp_path / "d", option, value)
 
         assert 2 == done.returncode
@@ -205,11 +205,11 @@ class TestWrite:
 
     @pytest.mark.parametrize(("option", "value"), [("--silence", 29.9), ("--runbook-url", "")])
     def test_largest_useful_threshold_and_empty_runbook_are_accepted(self, option, value, tmp_path):
-        """The last bucket can be reached, and without a URL the runbook is in Grafana."""
+        """The last bucket is a valid limit, and without a URL the runbook is in Grafana."""
         assert 0 == run("write", tmp_path / "d", option, value).returncode
 
     def test_edited_file_is_kept_without_force(self, tmp_path):
-        """A file that differs is not overwritten without --force; then nothing else is."""
+        """An edited file stops the command before it writes, unless --force is set."""
         run("write", tmp_path)
         (tmp_path / "prometheus/alerts.yaml").write_text("mine")
         (tmp_path / "runbook.md").unlink()
@@ -222,7 +222,7 @@ class TestWrite:
         assert "mine" != (tmp_path / "prometheus/alerts.yaml").read_text()
 
     def test_list_and_show_print_files(self):
-        """Each file with its first words; one of them whole."""
+        """``list`` prints each file with its purpose, and ``show`` prints one file."""
         listed = run("list").stdout
         assert {file.name for file in files()} == {line.split()[0] for line in listed.splitlines()}
         assert (DASHBOARDS / "runbook.md").read_text() == run("show", "runbook.md").stdout
@@ -233,7 +233,7 @@ class TestWrite:
 
 class TestConfig:
     def change(self, **changes):
-        """The shipped configuration, changed."""
+        """Return the shipped configuration with a change."""
         found = yaml.safe_load((root() / "config.yaml").read_text())
         for path, value in changes.items():
             *outer, name = path.split("__")
@@ -273,19 +273,19 @@ class TestConfig:
         ],
     )
     def test_invalid_config_is_refused(self, change, says):
-        """The error names the key, the value and what is allowed."""
+        """The error names the key, the value and the allowed values."""
         with pytest.raises(UsageError, match=re.escape(says)):
             config.parse(self.change(**change), "config.yaml")
 
     def test_config_without_page_is_refused(self):
-        """Only tickets: refused."""
+        """A config with tickets only is refused."""
         rows = [row for row in self.change()["burn_rates"] if row["severity"] == "warning"]
         with pytest.raises(UsageError, match="no row of burn_rates is critical"):
             config.parse(self.change(burn_rates=rows), "config.yaml")
 
     @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a\n- b"])
     def test_file_without_config_is_refused(self, text, tmp_path):
-        """Broken YAML, or none that maps: one error."""
+        """Broken YAML, or YAML without a mapping, is one error."""
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(UsageError, match=r"c\.yaml"):
             config.read(tmp_path / "c.yaml")
@@ -293,7 +293,7 @@ class TestConfig:
 
 class TestOtherForms:
     def test_kubernetes_objects_hold_all_rules_and_dashboards(self):
-        """The operator's object has every rule; the ConfigMaps have every dashboard, unchanged."""
+        """The operator's object has each rule, and the ConfigMaps have each dashboard unchanged."""
         rule = yaml.safe_load((DASHBOARDS / "kubernetes/prometheus-rule.yaml").read_text())
         prometheus = [
             group
@@ -315,7 +315,7 @@ class TestOtherForms:
         }
 
     def test_grafana_alerts_hold_each_alert(self, shipped):
-        """Each alert but one is there with its query, labels and links, under a uid of its own."""
+        """Each alert but one has its query, labels and links under its own uid."""
         (group,) = yaml.safe_load((DASHBOARDS / "grafana-alerting/alerts.yaml").read_text())[
             "groups"
         ]

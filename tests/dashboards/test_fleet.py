@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every query of every panel, on real servers, beside what the simulators know.
+"""Test each query of each panel on real servers against the simulators' records.
 
 Job processes with LiveKit's own plugins talk to the simulators, one per provider, with an outage in
-their scripts; spans and metrics go through the real Collector into Jaeger and Prometheus. The rules
-run ten times faster than shipped: five minutes take half a minute. They are there three times:
-as shipped, and for each of the two ways of counting as if there were no other.
+their scripts. Spans and metrics go through the real Collector into Jaeger and Prometheus. The rules
+run ten times faster than shipped: five minutes take half a minute. They are loaded three times: as
+shipped, and once for each of the two ways of counting, without the other.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ _OWN = re.compile(r"\btraced_retry_(replies|attempts|reply_duration|attempt_dura
 
 
 def _only_spans(text):
-    """The same rules or query where agents count neither replies nor attempts."""
+    """Return the rules or the query without the agents' own counts."""
     return _renamed(_OWN.sub(r"not_sent_\1_", text), "spans")
 
 
 def _only_agents(text):
-    """The same rules or query where nothing is counted from spans."""
+    """Return the rules or the query without counts from spans."""
     return _renamed(text.replace("traces_span_metrics_", "not_counted_"), "agents")
 
 
@@ -93,7 +93,7 @@ ALL = {"as shipped": str, **PATHS}
 
 @dataclass
 class Measured:
-    """The servers, and what was played."""
+    """The servers, and the jobs that ran."""
 
     fleet: fleets.Fleet
     began: float
@@ -101,11 +101,11 @@ class Measured:
     prometheus: servers.Prometheus
 
     def ask(self, expression, at=None):
-        """An instant query: {frozenset of labels: value}."""
+        """Send an instant query, and return {frozenset of labels: value}."""
         return self.prometheus.query(expression, at or self.ended)
 
     def draw(self, expression):
-        """A range query: [(labels, [values])]."""
+        """Send a range query, and return [(labels, [(time, value)])]."""
         answer = servers.get(
             f"{self.prometheus.url}/api/v1/query_range",
             query=expression,
@@ -122,7 +122,7 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
-    """The fleet once it was played, and the last count is in."""
+    """Run the fleet, and wait until the last count has arrived."""
     for name in ("jaeger", "otelcol", "prometheus"):
         servers.command(name)
     folder = tmp_path_factory.mktemp("fleet")
@@ -149,7 +149,7 @@ def measured(request, played):
 
 
 def filled(expression, measured, provider=".*", environment=".*", rollup="1m"):
-    """The query as Grafana would send it."""
+    """Return the query as Grafana would send it."""
     for name, value in {
         "$rollup": rollup,
         "$__rate_interval_ms": str(WINDOW * 1000),
@@ -179,7 +179,7 @@ SPANS_ONLY = ("Lost by model", "Replies by model")
 @pytest.mark.parametrize("rollup", ["1m", "10m"])
 @pytest.mark.parametrize("path", ALL)
 def test_every_query_has_data(measured, path, rollup):
-    """Something comes back for each, that is not all NaN, with no labels but the legend's."""
+    """Each query returns a number, with no labels but the legend's."""
     empty, unnamed = [], []
     for board, panel, target in QUERIES:
         if path == "agents" and panel["title"] in SPANS_ONLY:
@@ -201,7 +201,7 @@ def test_every_query_has_data(measured, path, rollup):
 
 
 class Ask:
-    """Asks what panels ask, on one of the ways of counting."""
+    """The queries of the panels, on one of the ways of counting."""
 
     def __init__(self, measured, path, environment=".*"):
         self._measured, self._change, self._environment = measured, ALL[path], environment
@@ -216,18 +216,18 @@ class Ask:
         return self._change(filled(expression, self._measured, provider, self._environment))
 
     def now(self, board, panel, *labels, number=0, provider=".*", whole=False):
-        """What the query gives in the end: {the labels' values: value}."""
+        """Return the query's last values: {the labels' values: value}."""
         found = self._measured.ask(self._filled(board, panel, number, provider, whole))
         named = [(dict(pairs), value) for pairs, value in found.items()]
         return {" ".join(of.get(name, "") for name in labels): value for of, value in named}
 
     def one(self, board, panel, number=0, **where):
-        """The same, where that is a single value."""
+        """Return the query's single last value."""
         (value,) = self.now(board, panel, number=number, **where).values()
         return value
 
     def total(self, board, panel, label, *, provider=".*"):
-        """What the panel's lines, so many a minute, add up to: {the label's value: number}."""
+        """Return the sums of the panel's lines per minute: {the label's value: number}."""
         found = Counter()
         for of, values in self._measured.draw(self._filled(board, panel, 0, provider, whole=False)):
             found[of.get(label, "")] += sum(value for _, value in values) * STEP / 60
@@ -236,7 +236,7 @@ class Ask:
 
 @pytest.fixture(scope="module")
 def rows(measured, shipped):
-    """What gives the rows of a way of counting; asked once."""
+    """Return a function that returns the rows of a way of counting. They are read once."""
     return functools.cache(
         lambda path: list(
             expected.Panels(Ask(measured, path), measured.fleet.played, shipped, path).rows()
@@ -246,7 +246,7 @@ def rows(measured, shipped):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_panels_show_counts_of_simulators(rows, path, capsys):
-    """Counts, ratios and the quantiles' bounds agree with the simulators, within what is stated."""
+    """Counts, ratios and quantiles agree with the simulators within the tolerance."""
     lines = [f"\n\ncounted by the {path}: panel, series, value, truth, tolerance"]
     for row in rows(path):
         place = f"{row.board.removesuffix('.json')}: {row.panel}"
@@ -261,7 +261,7 @@ def test_panels_show_counts_of_simulators(rows, path, capsys):
 
 
 def test_every_panel_has_expected_value_or_reason(rows):
-    """Each has a row, or is listed with the reason why not; none is both."""
+    """Each panel has a row or a listed reason, and not both."""
     told = {(row.board, row.panel) for row in rows("spans")}
     there = {
         (name, panel["title"])
@@ -274,7 +274,7 @@ def test_every_panel_has_expected_value_or_reason(rows):
 
 
 def test_preview_lists_every_panel(rows):
-    """docs/panels.md has the list, all but the values of this run; `make preview` writes it."""
+    """docs/panels.md has the list. ``make preview`` writes it, and its values may differ."""
     if "aws" not in PROVIDER:
         pytest.skip("the list is of eight providers: AWS's client needs Python 3.12")
     path = ROOT / "docs/panels.md"
@@ -306,7 +306,7 @@ def test_replies_counted_both_ways_count_once(rows):
 
 @pytest.mark.parametrize("path", ALL)
 def test_query_shows_only_chosen_environment(measured, path):
-    """Its replies are shown and no others, by provider and outcome."""
+    """The query shows the replies of the environment, by provider and outcome."""
     there = truth(
         played for played in measured.fleet.played if ENVIRONMENT in str(played.job.environment)
     )
@@ -329,7 +329,7 @@ def test_query_shows_only_chosen_environment(measured, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_panel_shows_only_chosen_environment(measured, shipped, path):
-    """With it chosen, each panel shows the truth of its jobs, and of no others."""
+    """Each panel shows the replies of the chosen environment only."""
     there = [job for job in measured.fleet.played if ENVIRONMENT in str(job.job.environment)]
     found = expected.Panels(Ask(measured, path, ENVIRONMENT), there, shipped, path)
 
@@ -361,7 +361,7 @@ def test_services_and_initiators_are_counted_apart(measured):
 
 
 def test_variable_lists_environments(measured):
-    """The variable's values, as Grafana asks for them; and no environment is one."""
+    """The variable has the environments' names, and an empty one for jobs without a name."""
     (variable,) = (
         variable
         for variable in dashboards()["overview.json"]["templating"]["list"]
@@ -375,7 +375,7 @@ def test_variable_lists_environments(measured):
 
 
 def test_texts_are_in_no_panel(measured):
-    """What a plugin was told to say is counted on both paths, and is in no panel."""
+    """A ``say`` is counted on both paths, and is in no panel."""
     told = sum(played.texts for played in measured.fleet.played)
     own = 'sum(last_over_time(traced_retry_replies_total{traced_retry_operation="say"}[5m]))'
     spans = 'sum(traces_span_metrics_calls_total{span_name="say"})'
@@ -386,7 +386,7 @@ def test_texts_are_in_no_panel(measured):
 
 
 def test_exemplars_lead_to_traces(measured):
-    """The exemplars of the panel that has them name traces that Jaeger has."""
+    """The exemplars of the panel that shows them name traces in Jaeger."""
     (target,) = {
         json.dumps(t["expr"])
         for board, panel, t in QUERIES
@@ -403,7 +403,7 @@ def test_exemplars_lead_to_traces(measured):
 
 
 def test_jaeger_searches_find_failed_replies(measured):
-    """The searches of the provider's dashboard, sent as Grafana sends them, find the lost ones."""
+    """The searches of the provider's dashboard find the lost replies."""
     targets = [
         target
         for panel in panels(dashboards()["provider.json"])
@@ -431,9 +431,9 @@ def test_jaeger_searches_find_failed_replies(measured):
 
 
 def test_preview_draws_each_panel(played, tmp_path):
-    """Each panel is drawn from its real answers, on a page that loads nothing.
+    """Each panel is drawn from its real answers, on a page that loads no other file.
 
-    Into the folder TRACED_RETRY_PREVIEW where that is set, with a picture of each dashboard.
+    The page and a picture of each dashboard go into the folder TRACED_RETRY_PREVIEW, if it is set.
     """
     boards = {
         name: preview.repeated(board, sorted(PROVIDER.values()))

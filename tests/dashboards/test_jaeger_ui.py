@@ -55,4 +55,4 @@ def test_jaeger_serves_it(tmp_path):
     with jaeger, urllib.request.urlopen(f"{jaeger.url}/search", timeout=5) as response:
         served = response.read().decode()
 
-    assert "Lost after every retry" in served
+    assert "Failed after all retries" in served

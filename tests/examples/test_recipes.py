@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes of ``examples/`` for a reply that is lost for good, with what they are made for.
+"""Test the recipes of ``examples/`` for failed replies with the faults they are made for.
 
-A real AgentSession, real plugins, servers that fail. Whatever failed, one thing is heard.
+The tests use a real AgentSession, real plugins and servers that fail. After each fault the caller
+hears exactly one answer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name):
-    """The module in ``examples/``, as a user has it."""
+    """Load the module of ``examples/`` as a user does."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,7 +78,7 @@ class Ear(AudioOutput):
 
 
 class Helper(Agent):
-    """Has a tool: the reply that its result asks for is pending while the agent is "thinking"."""
+    """An agent with a tool. It is "thinking" while the reply to the result is pending."""
 
     def __init__(self):
         super().__init__(instructions="SECRET")
@@ -89,7 +90,7 @@ class Helper(Agent):
 
 
 def make_openai(url, http):
-    """A text-only OpenAI model."""
+    """Return a text-only OpenAI model."""
     return openai.realtime.RealtimeModel(
         api_key="sk-SECRET",
         base_url=url,
@@ -100,7 +101,7 @@ def make_openai(url, http):
 
 
 def make_voicelive(url, http):
-    """A text-only VoiceLive model."""
+    """Return a text-only VoiceLive model."""
     azure = pytest.importorskip("livekit.plugins.azure.realtime", reason="not in this version")
     return azure.RealtimeModel(
         api_key="sk-SECRET",
@@ -118,13 +119,13 @@ MAKE = {
 
 @pytest.fixture
 async def stack():
-    """What is closed after the test, the latest first."""
+    """Return a stack that is closed after the test."""
     async with contextlib.AsyncExitStack() as stack:
         yield stack
 
 
 async def served(stack, script, name="openai"):
-    """A server that plays ``script``, and a model that talks to it."""
+    """Return a server that plays ``script``, and a model for it."""
     simulator, make = MAKE[name]
     server = await stack.enter_async_context(simulator(script))
     return server, make(server.url, await stack.enter_async_context(aiohttp.ClientSession()))
@@ -132,7 +133,7 @@ async def served(stack, script, name="openai"):
 
 @pytest.fixture
 def apologising(stack, recorder):
-    """Of a script makes a conversation of the first recipe, its ear at ``talk.ear``."""
+    """Return a function that starts a conversation of the first recipe, with ``talk.ear``."""
 
     async def apologising(script, **policy):
         server, model = await served(stack, script)
@@ -169,7 +170,7 @@ FATAL = {
 class TestCannedSentence:
     @pytest.mark.parametrize("script", LOST)
     async def test_heard_instead(self, script, apologising, recorder):
-        """Once, in full; and the agent goes on."""
+        """The sentence is heard once and in full, and the next reply is heard."""
         talk = await apologising(f"{script},ok", max_retries=0)
 
         await talk.reply()
@@ -186,7 +187,7 @@ class TestCannedSentence:
 
     @pytest.mark.parametrize("script", FATAL)
     async def test_heard_before_the_session_closes(self, script, apologising, recorder):
-        """In full, though nothing can be asked of the model any more."""
+        """The sentence is heard in full, although the model's session is over."""
         talk = await apologising(script, deadline=10.0)
 
         await talk.reply()
@@ -200,7 +201,7 @@ class TestCannedSentence:
             talk.ask()  # it is closed
 
     async def test_a_server_that_dies(self, apologising, recorder):
-        """The same."""
+        """The sentence is heard in full after the server has died."""
         talk = await apologising("silence", deadline=10.0)
         handle = talk.ask()
         await talk.server.wait_for(lambda: talk.server.requests)
@@ -224,7 +225,7 @@ class TestCannedSentence:
         assert [("not_recoverable", "output_started")] == ended(recorder)
 
     async def test_not_where_the_session_was_closed(self, apologising, recorder, caplog):
-        """Nobody listens any more, and nothing is logged as an error."""
+        """After the close no sentence is said and no error is logged."""
         talk = await apologising("silence", deadline=10.0)
         talk.realtime.generate_reply()
         await talk.server.wait_for(lambda: talk.server.requests)
@@ -239,9 +240,9 @@ class TestCannedSentence:
 
 @pytest.fixture(params=["openai", "azure_voicelive"])
 def elsewhere(request, stack, recorder):
-    """Of the first and the second model's script makes a conversation of the second recipe.
+    """Return a function that starts a conversation of the second recipe with two scripts.
 
-    The second's server is at ``talk.second``.
+    The server of the second model is ``talk.second``.
     """
 
     async def elsewhere(script, second="ok", **policy):
@@ -264,7 +265,7 @@ def elsewhere(request, stack, recorder):
 class TestSwitchModel:
     @pytest.mark.parametrize("script", [*LOST, *FATAL])
     async def test_answered_by_the_next(self, script, elsewhere, recorder):
-        """Whatever was lost on the first model: one reply is heard, and it is the second's."""
+        """After each fault of the first model, one reply of the second is heard."""
         talk = await elsewhere(script, deadline=10.0 if script in FATAL else 3.0)
 
         await talk.reply()
@@ -279,7 +280,7 @@ class TestSwitchModel:
         assert 0 == recorder.open_spans
 
     async def test_a_server_that_dies(self, elsewhere, recorder):
-        """The adapter swaps by itself as well; still one reply."""
+        """One reply is heard, although the adapter switches by itself as well."""
         talk = await elsewhere("silence", deadline=10.0)
         handle = talk.ask()
         await talk.server.wait_for(lambda: talk.server.requests)
@@ -292,7 +293,7 @@ class TestSwitchModel:
 
     @pytest.mark.parametrize("script", ["silence", "rate_limit", "failed", "quota"])
     async def test_a_tools_reply(self, script, elsewhere, recorder):
-        """Lost while the agent is "thinking", where the adapter would ask again as well."""
+        """One reply is heard, although the adapter would also request it while "thinking"."""
         talk = await elsewhere(f"tool:look_up,{script}")
 
         talk.ask()
@@ -302,7 +303,7 @@ class TestSwitchModel:
         assert 1 == len(talk.second.requests)
 
     async def test_a_tools_reply_at_a_server_that_dies(self, elsewhere, recorder):
-        """The adapter would ask again, for the agent was "thinking": one of the two does."""
+        """One of adapter and recipe requests the reply to a tool's result."""
         talk = await elsewhere("tool:look_up,silence", deadline=10.0)
         talk.ask()
         await talk.server.wait_for(lambda: len(talk.server.requests) == 2)
@@ -314,7 +315,7 @@ class TestSwitchModel:
 
     @pytest.mark.parametrize("script", ["silence", "rate_limit", "error:invalid_value", "failed"])
     async def test_both_fail(self, script, elsewhere, recorder):
-        """The second is asked once; it does not go back and forth."""
+        """The second model gets one request, and the recipe does not switch back."""
         talk = await elsewhere(script, script)
 
         await talk.reply()
@@ -336,7 +337,7 @@ class TestSwitchModel:
 
     @pytest.mark.parametrize("script", ["quota", "rate_limit"])
     async def test_the_same_model_at_another_address(self, script, stack, recorder):
-        """Nothing but its address tells the second from the first."""
+        """The second model differs from the first only in its address."""
         first, model = await served(stack, script)
         second, fallback = await served(stack, "ok")
         policy = RetryPolicy(max_retries=0)
@@ -354,7 +355,7 @@ class TestSwitchModel:
         assert 1 == len(second.requests)
 
     async def test_it_stays_there(self, elsewhere, recorder):
-        """What is asked next is asked of the second."""
+        """The second model answers the next reply."""
         talk = await elsewhere("rate_limit")
 
         await talk.reply()
@@ -367,18 +368,18 @@ class TestSwitchModel:
 
 
 def raises(_):
-    """Fails, with what must not be logged."""
+    """Raise an error with a text that must not be logged."""
     raise RuntimeError("SECRET")
 
 
 async def raises_later(_):
-    """The same, after a while."""
+    """Raise the same error after a while."""
     await asyncio.sleep(1)
     raise RuntimeError("SECRET")
 
 
 async def hangs(_):
-    """Never returns."""
+    """Never return."""
     await asyncio.Event().wait()
 
 
@@ -386,7 +387,7 @@ class TestACallbackThatFails:
     @pytest.mark.parametrize("callback", [raises, raises_later, hangs])
     @pytest.mark.parametrize("script", ["rate_limit", "failed", "drop_before"])
     async def test_blocks_nothing(self, callback, script, stack, recorder, caplog):
-        """The next reply is heard, the session closes in time, and one record tells of it."""
+        """The next reply is heard, the session closes in time, and one record is logged."""
         server, model = await served(stack, f"{script},ok")
         policy = RetryPolicy(max_retries=0)
         wrapped = traced_retry.wrap(

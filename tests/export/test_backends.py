@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the backend misbehaves: nothing waits, and each span is delivered or counted."""
+"""Test backends that fail: no reply waits, and each span is delivered or counted."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Backend(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        """A client that went away is what these tests are about."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Blocked(SpanExporter):
-    """An exporter that keeps each batch, once it is let go."""
+    """An exporter that keeps each batch once it is released."""
 
     def __init__(self, *, blocked=True):
         self.go = threading.Event()
@@ -131,7 +131,7 @@ class Blocked(SpanExporter):
 
 
 class Pipeline:
-    """A tracer provider with one exporter behind our processor, and what was dropped."""
+    """A tracer provider with one exporter behind our processor, and its drops."""
 
     def __init__(self, recorder, exporter, sampler=None, **settings):
         self.recorder = recorder
@@ -148,7 +148,7 @@ class Pipeline:
             tracer.start_span(str(number)).end()
 
     def close(self):
-        """Shut down; returns the seconds it took."""
+        """Shut down, and return the seconds that it took."""
         began = time.monotonic()
         self.provider.shutdown()
         return time.monotonic() - began
@@ -162,7 +162,7 @@ class Pipeline:
 
 @pytest.fixture
 def pipeline(recorder):
-    """Makes pipelines, and shuts them down."""
+    """Return a function that makes pipelines, and shut them down afterwards."""
     made = []
 
     def make(exporter, **settings):
@@ -183,7 +183,7 @@ def messages(caplog):
 
 @pytest.fixture
 def refused():
-    """A URL where nobody listens, on a port that is taken; with a key that must not be told."""
+    """Return a URL with a key on a port that refuses connections."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}/v1/traces?key=sk-SECRET"
@@ -193,7 +193,7 @@ def refused():
 
 
 def test_a_sound_backend_gets_all(pipeline, caplog):
-    """Every span is delivered once, none is dropped, nothing is logged."""
+    """Every span is delivered once. There is no drop and no log record."""
     with Backend(200) as backend:
         pipe = pipeline(OtlpSpanExporter(endpoint=backend.url))
         pipe.make(1_000)
@@ -209,7 +209,7 @@ def test_a_sound_backend_gets_all(pipeline, caplog):
     + [(status, "rejected") for status in (400, 401, 404, 413, 500)],
 )
 def test_a_status_is_the_reason(pipeline, caplog, status, reason):
-    """A batch that the backend refuses is counted by why, and said when it begins and at exit."""
+    """A refused batch is counted by its reason, and logged at its start and at exit."""
     caplog.set_level(logging.DEBUG, "traced_retry")
     with Backend(status) as backend:
         pipe = pipeline(OtlpSpanExporter(endpoint=backend.url, timeout=0.1))
@@ -226,7 +226,7 @@ def test_a_status_is_the_reason(pipeline, caplog, status, reason):
 @pytest.mark.skipif(SDK < (1, 45), reason="the SDK's exporter takes 429 for final")
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_delays_batch(pipeline, form):
-    """A backend that is busy for a second gets the batch after it; nothing is dropped."""
+    """A backend that is busy for a second gets the batch after it, and no span is dropped."""
     later = datetime.now(UTC) + timedelta(seconds=2)
     value = "1" if form == "seconds" else later.strftime("%a, %d %b %Y %H:%M:%S GMT")
     with Backend(429, 200, headers=[("Retry-After", value)]) as backend:
@@ -241,7 +241,7 @@ def test_retry_after_delays_batch(pipeline, form):
 
 
 def test_refused(pipeline, caplog, refused):
-    """Nobody listens: counted as a lost connection, and no URL or key is in the log."""
+    """A refused connection counts as ``connection``, and no URL or key is in the log."""
     caplog.set_level(logging.DEBUG, "traced_retry")
     pipe = pipeline(OtlpSpanExporter(endpoint=refused, timeout=0.1))
     pipe.make(42)
@@ -255,7 +255,7 @@ def test_refused(pipeline, caplog, refused):
 
 
 def test_a_certificate_that_is_not_trusted(pipeline):
-    """TLS with an unknown authority is its own reason."""
+    """TLS with an unknown authority has its own reason."""
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(tls)
     with Backend(200, tls=tls) as backend:
@@ -266,7 +266,7 @@ def test_a_certificate_that_is_not_trusted(pipeline):
 
 
 def test_a_backend_that_hangs(pipeline):
-    """No answer: counted as a timeout when the exporter's own is over."""
+    """A request without an answer counts as a timeout when the exporter's timeout is over."""
     with Backend(None) as backend:
         pipe = pipeline(OtlpSpanExporter(endpoint=backend.url, timeout=0.1))
         pipe.make(7)
@@ -275,7 +275,7 @@ def test_a_backend_that_hangs(pipeline):
 
 
 def test_a_slow_backend_gets_all(pipeline):
-    """A slow answer is waited for; meanwhile further spans queue up."""
+    """The processor waits for a slow answer, and further spans queue up."""
     with Backend(200, delay=0.2) as backend:
         pipe = pipeline(OtlpSpanExporter(endpoint=backend.url), batch_size=10)
         pipe.make(30)
@@ -285,7 +285,7 @@ def test_a_slow_backend_gets_all(pipeline):
 
 
 def test_a_full_disk(pipeline, caplog):
-    """ENOSPC in the local store: counted, said, and nothing raised."""
+    """ENOSPC in the local store is counted and logged, and no exception is raised."""
     pipe = pipeline(StoreExporter("/dev/full"))
     pipe.make(9)
     pipe.close()
@@ -294,7 +294,7 @@ def test_a_full_disk(pipeline, caplog):
 
 
 def test_an_exporter_that_does_not_say_why(pipeline, refused):
-    """The SDK's own exporter serves too; its drops are ``failed``."""
+    """The SDK's own exporter works too, and its drops are ``failed``."""
     pipe = pipeline(OTLPSpanExporter(endpoint=refused, timeout=0.1))
     pipe.make(3)
     pipe.close()
@@ -327,7 +327,7 @@ def test_an_exporter_that_raises(pipeline, caplog):
 
 
 def test_a_full_queue_drops_the_newest(pipeline):
-    """No more spans are held than the queue's size, those being sent included."""
+    """The queue's size limits the held spans, including those being sent."""
     exporter = Blocked()
     pipe = pipeline(exporter, queue_size=10, batch_size=4)
     pipe.make(4)
@@ -341,7 +341,7 @@ def test_a_full_queue_drops_the_newest(pipeline):
 
 
 def test_counts_are_exact_under_threads(pipeline):
-    """Made = delivered + dropped, with several threads and a queue that overflows."""
+    """Created spans are delivered or dropped, with several threads and a full queue."""
     exporter = Blocked(blocked=False)
     pipe = pipeline(exporter, queue_size=20, batch_size=7)
     with ThreadPoolExecutor(4) as threads:
@@ -370,7 +370,7 @@ def test_a_span_waits_no_longer_than_the_delay(pipeline):
 
 
 def test_flush_is_bounded(pipeline):
-    """``force_flush`` takes no longer than it is given, and says that not all was sent."""
+    """``force_flush`` keeps its timeout, and returns False if spans are left."""
     pipe = pipeline(Blocked())
     pipe.make(1)
     began = time.monotonic()
@@ -379,7 +379,7 @@ def test_flush_is_bounded(pipeline):
 
 
 def test_exit_is_bounded(pipeline, caplog):
-    """Shutdown takes no longer than it is given; what is not confirmed by then is dropped, once."""
+    """Shutdown keeps its timeout, and drops each unconfirmed span once."""
     exporter = Blocked()
     pipe = pipeline(exporter, batch_size=4, within=0.2)
     pipe.make(10)
@@ -394,7 +394,7 @@ def test_exit_is_bounded(pipeline, caplog):
 
 
 def test_a_flush_after_the_exit_has_nothing_to_wait_for(pipeline):
-    """What was dropped at exit is never sent; a later flush does not take its 30 s for it."""
+    """A flush after the exit returns at once, because the dropped spans are never sent."""
     exporter = Blocked()
     pipe = pipeline(exporter, within=0.1)
     pipe.make(1)
@@ -419,14 +419,14 @@ def test_exit_does_not_wait_for_a_retry(pipeline):
 
 
 def test_an_idle_exit_is_immediate(pipeline):
-    """With nothing to send, neither flush nor shutdown waits; a second shutdown does nothing."""
+    """Without spans neither flush nor shutdown waits, and a second shutdown has no effect."""
     pipe = pipeline(Blocked())
     assert pipe.processor.force_flush(0)
     assert pipe.close() + pipe.close() < 0.5
 
 
 def test_only_sampled_spans_count(pipeline):
-    """What the sampler left out is neither exported nor counted."""
+    """A span that the sampler drops is neither exported nor counted."""
     exporter = Blocked(blocked=False)
     pipe = pipeline(exporter, sampler=ALWAYS_OFF, queue_size=1)
     pipe.make(5)
@@ -436,7 +436,7 @@ def test_only_sampled_spans_count(pipeline):
 
 
 def test_counts_start_at_zero(recorder, pipeline):
-    """Each reason has its series before anything is dropped, so that the first drop is a rise."""
+    """Each reason has its series before the first drop, so that this drop is an increase."""
     pipeline(Blocked())
     points = recorder.points(semconv.METRIC_EXPORT_DROPPED)
     assert {dict(labels)[semconv.DROP_REASON]: n for labels, n in points.items()} == (
@@ -450,7 +450,7 @@ def test_counts_start_at_zero(recorder, pipeline):
 )
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
 def test_a_bad_variable_is_an_error(monkeypatch, variable, value):
-    """The message names the variable, its value and what it may be."""
+    """The message names the variable, its value and the expected values."""
     monkeypatch.setenv(variable, value)
     expected = re.escape(f"{variable} is {value!r}; it must be a whole number above 0")
     with pytest.raises(ExportError, match=expected):
@@ -458,7 +458,7 @@ def test_a_bad_variable_is_an_error(monkeypatch, variable, value):
 
 
 def test_the_standard_variables_hold(monkeypatch, pipeline):
-    """Queue and batch sizes and the delay are taken from ``OTEL_BSP_*``."""
+    """``OTEL_BSP_*`` set the queue and batch sizes and the delay."""
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "6")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
@@ -487,7 +487,7 @@ def no_thread_left():
 @pytest.mark.usefixtures("no_thread_left")
 @pytest.mark.parametrize("answer", [None, 503])
 def test_metrics_end_in_time_and_are_told_once(caplog, answer):
-    """With a backend that hangs or is busy, flush and shutdown are bounded; one line in the log."""
+    """Flush and shutdown are bounded if a backend hangs or is busy, with one log record."""
     with Backend(answer) as backend:
         exporter = OtlpMetricExporter(endpoint=backend.url, timeout=0.3)
         provider = MeterProvider([BoundedMetricReader(exporter)], shutdown_on_exit=False)
@@ -505,7 +505,7 @@ def test_metrics_end_in_time_and_are_told_once(caplog, answer):
 
 @pytest.mark.usefixtures("no_thread_left")
 def test_metrics_never_hold_an_exit_up():
-    """An exporter whose own timeout is long does not keep shutdown beyond its second."""
+    """An exporter with a long timeout does not keep shutdown longer than a second."""
     with Backend(None) as backend:
         exporter = OtlpMetricExporter(endpoint=backend.url, timeout=60)
         provider = MeterProvider([BoundedMetricReader(exporter)], shutdown_on_exit=False)
@@ -522,7 +522,7 @@ def test_metrics_never_hold_an_exit_up():
     ("answer", "reason"), [(200, None), (None, "shutdown"), (503, "shutdown"), (400, "rejected")]
 )
 def test_a_process_ends_in_time(tmp_path, answer, reason):
-    """From the last line of a program to its end: below 5 s, all in the store, the sums said."""
+    """A program ends within 5 s of its last line, with all spans stored and the sums logged."""
     path = tmp_path / "spans.jsonl"
     with Backend(answer) as backend:
         env = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": backend.url.removesuffix("/v1/traces")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`traced_retry.enable`: what is set up, where spans go, and that they arrive."""
+"""Test ``traced_retry.enable``: the SDK's setup, the target of spans, and their arrival."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from support.run_conversation import run_conversation
 
 @pytest.fixture
 def state(tmp_path):
-    """The state directory of the processes of a test, as an environment variable."""
+    """Return the state directory of a test's processes as an environment variable."""
     return {"XDG_STATE_HOME": tmp_path / "state"}
 
 
 def stored(state):
-    """All spans in the local stores, each with its resource's attributes."""
+    """Return all spans in the local stores, each with its resource's attributes."""
     found = []
     for path in (state["XDG_STATE_HOME"] / "traced-retry" / "spans").glob("*.jsonl"):
         for line in path.read_text().splitlines():
@@ -38,19 +38,19 @@ def stored(state):
 
 
 def names(spans):
-    """Of spans, each with its resource."""
+    """Return the names of spans, each with its resource."""
     return [span["name"] for _, span in spans]
 
 
 def attribute(span, name):
-    """A span's, as text."""
+    """Return an attribute of a span as text."""
     (value,) = [a["value"] for a in span["attributes"] if a["key"] == name]
     return value["stringValue"]
 
 
 class TestNothingSaid:
     def test_the_local_store(self, state):
-        """Spans are stored, LiveKit's around ours; the path is returned, and logged once."""
+        """LiveKit's and our spans are stored, and the path is returned and logged once."""
         ended = fresh(
             CONVERSATION
             + """
@@ -75,7 +75,7 @@ result = first.destination, traced_retry.enable().destination, first.flush(), do
         assert {"stringValue": "livekit-agent"} == told["service.name"]
 
     def test_nothing_that_was_said(self, state):
-        """LiveKit's spans are stored without what they have of it."""
+        """LiveKit's spans are stored without the words of the conversation."""
         ended = fresh(
             CONVERSATION + "traced_retry.enable(); result = asyncio.run(run_conversation())",
             **state,
@@ -86,7 +86,7 @@ result = first.destination, traced_retry.enable().destination, first.flush(), do
         assert "reply 1" not in json.dumps(stored(state))
 
     def test_unless_it_is_wanted(self, state):
-        """LiveKit's variable is the way to have it."""
+        """LiveKit's variable includes the words."""
         fresh(
             CONVERSATION + "traced_retry.enable(); result = asyncio.run(run_conversation())",
             LIVEKIT_TELEMETRY_ALLOW_PII="true",
@@ -96,7 +96,7 @@ result = first.destination, traced_retry.enable().destination, first.flush(), do
         assert "reply 1" in json.dumps(stored(state))
 
     def test_a_store_that_cannot_be_written(self, tmp_path):
-        """Replies go on; one warning says what to do."""
+        """Replies continue, and one warning has the remedy."""
         (tmp_path / "file").touch()
         ended = fresh(
             CONVERSATION + "at = traced_retry.enable().destination\n"
@@ -110,7 +110,7 @@ result = first.destination, traced_retry.enable().destination, first.flush(), do
         assert "OTEL_EXPORTER_OTLP_ENDPOINT" in line
 
     def test_what_is_buffered_is_stored_at_the_end_of_a_process(self, state):
-        """Also of a child process, where Python before 3.13 calls no atexit handler."""
+        """Buffered spans are stored, also by a child, which runs no atexit handler before 3.13."""
         ended = fresh(
             """
 import traced_retry
@@ -127,7 +127,7 @@ trace.get_tracer("t").start_span("the last one").end()
 
 class TestWhatIsSaid:
     def test_an_endpoint(self, state):
-        """Spans and metrics are sent there, and nothing is stored."""
+        """Spans and metrics are sent to the endpoint, and no store is written."""
         with receiver() as server:
             ended = fresh(
                 CONVERSATION
@@ -146,7 +146,7 @@ result = at, asyncio.run(run_conversation("ok"))
         assert [] == stored(state)
 
     def test_the_environment_names_the_service(self, state):
-        """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the code."""
+        """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override the code."""
         code = """
 import traced_retry
 from opentelemetry import trace
@@ -182,7 +182,7 @@ trace.get_tracer("t").start_span("s").end()
         ],
     )
     def test_the_first_that_says_anything_holds(self, said, preset, where, state):
-        """A file, then variables, then a preset, then the local store."""
+        """The order is file, variables, preset, local store."""
         file = str(shipped_files.presets()["console"])
         said = {name: value.replace("FILE", file) for name, value in said.items()}
         ended = fresh(
@@ -229,7 +229,7 @@ trace.get_tracer("t").start_span("s").end()
         ],
     )
     def test_what_cannot_be(self, said, preset, words, state):
-        """An error at start-up, which names the value and what is allowed."""
+        """An invalid value is an error at start-up that names it and the allowed values."""
         ended = fresh(
             f"import traced_retry; traced_retry.enable(preset={preset!r})", **said, **state
         )
@@ -237,7 +237,7 @@ trace.get_tracer("t").start_span("s").end()
         assert words in ended.error
 
     def test_a_preset_in_code(self, state):
-        """Its service is named in code; its spans are stored, without OTEL_CONFIG_FILE."""
+        """A preset in code stores spans under the service's name from code."""
         ended = fresh(
             CONVERSATION
             + """
@@ -261,7 +261,7 @@ class TestWhatIsThere:
         ],
     )
     def test_is_used_and_never_replaced(self, give, where, state):
-        """A provider set globally, or given to LiveKit alone, gets the spans; a preset does not."""
+        """A global provider or LiveKit's own gets the spans, and a preset does not."""
         ended = fresh(
             CONVERSATION
             + f"""
@@ -287,7 +287,7 @@ recorder.shutdown()
         assert [] == stored(state)
 
     def test_what_livekit_made_for_its_cloud(self, state):
-        """LiveKit follows to ours, as it does to any that is given to it in an entrypoint."""
+        """LiveKit's cloud provider gives way to ours, as to any that an entrypoint sets."""
         ended = fresh(
             CONVERSATION
             + """
@@ -306,7 +306,7 @@ result = asyncio.run(run_conversation())
         assert {"generate_reply", "agent_session"} <= set(names(stored(state)))
 
     def test_a_meter_provider(self, state):
-        """It is used; that of a preset is not made."""
+        """An existing meter provider is used, and the preset's is not created."""
         ended = fresh(
             """
 import traced_retry
@@ -325,7 +325,7 @@ result = metrics.get_meter_provider() is theirs
 
 class TestAgain:
     def test_what_is_given_later_holds_from_then_on(self, state):
-        """A later policy and a later on_exhausted count; without them nothing changes."""
+        """A second call replaces the policy and on_exhausted if it passes them."""
         ended = fresh(
             CONVERSATION
             + """
@@ -354,7 +354,7 @@ result = one, two, asyncio_run(), told
         ],
     )
     def test_wrong_argument_changes_nothing(self, first, wrong, message, state):
-        """An error leaves providers, store and the hook of an earlier call as they were."""
+        """After an error, the providers, store and hook of an earlier call are unchanged."""
         ended = fresh(
             f"""
 import os
@@ -383,7 +383,7 @@ result = said, same
             assert [] == list(Path(state["XDG_STATE_HOME"]).rglob("*.jsonl"))
 
     def test_from_many_threads(self, state):
-        """One SDK, one store; as where LiveKit runs each job in a thread."""
+        """Calls from several threads create one SDK and one store."""
         ended = fresh(
             """
 import traced_retry
@@ -399,7 +399,7 @@ result = len(set(found))
 
     @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
     def test_in_children_of_a_process_that_has_it(self, method, state):
-        """Each child's spans are stored whole, beside its parent's."""
+        """Each child's spans are stored completely, beside its parent's."""
         ended = fresh(
             f"""
 import multiprocessing, warnings

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The presets, each under ``opentelemetry-instrument`` with ``OTEL_CONFIG_FILE``, and typos."""
+"""Test the presets under ``opentelemetry-instrument`` with ``OTEL_CONFIG_FILE``, and typos."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def instrumented(file, script, *, fork=True, **environ):
 
 
 def unexpected(done):
-    """What is on stderr, but for our own records of a reply that failed."""
+    """Return the lines of stderr without our own records of a failed reply."""
     return [line for line in done.stderr.splitlines() if not line.startswith("openai reply failed")]
 
 
 @pytest.fixture
 def edited(tmp_path):
-    """A copy of a preset, edited: ``edited("jaeger", "old", "new")`` gives its path."""
+    """Return the path of an edited copy of a preset: ``edited("jaeger", "old", "new")``."""
 
     def edit(preset, *changes):
         text = shipped_files.presets()[preset].read_text()
@@ -82,24 +82,24 @@ def edited(tmp_path):
 
 @pytest.fixture(scope="module")
 def authority():
-    """A certificate authority that no system trusts."""
+    """Return a certificate authority that no system trusts."""
     return trustme.CA()
 
 
 RETRY_ONCE = (
     "${LIVEKIT_REALTIME_MAX_RETRIES:-3}",
     "1",
-    "${LIVEKIT_REALTIME_RETRY_BASE_DELAY:-1.0}",
+    "${LIVEKIT_REALTIME_RETRY_BASE_DELAY}",
     "0",
 )
 
 
 class TestUnderOpentelemetryInstrument:
-    """Each has spans arrive, and its retry options hold: one retry, where three are the default."""
+    """Each preset delivers spans, and its one retry replaces the default of three."""
 
     @pytest.mark.parametrize("preset", ["jaeger", "collector"])
     def test_otlp(self, preset, edited):
-        """Spans by OTLP/HTTP, with the resource; metrics too, but not to Jaeger."""
+        """Spans arrive by OTLP/HTTP with the resource. Metrics arrive too, except with Jaeger."""
         with receiver() as server:
             done = instrumented(
                 edited(preset, *RETRY_ONCE),
@@ -120,7 +120,7 @@ class TestUnderOpentelemetryInstrument:
         assert (preset == "collector") == (semconv.METRIC_REPLIES.encode() in measures)
 
     def test_vendor(self, edited, authority, tmp_path):
-        """Over TLS with a certificate of theirs, the headers on every request."""
+        """Requests use TLS with the vendor's certificate, and carry the headers."""
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert("127.0.0.1").configure_cert(tls)
         authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -142,7 +142,7 @@ class TestUnderOpentelemetryInstrument:
         assert {("sk-vendor", "voice")} == set(headers)
 
     def test_vendor_whose_certificate_is_not_trusted(self, edited, authority):
-        """Nothing is sent; the reply goes on."""
+        """No span is sent, and the reply succeeds."""
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert("127.0.0.1").configure_cert(tls)
         with receiver(tls) as server:
@@ -158,7 +158,7 @@ class TestUnderOpentelemetryInstrument:
         assert "sk-vendor" not in done.stderr
 
     def test_console(self, edited):
-        """Spans and metrics on standard output."""
+        """Spans and metrics are printed on standard output."""
         done = instrumented(edited("console", *RETRY_ONCE), "rate_limit")
 
         assert (0, []) == (done.returncode, unexpected(done))
@@ -167,7 +167,7 @@ class TestUnderOpentelemetryInstrument:
         assert SECRET not in done.stdout
 
     def test_local(self, edited, tmp_path):
-        """A store that `traced-retry report` reads."""
+        """The store can be read by ``traced-retry report``."""
         done = instrumented(
             edited("local", *RETRY_ONCE),
             "rate_limit",
@@ -181,13 +181,13 @@ class TestUnderOpentelemetryInstrument:
         assert SECRET not in store.read_text()
 
     def test_each_preset_is_tested_here(self):
-        """A new preset wants a test."""
+        """Each shipped preset has a test in this class."""
         assert ["collector", "console", "jaeger", "local", "vendor"] == sorted(
             shipped_files.presets()
         )
 
     def test_a_typo(self, edited):
-        """One line says file, key and what is allowed; replies are retried all the same."""
+        """One line names file, key and allowed values, and replies are retried."""
         file = edited("local", "max_retries", "max_retrys")
         done = instrumented(file, "rate_limit:0.01,ok", LIVEKIT_REALTIME_RETRY_BASE_DELAY="0")
 
@@ -199,7 +199,7 @@ class TestUnderOpentelemetryInstrument:
         )
 
     def test_disabled(self, edited, tmp_path):
-        """OTEL_PYTHON_DISABLED_INSTRUMENTATIONS leaves LiveKit as it is, and sets nothing up."""
+        """OTEL_PYTHON_DISABLED_INSTRUMENTATIONS leaves LiveKit unchanged and sets no SDK up."""
         done = instrumented(
             edited("local"),
             "rate_limit",
@@ -212,7 +212,7 @@ class TestUnderOpentelemetryInstrument:
 
 
 def dropped(done):
-    """Why spans were dropped, and how many, as the last record says."""
+    """Return the reasons and numbers of dropped spans in the last record."""
     assert "Traceback" not in done.stderr
     (told,) = [line for line in done.stderr.splitlines() if " span(s): " in line]
     count, why = re.fullmatch(r"exporter otlp_http dropped (\d+) span\(s\): (.*)", told).groups()
@@ -221,11 +221,11 @@ def dropped(done):
 
 
 class TestABackendThatMisbehaves:
-    """A file's batches are exported by our processor: see test_backends.py for each case."""
+    """Our processor exports a file's batches: test_backends.py has each case."""
 
     @pytest.mark.parametrize("preset", ["jaeger", "collector"])
     def test_drops_are_counted(self, preset, edited):
-        """And said once: nobody listens there."""
+        """Drops at a closed port are counted and logged once."""
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -241,7 +241,7 @@ class TestABackendThatMisbehaves:
 
     @pytest.mark.parametrize("preset", ["jaeger", "collector"])
     def test_the_exit_is_bounded(self, preset, edited):
-        """Nothing answers, for the ten minutes that the file allows each export."""
+        """The exit is short, although the file allows ten minutes per export."""
         file = edited(preset)
         file.write_text(file.read_text().replace("timeout: 2000", "timeout: 600000"))
         with socket.create_server(("127.0.0.1", 0)) as mute:
@@ -254,7 +254,7 @@ class TestABackendThatMisbehaves:
         assert re.fullmatch(r"shutdown \d+", dropped(done))
 
     def test_certificates_of_file_are_used(self, edited, authority, tmp_path):
-        """``tls``, for spans; the SDK reads it from variables alone."""
+        """The file's ``tls`` is used for spans. The SDK alone reads it from variables."""
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert("127.0.0.1").configure_cert(tls)
         authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -323,7 +323,7 @@ tracer_provider:
 class TestTypos:
     @pytest.mark.parametrize("change", TYPOS, ids=lambda change: change[1].strip().split("\n")[-1])
     def test_the_error_names_file_key_and_what_is_allowed(self, change, edited):
-        """Whatever part of the file it is in."""
+        """The error is the same in each part of the file."""
         file = edited("jaeger", *change)
 
         with pytest.raises(ConfigurationFileError) as raised:
@@ -363,7 +363,7 @@ class TestTypos:
     )
     @pytest.mark.parametrize("start", ["enable", "instrument"])
     def test_text_of_broken_file_is_not_printed(self, start, suffix, text, tmp_path):
-        """Neither by us nor by the SDK's loader, which logs a traceback that quotes the file."""
+        """Neither we nor the SDK's loader, which logs a traceback, quote the file."""
         file = tmp_path / f"otel{suffix}"
         file.write_bytes(text.encode(errors="surrogateescape"))
         if start == "enable":
@@ -383,7 +383,7 @@ class TestTypos:
 class TestContent:
     @pytest.mark.parametrize("preset", sorted(shipped_files.presets()))
     def test_each_carries(self, preset, monkeypatch):
-        """Resource, limits, sampler, and every option of ours, at its default."""
+        """Each preset has resource, limits, sampler and our options with their defaults."""
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://127.0.0.1:9")
         text = yaml.safe_load(shipped_files.presets()[preset].read_text())
         provider = text["tracer_provider"]
@@ -397,12 +397,12 @@ class TestContent:
 
     @pytest.mark.parametrize(("text", "capacity"), [("off", None), ("25", 25), ("", 10)])
     def test_a_budget(self, text, capacity, monkeypatch):
-        """A number, or off, which YAML takes for false; as in the variable."""
+        """The budget is a number or ``off``, which YAML reads as false."""
         monkeypatch.setenv("TRACED_RETRY_BUDGET", text)
         budget = load(shipped_files.presets()["jaeger"]).options.policy().budget
 
         assert capacity == (budget and budget.capacity)
 
     def test_options_are_those_of_the_environment(self):
-        """What a variable can set, a file can."""
+        """A file has an option for each variable."""
         assert set(ENV.values()) == set(RetryOptions.__dataclass_fields__)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The local store: whole lines, bounded files, and what a killed process leaves."""
+"""Test the local store: whole lines, bounded files, and the remains of a killed process."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ WRITER = Path(__file__).with_name("writer.py")
 
 @pytest.fixture
 def state(tmp_path, monkeypatch):
-    """The user's state directory, for this test."""
+    """Return the user's state directory for this test."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return store_directory()
 
 
 def spans(count, first=1):
-    """Reply spans, numbered; each some 900 bytes as JSON."""
+    """Return numbered reply spans, each about 900 bytes as JSON."""
     kept = InMemorySpanExporter()
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(kept))
@@ -48,12 +48,12 @@ def spans(count, first=1):
 
 
 def numbers(*paths):
-    """The numbers of the replies in these files or folders, as a report reads them."""
+    """Return the numbers of the replies in files or folders, as a report reads them."""
     return sorted(reply.attempt_count for reply in report.read(paths))
 
 
 def run(*words, **kwargs):
-    """The writer's output, line by line."""
+    """Yield the writer's output line by line."""
     done = subprocess.run(
         [sys.executable, WRITER, *words],
         check=True,
@@ -67,7 +67,7 @@ def run(*words, **kwargs):
 
 
 def test_a_batch_is_one_line_of_otlp_json(tmp_path):
-    """A line is OTLP's TracesData in its JSON form, ids in hex; the file is the user's alone."""
+    """A line is OTLP's TracesData as JSON with hex ids, in a file for the user alone."""
     made = spans(3)
     store = StoreExporter(tmp_path / "new" / "spans.jsonl")
     assert store.export(made[:2]) is SpanExportResult.SUCCESS
@@ -84,7 +84,7 @@ def test_a_batch_is_one_line_of_otlp_json(tmp_path):
 
 
 def test_rotates_and_keeps_the_newest(tmp_path):
-    """No file grows beyond its limit, all files not beyond theirs; the oldest spans go first."""
+    """Each file and all files keep their limits, and the oldest spans are deleted first."""
     store = StoreExporter(tmp_path / "spans.jsonl", file_bytes=5_000, total_bytes=20_000)
     for span in spans(60):
         assert store.export([span]) is SpanExportResult.SUCCESS
@@ -97,7 +97,7 @@ def test_rotates_and_keeps_the_newest(tmp_path):
 
 
 def test_a_batch_larger_than_a_file_is_written(tmp_path):
-    """A batch is never split: one that is too large has a file to itself."""
+    """A batch that is larger than a file gets its own file and is not split."""
     store = StoreExporter(tmp_path / "spans.jsonl", file_bytes=1_000)
     for first in (1, 6):
         assert store.export(spans(5, first)) is SpanExportResult.SUCCESS
@@ -107,7 +107,7 @@ def test_a_batch_larger_than_a_file_is_written(tmp_path):
 
 
 def test_deletes_nothing_of_others(tmp_path):
-    """Outside our own folder only what this store rotated away is deleted."""
+    """Outside our folder only files that this store rotated are deleted."""
     others = [tmp_path / name for name in ("notes.jsonl", "spans-2026Z.jsonl", "spans-Z.txt")]
     for path in others:
         path.write_text("x" * 1_000)
@@ -132,7 +132,7 @@ def test_our_own_folder_is_bounded(state):
 
 
 def test_a_deleted_file_is_begun_anew(tmp_path):
-    """A store whose file someone deleted goes on in a new one, and says nothing was lost."""
+    """A store with a deleted file continues in a new one, and reports no loss."""
     path = tmp_path / "spans.jsonl"
     store = StoreExporter(path)
     made = spans(2)
@@ -144,7 +144,7 @@ def test_a_deleted_file_is_begun_anew(tmp_path):
 
 
 def test_an_unfinished_line_does_not_spoil_the_next(tmp_path):
-    """What a killed process left unfinished is closed before anything is appended."""
+    """The unfinished line of a killed process is ended before the next one."""
     path = tmp_path / "spans.jsonl"
     store = StoreExporter(path)
     store.export(spans(1))
@@ -165,7 +165,7 @@ def test_an_unfinished_line_does_not_spoil_the_next(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
 def test_a_full_disk_is_said():
-    """ENOSPC fails the batch with that reason, and raises nothing."""
+    """ENOSPC fails the batch with that reason, and no exception is raised."""
     store = StoreExporter("/dev/full")
     assert store.export(spans(1)) is SpanExportResult.FAILURE
     assert store.reason == "disk_full"
@@ -174,7 +174,7 @@ def test_a_full_disk_is_said():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs file-size limits")
 def test_what_fits_no_longer_is_taken_back(tmp_path):
-    """A batch that fits in part leaves no torn line, is never written later, and others follow."""
+    """A batch that fits in part leaves no partial line, and later batches follow."""
     path = tmp_path / "spans.jsonl"
     said, then = run("full", str(path))
     reason, failed, size = said.split()
@@ -191,7 +191,7 @@ def test_what_fits_no_longer_is_taken_back(tmp_path):
 )
 @pytest.mark.parametrize("preset", [None, "local"])
 def test_any_service_name_gives_a_store_in_the_folder(name, preset, state):
-    """A service name is part of a file's name, and never leads to another folder."""
+    """A service name is part of the file's name and never leads to another folder."""
     ended = fresh(
         f"""
 import traced_retry
@@ -210,7 +210,7 @@ result = tracing.flush()
 
 
 def test_only_files_count_as_stores(state):
-    """A pipe or a folder that is named like a store is neither read nor deleted."""
+    """A pipe or a folder with the name of a store is neither read nor deleted."""
     state.mkdir(parents=True)
     os.mkfifo(state / "pipe.jsonl")
     (state / "folder.jsonl").mkdir()
@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_is_an_error(tmp_path):
 
 
 def test_nothing_is_written_after_shutdown(tmp_path):
-    """A store that was shut down fails a late batch, and leaves its file alone."""
+    """After shutdown the store fails a late batch and does not change its file."""
     store = StoreExporter(tmp_path / "spans.jsonl")
     made = spans(2)
     store.export(made[:1])
@@ -238,7 +238,7 @@ def test_nothing_is_written_after_shutdown(tmp_path):
 
 
 def test_a_lost_folder_comes_back(tmp_path):
-    """When file and folder vanish, the batch fails; once they can be made, spans are stored."""
+    """Without its folder the store fails the batch, and stores spans once it can create it."""
     folder = tmp_path / "gone"
     store = StoreExporter(folder / "spans.jsonl")
     (folder / "spans.jsonl").unlink()
@@ -261,7 +261,7 @@ def test_a_forked_process_writes_its_own_file(tmp_path):
 
 
 def test_several_processes_write_at_once(state):
-    """Each has a file of its own, even under one name; nothing is lost or mixed."""
+    """Each process has its own file, also with the same name, and no span is lost or mixed."""
     command = [sys.executable, WRITER, "named", "agent", "300"]
     writers = [subprocess.Popen(command) for _ in range(4)]
     assert [writer.wait(60) for writer in writers] == [0] * 4
@@ -271,7 +271,7 @@ def test_several_processes_write_at_once(state):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_survives_sigkill(tmp_path, seed):
-    """A process killed at any moment leaves all it had flushed, each once, in readable lines."""
+    """A process killed at any moment leaves each flushed span once, in readable lines."""
     path = tmp_path / "spans.jsonl"
     writer = subprocess.Popen(
         [sys.executable, WRITER, "flood", str(path)], stdout=subprocess.PIPE, text=True

@@ -41,6 +41,7 @@ async def start_conversation(provider, recorder):
             ready=True,
             options=None,
             on_exhausted=None,
+            on_waiting=None,
             **policy,
         ):
             server = await stack.enter_async_context((simulator or provider.simulator)(script))
@@ -58,6 +59,7 @@ async def start_conversation(provider, recorder):
                     realtime_model,
                     policy=traced_retry.RetryPolicy(**policy),
                     on_exhausted=on_exhausted,
+                    on_waiting=on_waiting,
                     **recorder.providers,
                 )
             session = await stack.enter_async_context(AgentSession(llm=realtime_model))

@@ -76,7 +76,7 @@ TOLD = {
         "server_error",
     ),
     "drop_during,ok": Row(["reply"], 1, "not_recoverable", "output_started", None),
-    "stalled": Row([], 1, "exhausted", "deadline", None),
+    "stalled": Row([], 2, "exhausted", "deadline", None),
 }
 
 
@@ -87,7 +87,7 @@ QUEUED = {
     "failed_during,ok": (["reply", "reply 2"], ("not_recoverable", "output_started")),
     "failed_later:invalid_value,ok": (["reply 2"], ("not_recoverable", "not_recoverable")),
     "incomplete,ok": (["reply 2"], ("not_recoverable", "not_recoverable")),
-    "stalled,ok": (["reply 2"], ("exhausted", "deadline")),
+    "stalled,ok": (["reply 2", "reply 3"], ("recovered", None)),
 }
 
 
@@ -213,7 +213,7 @@ class TestTheNextReply:
 
     async def test_stalled_response_is_cancelled_by_id(self, start_conversation):
         """A stalled response would stay active at the server, which rejects later requests."""
-        talk = await start_conversation("stalled,ok")
+        talk = await start_conversation("stalled,ok", first_word_timeout=None)
 
         assert isinstance(await talk.reply(), llm.RealtimeError)
         assert None is await talk.reply()

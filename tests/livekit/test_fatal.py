@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 from livekit.agents import Agent, llm
 from support.conversation import ended, now
-from support.providers import GOOGLE, OPENAI_COMPATIBLE, PHONIC, ULTRAVOX
+from support.providers import GOOGLE, GPT_LIVE, OPENAI_COMPATIBLE, PHONIC, ULTRAVOX
 
 from traced_retry.livekit.speech import pending_speeches
 from traced_retry.simulator.phonic import redirected
@@ -41,7 +41,13 @@ def distrust(server):
     return {"http_options": {"base_url": server.http_options["base_url"]}}
 
 
-REACHABLE = {**OPENAI_COMPATIBLE, "google": GOOGLE, "ultravox": ULTRAVOX, "phonic": PHONIC}
+REACHABLE = {
+    **OPENAI_COMPATIBLE,
+    "google": GOOGLE,
+    "ultravox": ULTRAVOX,
+    "phonic": PHONIC,
+    "gpt-live": GPT_LIVE,
+}
 FATAL = {
     **{f"{name} 401": (case, REFUSED) for name, case in REACHABLE.items()},
     # Ultravox's plugin tries on, and its replies end with the deadline.

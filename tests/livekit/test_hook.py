@@ -44,6 +44,7 @@ WRONG = pytest.mark.parametrize(
         ({"policy": 3}, "policy is a int; it must be a RetryPolicy"),
         ({"on_exhausted": "nope"}, "on_exhausted is 'nope'; it must be a function of one Failed"),
         ({"on_exhausted": False}, "on_exhausted is False; it must be a function"),
+        ({"on_waiting": "nope"}, "on_waiting is 'nope'; it must be a function of one WaitingReply"),
     ],
 )
 

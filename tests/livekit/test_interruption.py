@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interruption: whoever interrupts a reply, and whatever it waits for, it ends at once.
+"""Test that an interrupted reply ends at once, in each state and by each kind of interruption.
 
-Each way LiveKit has of interrupting, in each state that a reply of ours can be in, with the real
-plugins and a real AgentSession: told within 50 ms, nothing sent afterwards, nothing heard, nothing
-left open; and the next reply is heard once.
+The tests use the real plugins and a real AgentSession. The reply ends within 50 ms. Afterwards no
+request is sent, no word of it is heard, no span is open, and the next reply is heard once.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def longest_waits(monkeypatch):
 
 @pytest.fixture
 def start_slow_retries(start_conversation):
-    """Return a function that starts a conversation with that provider; a retry waits 8 s."""
+    """Return a function that starts a conversation with that provider and waits of 8 s."""
 
     async def start_slow_retries(provider, script, **settings):
         settings = {"base_delay": 8.0, **settings}
@@ -70,7 +69,7 @@ def start_slow_retries(start_conversation):
 
 
 async def the_user_speaks(talk, _):
-    """The server notices and says so; LiveKit's ``_on_input_speech_started``."""
+    """Let the server report speech, which calls LiveKit's ``_on_input_speech_started``."""
     if "aws" in type(talk.server).__module__:
         (client,) = talk.server._clients
         (stream,) = client.streams.values()
@@ -87,7 +86,7 @@ async def the_user_speaks(talk, _):
 
 
 async def audio_activity(talk, _):
-    """The agent's own VAD notices: what it is told at each step, here a second into speech."""
+    """Let the agent's own VAD report a second of speech."""
     event = vad.VADEvent(
         type=vad.VADEventType.INFERENCE_DONE,
         samples_index=0,
@@ -102,22 +101,22 @@ async def audio_activity(talk, _):
 
 
 async def session_interrupt(talk, _):
-    """The agent's code interrupts whatever is being said."""
+    """Interrupt the current speech from the agent's code."""
     talk.session.interrupt()
 
 
 async def handle_interrupt(_, handle):
-    """The agent's code interrupts this very reply."""
+    """Interrupt this reply from the agent's code."""
     handle.interrupt()
 
 
 async def session_aclose(talk, _):
-    """The agent's code closes the session."""
+    """Close the session from the agent's code."""
     await talk.session.aclose()
 
 
 async def the_room_closes(talk, _):
-    """What LiveKit's RoomIO does when the caller hangs up."""
+    """Do the same as LiveKit's RoomIO when the caller hangs up."""
     talk.session._close_soon(reason=CloseReason.PARTICIPANT_DISCONNECTED)
 
 
@@ -154,10 +153,12 @@ LISTENING = {
     "phonic": {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 12.0)},
     "aws": {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 13.0)},
 }
+DUPLEX = {"attempt": ("silence,ok", 1.0), "listening": ("silence,ok", 13.0)}
+"""LiveKit does not interrupt a duplex model if the caller speaks, because the model does."""
 
 
 def cases():
-    """Provider, state, who interrupts."""
+    """Yield provider, state and kind of interruption."""
     table = [
         ("openai", CORRELATED, (the_user_speaks, *BY_CODE)),
         ("openai without vad", CORRELATED, (audio_activity,)),
@@ -166,6 +167,7 @@ def cases():
         ("google", GOOGLE, BY_CODE),
         ("google without vad", GOOGLE, (audio_activity, *BY_CODE)),
         *((name, states, (the_user_speaks, *BY_CODE)) for name, states in LISTENING.items()),
+        ("gpt-live", DUPLEX, BY_CODE),
     ]
     for provider, states, ways in table:
         for state in states:
@@ -176,7 +178,7 @@ def cases():
 
 
 def our_tasks():
-    """Tasks that run code of ours, simulators excepted."""
+    """Return the tasks that run our code, without the simulators."""
     files = [task.get_coro().cr_code.co_filename for task in asyncio.all_tasks()]
     return [f for f in files if f.startswith(OURS) and "simulator" not in f]
 
@@ -220,7 +222,7 @@ class TestEndsAtOnce:
     @pytest.mark.parametrize("way", BY_CODE)
     @pytest.mark.parametrize("provider", ["openai", "google", *LISTENING])
     async def test_plugin_alone_ends_attempt_as_fast(self, provider, way, start_slow_retries):
-        """In an attempt, the only state it knows, the plugin alone is as fast."""
+        """The plugin alone ends an attempt as fast."""
         talk = await start_slow_retries(provider, "silence", bare=True)
         handle = await talk.ask_agent(instructions="SECRET")
         await asyncio.sleep(1)
@@ -441,9 +443,9 @@ class TestIsNoInterruption:
 HAND_OFF = {
     # provider, state: what becomes of the reply, and what of the plugin alone's: heard, and
     # whether the agent is told of failure; None where its reply never ends
-    ("openai", "attempt"): (("succeeded", None), (["reply 1"], False)),
+    ("openai", "attempt"): (("recovered", None), (["reply 1"], False)),
     ("openai", "wait"): (("recovered", None), ([], True)),
-    ("openai", "created and silent"): (("exhausted", "deadline"), None),
+    ("openai", "created and silent"): (("recovered", None), None),
     ("openai", "message begun and silent"): (("recovered", None), ([], False)),
     ("openai", "between two generations"): (("recovered", None), ([], False)),
     ("openai", "asked again"): (("recovered", None), ([], False)),
@@ -457,7 +459,10 @@ STATES = {"openai": CORRELATED, "google": GOOGLE, **LISTENING}
 
 
 class TestHandOff:
-    """LiveKit interrupts nothing for it: the new agent begins when the old one's speech is over."""
+    """LiveKit does not interrupt for a hand-off.
+
+    The new agent begins after the old one's speech.
+    """
 
     @pytest.mark.parametrize(("provider", "state"), HAND_OFF)
     async def test_handoff_waits_for_reply_and_retries(

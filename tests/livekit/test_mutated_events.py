@@ -291,6 +291,9 @@ async def test_mutated_event_is_no_worse_than_with_plugin_alone(name, mutator, c
             mutator.start(0, 0)
             await alone.reply(word)
             lengths[word] = mutator.sent
+        await alone.close()
+        gc.freeze()  # The collection after each session then passes over all imported modules.
+        stack.callback(gc.unfreeze)
         clean = False
         for number in range(events):
             seed, word = rng.random(), rng.choice(WORDS[name])

@@ -31,7 +31,7 @@ class Row(NamedTuple):
 ALONE = {
     # script: heard, requests sent, outcome, stop reason, the code the agent gets, seconds at most
     "ok": Row(1, 1, "succeeded", None, None, 0.1),
-    "error:server_error": Row(0, 4, "exhausted", "max_attempts", None, 7.1),
+    "error:server_error": Row(0, 4, "exhausted", "max_attempts", None, 0.8),
     "error:odd_type/odd_code": Row(0, 4, "exhausted", "max_attempts", "odd_code", 7.1),
     "error:invalid_value": Row(0, 1, "not_recoverable", "not_recoverable", "invalid_value", 0.1),
     "uncorrelated": Row(0, 4, "exhausted", "max_attempts", "server_error", 7.1),
@@ -40,9 +40,9 @@ ALONE = {
     "rate_limit:30": Row(0, 1, "exhausted", "deadline", "rate_limit_exceeded", 0.1),
     "quota": Row(0, 1, "not_recoverable", "not_recoverable", "insufficient_quota", 0.1),
     "unauthorized": Row(0, 0, "not_recoverable", "not_recoverable", None, 1.1),
-    "silence": Row(0, 2, "exhausted", "deadline", None, 20.0),
-    "late:3": Row(1, 1, "succeeded", None, None, 3.1),
-    "late:12": Row(0, 2, "exhausted", "deadline", None, 20.0),
+    "silence": Row(0, 4, "exhausted", "deadline", None, 20.0),
+    "late:3": Row(1, 2, "recovered", None, None, 3.1),
+    "late:12": Row(1, 2, "recovered", None, None, 12.2),
     "drop_before": Row(0, 4, "exhausted", "max_attempts", None, 9.1),
     "active:1": Row(
         0, 4, "exhausted", "max_attempts", "conversation_already_has_active_response", 9
@@ -61,15 +61,15 @@ NOT_TOLD_BY_THE_HANDLE = {
 
 THEN_OK = {
     # script: requests sent, error codes of the failed attempts, seconds at most
-    "error:server_error,ok": (2, ["server_error"], 1.1),
-    "error:odd_type/odd_code,ok": (2, ["odd_code"], 1.1),
-    "uncorrelated,ok": (2, ["server_error"], 1.1),
+    "error:server_error,ok": (2, ["server_error"], 0.2),
+    "error:odd_type/odd_code,ok": (2, ["odd_code"], 0.2),
+    "uncorrelated,ok": (2, ["server_error"], 0.2),
     "rate_limit,ok": (2, ["rate_limit_exceeded"], 1.1),
     "rate_limit:4.5,ok": (2, ["rate_limit_exceeded"], 4.6),
-    "silence,ok": (2, ["timeout"], 11.1),
+    "silence,ok": (2, ["timeout"], 2.6),
     "drop_queued:1,ok": (1, ["connection_lost"], 3.7),  # the first is lost with the socket
-    "late:3,ok": (1, [], 3.1),
-    "late:12,ok": (2, ["timeout"], 11.1),
+    "late:3,ok": (2, ["timeout"], 2.6),
+    "late:12,ok": (2, ["timeout"], 2.6),
     "drop_before,ok": (2, ["connection_lost"], 2.1),
     "active:3,ok": (2, ["conversation_already_has_active_response"], 3.1),
     "rate_limit,error:server_error,drop_before,ok": (
@@ -96,7 +96,7 @@ class TestEachFault:
         assert row.requests == len(talk.server.requests)
         assert row.heard == len([t for t in talk.heard if t == "reply 1"])
         assert took <= row.seconds
-        if row.outcome != "succeeded" and script not in NOT_TOLD_BY_THE_HANDLE:
+        if row.heard == 0 and script not in NOT_TOLD_BY_THE_HANDLE:
             assert isinstance(error, llm.RealtimeError)
             assert row.code == error.code
         assert 0 == recorder.open_spans

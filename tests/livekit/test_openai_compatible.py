@@ -10,6 +10,8 @@ import pytest
 from support.conversation import codes, ended
 from support.providers import PROVIDERS, SHARED_ENGINE
 
+from traced_retry.simulator.openai_compatible import XAISimulator
+
 
 @pytest.fixture(params=SHARED_ENGINE)
 def provider(request):
@@ -36,10 +38,10 @@ ROWS = {
     # script: texts heard, outcome, stop reason, codes of the attempts, the code the agent gets,
     # seconds at least and at most
     "ok": Row(["reply 1"], "succeeded", None, [None], None, (0, 0.1)),
-    "late:7": Row(["reply 1"], "succeeded", None, [None], None, (7, 7.1)),
-    "late:12,ok": Row(["reply 2"], "recovered", None, ["timeout", None], None, (10, 11.1)),
-    "silence,ok": Row(["reply 2"], "recovered", None, ["timeout", None], None, (10, 11.1)),
-    "late:25": Row([], "exhausted", "deadline", ["timeout"] * 2, None, (20, 20)),
+    "late:7": Row(["reply 1"], "recovered", None, ["timeout", None], None, (7, 7.1)),
+    "late:12,ok": Row(["reply 2"], "recovered", None, ["timeout", None], None, (2.5, 2.6)),
+    "silence,ok": Row(["reply 2"], "recovered", None, ["timeout", None], None, (2.5, 2.6)),
+    "late:25": Row([], "exhausted", "deadline", ["timeout"] * 4, None, (20, 20)),
     "rate_limit,ok": Row(
         ["reply 2"], "recovered", None, ["rate_limit_exceeded", None], None, (0, 1)
     ),
@@ -84,6 +86,13 @@ ROWS = {
         (0, 0.2),
     ),
 }
+ONE_AT_A_TIME = {
+    # The same for xAI, whose server may run two responses at once.
+    "late:7": Row(["reply 1"], "succeeded", None, [None], None, (7, 7.1)),
+    "late:12,ok": Row(["reply 2"], "recovered", None, ["timeout", None], None, (10, 10.2)),
+    "silence,ok": Row(["reply 2"], "recovered", None, ["timeout", None], None, (10, 10.2)),
+    "late:25": Row([], "exhausted", "deadline", ["timeout"] * 2, None, (20, 20)),
+}
 
 
 class TestEachFault:
@@ -93,6 +102,8 @@ class TestEachFault:
     ):
         """Each fault has the same result as with OpenAI, under the provider's own name."""
         row = ROWS[script]
+        if provider.simulator is XAISimulator:
+            row = ONE_AT_A_TIME.get(script, row)
         talk = await start_conversation(script)
         began = asyncio.get_running_loop().time()
 
@@ -106,7 +117,7 @@ class TestEachFault:
         assert row.code == getattr(error, "code", None)
         assert row.seconds[0] <= took <= row.seconds[1]
         assert {provider.name} == {a["gen_ai.provider.name"] for a in recorder.attempts}
-        assert {"send"} == {a["traced_retry.action"] for a in recorder.attempts}
+        assert {"send", "hedge"} >= {a["traced_retry.action"] for a in recorder.attempts}
         assert None not in talk.server.cancels
         assert 0 == recorder.open_spans
 

@@ -120,7 +120,7 @@ class TestActiveForEver:
         def recycled(**kwargs):
             return openai_model(max_session_duration=8.0, **kwargs)
 
-        talk = await start_conversation("silence,ok", model=recycled)
+        talk = await start_conversation("silence,ok", model=recycled, hedge_after=None)
         await asyncio.sleep(1)
 
         assert None is await talk.reply()

@@ -14,7 +14,7 @@ from support.conversation import codes, ended
 from support.frames import OURS, FramesServer
 from support.steered import SteeredServer
 
-from traced_retry.livekit.openai import OpenAIRequest
+from traced_retry.livekit.openai import OpenAIAdapter, OpenAIRequest
 
 BEGIN = FramesServer.BEGIN
 
@@ -347,6 +347,28 @@ class TestOwnFault:
         assert 1 == len([m for m in ours if "raised KeyError" in m])
         assert "SECRET" not in "".join(ours)
         assert 0 == recorder.open_spans
+
+    @pytest.mark.parametrize(
+        ("method", "script", "place"),
+        [
+            ("_asker_of", "ok", "reading a server event"),
+            ("_turn_of", "ok", "observing a reply of the server"),
+            ("stop", "active:1000,ok", "cancelling a silent response"),
+            ("_lose", "drop_before,ok", "reading an error event"),
+            ("_on_connected", "drop_before,ok", "reading a reconnect"),
+        ],
+    )
+    async def test_log_names_the_part_that_failed(
+        self, method, script, place, start_conversation, monkeypatch, caplog
+    ):
+        """The fault stays inside of us, and the log names the part."""
+        talk = await start_conversation(script)
+        monkeypatch.setattr(OpenAIAdapter, method, broken)
+
+        await talk.reply()
+
+        assert f"{place} raised KeyError" in caplog.text
+        assert "SECRET" not in caplog.text
 
     async def test_fault_in_reading_the_delivery_leaves_the_reply(
         self, start_conversation, recorder, monkeypatch

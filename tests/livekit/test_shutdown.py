@@ -70,7 +70,17 @@ class TestDrain:
 
         assert DRAIN_WITHIN < await shut_down(talk) < 10
         assert ["reply 1"] == talk.heard
-        assert [("succeeded", None)] == ended(recorder)
+        assert [("recovered", None)] == ended(recorder)
+
+    async def test_hedged_answer_that_never_comes_is_not_waited_for(
+        self, start_conversation, recorder
+    ):
+        """The failure is known before LiveKit ends the job's process."""
+        talk = await start_conversation("silence")
+        await talk.ask_agent()
+
+        assert DRAIN_WITHIN < await shut_down(talk) < 10
+        assert [("exhausted", "max_attempts")] == ended(recorder)
 
     async def test_without_drain_it_ends_at_once(self, start_conversation, recorder):
         """LiveKit interrupts the pending replies, as without retries."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real plugin against a real server on a real socket, whatever happens in whatever order.
+"""Test the real plugin against a real server on a socket, with events in any order.
 
-A state machine asks, interrupts and closes on the one side, and answers, fails, stalls and hangs up
-on the other. It stops the event loop between two turns, so that what happens "at the same time"
-happens in every order. After each step the promise holds; at the end the books agree.
+A state machine requests, interrupts and closes on the agent's side. On the server's side it
+answers, fails, stalls and closes the connection. It stops the event loop between two turns, so that
+simultaneous events happen in every order. After each step the promise must hold, and at the end the
+telemetry must agree with the events.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ ENDS = st.sampled_from(
 
 @dataclass
 class Asked:
-    """One reply that was asked for."""
+    """One reply that was requested."""
 
     name: str
     began: float
@@ -68,13 +69,13 @@ class Asked:
     """No word may follow after so many."""
 
     def shut(self):
-        """From now on nothing of it may be heard."""
+        """Allow no further word of the reply."""
         if self.silent_after is None:
             self.silent_after = len(self.words)
 
 
 class Machine(RuleBasedStateMachine):
-    """See the module."""
+    """The state machine for a session of the plugin: see the module."""
 
     tool = None
     """The only one that there is; else any."""
@@ -112,7 +113,7 @@ class Machine(RuleBasedStateMachine):
         settled=st.booleans(),
     )
     def begin(self, policy, budget, impatient, mortal, settled):
-        """A session with what may be spent on each reply, connected or not yet."""
+        """Start with random limits for each reply, on a session that may be connected."""
         self.impatient = impatient
         self.may_die = mortal
         budget = None if budget is None else traced_retry.RetryBudget(budget)
@@ -121,7 +122,7 @@ class Machine(RuleBasedStateMachine):
         self.stepped.go_on(SETTLED if settled else None)
 
     async def set_up(self):
-        """A server, and a session of the plugin's."""
+        """Start a server and a session of the plugin."""
         self.server = SteeredServer()
         await self.server.start()
         self.http = aiohttp.ClientSession()
@@ -149,7 +150,7 @@ class Machine(RuleBasedStateMachine):
         self.realtime.send_event = count
 
     async def open_session(self):
-        """The plugin's session."""
+        """Open the plugin's session."""
         session = self.model.session()
         session.on("generation_created", self.hear_of)
         return session
@@ -159,7 +160,7 @@ class Machine(RuleBasedStateMachine):
     @rule(then=THEN)
     @precondition(lambda self: len(self.waiting) < 3 and self.in_vain < 2)
     def ask(self, then):
-        """Ask for a reply."""
+        """Request a reply."""
         self.in_vain += self.hook._closed_by is not None
         name = str(len(self.asked))
         with self.stepped.standing():
@@ -170,17 +171,17 @@ class Machine(RuleBasedStateMachine):
         self.stepped.go_on(then)
 
     def take(self, future):
-        """Read what was asked for, as the agent does."""
+        """Read the requested reply as the agent does."""
         if not future.cancelled() and future.exception() is None:
             self.readers.append(asyncio.ensure_future(self.read(future.result())))
 
     def hear_of(self, generation):
-        """Read what nobody asked for, as the agent does."""
+        """Read a reply that was not requested, as the agent does."""
         if not generation.user_initiated:
             self.readers.append(asyncio.ensure_future(self.read(generation)))
 
     async def read(self, generation):
-        """Hear each word, and note each tool that is called."""
+        """Note each word and each tool call."""
 
         async def listen():
             async for message in generation.message_stream:
@@ -194,7 +195,7 @@ class Machine(RuleBasedStateMachine):
         await asyncio.gather(listen(), obey())
 
     def note(self, word):
-        """A word or a call was heard."""
+        """Record a word or a tool call."""
         name, _, number = word.strip().partition(".")
         if number:
             self.asked[int(name)].words.append(number)
@@ -202,7 +203,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
     def cancel(self, which, then):
-        """Give up waiting for one."""
+        """Give up a reply that the agent waits for."""
         asked = self.waiting[which % len(self.waiting)]
         self.interrupted = asked.cancelled = True
         asked.shut()
@@ -213,7 +214,7 @@ class Machine(RuleBasedStateMachine):
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.busy)
     def interrupt(self, then):
-        """The user starts to speak: what has begun is cut, as soon as the server has heard."""
+        """Let the caller speak, which cuts each started reply once the server has noticed."""
         self.interrupted = True
         with self.stepped.standing():
             begun = [asked for asked in self.asked if asked.future.done()]
@@ -226,7 +227,7 @@ class Machine(RuleBasedStateMachine):
     @rule(then=THEN)
     @precondition(lambda self: self.mortal and self.closing is None)
     def close(self, then):
-        """The session is closed."""
+        """Close the session."""
         self.closing = self.stepped.loop.create_task(self.realtime.aclose())
         self.stepped.go_on(then)
 
@@ -235,7 +236,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=INDEX, message=st.booleans(), then=THEN)
     @precondition(lambda self: self.server.waiting)
     def answer(self, which, message, then):
-        """Begin to answer a request, be it wanted or not; a message may have begun."""
+        """Start to answer a request, possibly with a message."""
         self.serve(self.server.connection.begin_to_answer(which, message), then)
 
     @rule(which=INDEX, then=THEN)
@@ -249,34 +250,32 @@ class Machine(RuleBasedStateMachine):
     @rule(requests=st.integers(1, 3))
     @precondition(lambda self: self.busy and not self.server.willing)
     def be_willing(self, requests):
-        """So many of the next requests will be answered at once and to the end."""
+        """Answer some of the next requests at once and in full."""
         self.server.willing = requests
 
     @rule(then=THEN)
     @precondition(lambda self: self.busy and self.server.connection and not self.server.active)
     def speak_up(self, then):
-        """Begin a response that nobody asked for."""
+        """Start a response that was not requested."""
         self.serve(self.server.connection.begin_its_own(), then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.server.active)
     def say(self, then):
-        """A word of the answer."""
+        """Send a word of the answer."""
         self.serve(self.server.connection.say(), then)
 
     @rule(then=THEN)
     @precondition(lambda self: self.server.active and not self.server.active.item)
     def call_tool(self, then):
-        """Call a tool, if there is no word yet."""
+        """Call a tool if there is no word yet."""
         here = self.server.connection
         self.serve(here.call(self.tool or here.tag), then)
 
     @rule(how=ENDS, word=st.booleans(), cut_in=st.booleans(), then=THEN)
     @precondition(lambda self: self.server.active)
     def end(self, how, word, cut_in, then):
-        """The end of the answer, good or bad, before its first word or after; and the user may
-        start to speak just then.
-        """
+        """End the answer with any status, and let the caller speak at the same time if drawn."""
         self.interrupted |= how == "cancelled"
         here = self.server.connection
         if word:
@@ -293,20 +292,20 @@ class Machine(RuleBasedStateMachine):
     )
     @precondition(lambda self: self.server.waiting)
     def reject(self, which, code, then):
-        """A request is answered with an error."""
+        """Answer a request with an error."""
         self.serve(self.server.connection.reject_one(which, code), then)
 
     @rule(code=st.sampled_from(["server_error", "insufficient_quota"]), then=THEN)
     @precondition(lambda self: self.busy and self.server.connection)
     def fail_at_something(self, code, then):
-        """An error that names no request; after the one of the two the session is over."""
+        """Send an error without a request's id. The fatal one ends the session."""
         code = code if self.mortal else "server_error"
         self.serve(self.server.connection.reject(None, code, "It failed.", code), then)
 
     @rule(down=st.sampled_from([0.0, 0.7, 30.0]), then=THEN)
     @precondition(lambda self: self.busy and self.server.connection)
     def hang_up(self, down, then):
-        """The connection is lost for so many seconds; after 30 the session is over."""
+        """Close the connection for some seconds. After 30 s the session ends."""
         self.serve(self.server.drop(down if self.mortal else min(down, 0.7)), then)
 
     @rule(seconds=st.sampled_from([1.0, 3.0]))
@@ -314,11 +313,11 @@ class Machine(RuleBasedStateMachine):
         lambda self: self.busy or self.waiting or self.hook._closed_by or not self.in_session
     )
     def wait(self, seconds):
-        """Time passes."""
+        """Let time pass."""
         self.stepped.wait(seconds)
 
     def serve(self, coroutine, then):
-        """Have the server do that."""
+        """Run a step of the server."""
         with contextlib.suppress(ConnectionError):  # the client is about to leave
             self.stepped.run(coroutine)
         self.stepped.go_on(then)
@@ -327,7 +326,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def promise(self):
-        """At most one answer heard; none after an interruption, or after failure was told."""
+        """Check that at most one answer is heard, and none after an interruption or a failure."""
         for asked in self.asked:
             assert len(set(asked.words)) <= 1, asked
             future = asked.future
@@ -339,14 +338,14 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def no_hang(self):
-        """By its deadline the agent knows."""
+        """Check that the agent knows the result by the deadline."""
         for asked in self.asked:
             if self.stepped.now > asked.began + self.policy.deadline:
                 assert asked.future.done(), asked
 
     @invariant()
     def books(self):
-        """A span is open for each open reply, and for each attempt of it that is under way."""
+        """Check that a span is open for each open reply and each running attempt."""
         if hasattr(self, "realtime"):
             replies = self.open_requests()
             assert replies == len(self.asked) - len(self.requested())
@@ -355,16 +354,18 @@ class Machine(RuleBasedStateMachine):
         assert [] == self.unexpected()
 
     def open_requests(self):
-        """How many open replies the agent requested. The server starts the others."""
+        """Return the number of open replies that the agent requested."""
         return sum(reply._trace.target.initiator == "agent" for reply in self.hook._open)
 
     def requested(self):
-        """The replies that the agent requested and that are over."""
+        """Return the ended replies that the agent requested."""
         return [r for r in self.recorder.replies if r[semconv.INITIATOR] == "agent"]
 
     def unexpected(self):
-        """What reached the loop's handler, but for what the plugin itself leaves unread there:
-        why a response failed, and why its session ended.
+        """Return the unexpected errors of the event loop.
+
+        The plugin itself leaves two exceptions unread: the reason of a failed response, and the
+        reason of a session's end.
         """
         return [
             context
@@ -375,7 +376,7 @@ class Machine(RuleBasedStateMachine):
     # --- the end -------------------------------------------------------------------------------
 
     def teardown(self):
-        """The server ends what it says, and falls silent; then everything is over."""
+        """Let the server end its responses and send no more, so that everything ends."""
         failed = sys.exc_info()[0] is not None  # a step has
         try:
             if not failed:
@@ -393,7 +394,7 @@ class Machine(RuleBasedStateMachine):
             assert 0 == self.recorder.open_spans
 
     def come_to_an_end(self):
-        """Words end, and the rest has its time."""
+        """Wait until the words end and the deadlines are over."""
         self.stepped.wait(SETTLED)
         here = self.server.connection
         if self.server.active and here.spoke:
@@ -404,7 +405,7 @@ class Machine(RuleBasedStateMachine):
         self.promise()
 
     def check_the_end(self):
-        """Each reply has one outcome, the one that is true, and no stream is open."""
+        """Check that each reply has its true outcome and no stream is open."""
         assert all(asked.future.done() for asked in self.asked)
         assert all(reader.done() for reader in self.readers)
         assert self.server.active is None  # what nobody waits for was cancelled there
@@ -413,18 +414,20 @@ class Machine(RuleBasedStateMachine):
         self.check_the_books(len(self.asked))
 
     def check_the_books(self, calls):
-        """Spans, metrics, requests and what ``on_exhausted`` was told agree."""
+        """Check that spans, metrics, requests and calls of ``on_exhausted`` agree."""
         replies = self.requested()
         assert calls == len(replies)
         self.seen.update(seen_alike(self.recorder))
-        assert self.sent == sum(a[semconv.ACTION] == "send" for a in self.recorder.attempts)
+        assert self.sent == sum(
+            a[semconv.ACTION] in ("send", "hedge") for a in self.recorder.attempts
+        )
         assert {} == self.recorder.counted(semconv.METRIC_LATE_REPLIES)
         lost = [r for r in self.recorder.replies if r[semconv.OUTCOME] in FAILED]
         failed = [r[semconv.STOP_REASON] for r in lost]
         assert sorted(failed) == sorted(f.stop_reason for f in self.told)
 
     def check_outcome(self, asked, outcome):
-        """What was told is what happened."""
+        """Check that the recorded outcome is the real one."""
         if outcome in HEARD:
             assert asked.words
         elif outcome == "interrupted":
@@ -446,46 +449,46 @@ class Machine(RuleBasedStateMachine):
         await self.server.close()
 
     def close_session(self):
-        """The plugin's."""
+        """Close the plugin's session."""
         return self.realtime.aclose()
 
     # --- who is where --------------------------------------------------------------------------
 
     @property
     def in_session(self):
-        """Whether anything can be asked."""
+        """Return whether a reply can be requested."""
         return not self.closing
 
     @property
     def hook(self):
-        """Our side of the session."""
+        """Return our hook of the session."""
         return self.realtime._traced_retry
 
     @property
     def mortal(self):
-        """Whether the session may end: not in each conversation, and not before it got going."""
+        """Return whether the session may end, which is drawn and needs a started session."""
         return self.may_die and len(self.asked) > 2
 
     @property
     def busy(self):
-        """Whether any reply is open: where none is, all that may happen is that one is asked."""
+        """Return whether a reply is open. Without one, the only step is to request one."""
         return len(self.hook._open) > 0
 
     @property
     def waiting(self):
-        """The replies that the agent waits for."""
+        """Return the replies that the agent waits for."""
         return [asked for asked in self.asked if not asked.future.done()]
 
 
 class Ear(Agent):
-    """An agent that notes each word before it is spoken, and has a tool."""
+    """An agent with a tool that notes each word before it is spoken."""
 
     def __init__(self, note):
         super().__init__(instructions="")
         self.note = note
 
     async def transcription_node(self, text, model_settings):
-        """Pass the words on."""
+        """Note the words and pass them on."""
         async for word in text:
             self.note(word)
             yield word
@@ -497,13 +500,13 @@ class Ear(Agent):
 
 
 class AgentMachine(Machine):
-    """The same with an AgentSession above the plugin's: it queues, interrupts and calls tools."""
+    """The state machine for an AgentSession, which queues, interrupts and calls tools."""
 
     tool = "lookup"
     seen: ClassVar = Counter()
 
     async def open_session(self):
-        """The session under an agent's."""
+        """Open an AgentSession with a session of the plugin."""
         self.agent = AgentSession(llm=self.model)
         self.agent.on("close", self.on_close)
         await self.agent.start(Ear(self.note))
@@ -526,12 +529,12 @@ class AgentMachine(Machine):
     closed = False
 
     def on_close(self, event):
-        """It may close by itself, after errors."""
+        """Note that the AgentSession closed by itself after errors."""
         self.closed = True
 
     @property
     def in_session(self):
-        """Whether it takes requests."""
+        """Return whether the AgentSession takes requests."""
         return not (self.closed or self.closing)
 
     # --- what the user does --------------------------------------------------------------------
@@ -539,7 +542,7 @@ class AgentMachine(Machine):
     @rule(then=THEN)
     @precondition(lambda self: len(self.waiting) < 3 and self.in_session)
     def ask(self, then):
-        """Ask for a reply; the agent asks for one after the other."""
+        """Request a reply. The AgentSession requests one after the other from the plugin."""
         name = str(len(self.asked))
         with self.stepped.standing(), contextlib.suppress(RuntimeError):  # it closes by itself
             handle = self.agent.generate_reply(instructions=name)
@@ -549,7 +552,7 @@ class AgentMachine(Machine):
     @rule(which=INDEX, then=THEN)
     @precondition(lambda self: self.impatient and self.waiting)
     def cancel(self, which, then):
-        """Interrupt one, be it queued, awaited or speaking."""
+        """Interrupt a reply that is queued, awaited or speaking."""
         asked = self.waiting[which % len(self.waiting)]
         self.interrupted = asked.cancelled = True
         with self.stepped.standing():
@@ -561,7 +564,7 @@ class AgentMachine(Machine):
     @rule(then=THEN)
     @precondition(lambda self: self.impatient and self.waiting and self.in_session)
     def interrupt(self, then):
-        """The user starts to speak: all that was asked is cut."""
+        """Let the caller speak, which cuts all requested replies."""
         self.interrupted = True
         all_that = self.waiting
         with self.stepped.standing(), contextlib.suppress(RuntimeError):  # it closes by itself
@@ -574,7 +577,7 @@ class AgentMachine(Machine):
     @rule(then=THEN)
     @precondition(lambda self: self.mortal and not self.closing)
     def close(self, then):
-        """The agent's session is closed."""
+        """Close the AgentSession."""
         self.interrupted = True
         self.closing = self.stepped.loop.create_task(self.agent.aclose())
         self.stepped.go_on(then)
@@ -583,7 +586,7 @@ class AgentMachine(Machine):
 
     @invariant()
     def promise(self):
-        """At most one answer heard; none after an interruption, or after failure was told."""
+        """Check that at most one answer is heard, and none after an interruption or a failure."""
         for asked in self.asked:
             assert len(set(asked.words)) <= 1, asked
             if asked.future.done() and asked.future.exception() is not None:
@@ -594,7 +597,7 @@ class AgentMachine(Machine):
 
     @invariant()
     def no_hang(self):
-        """By its deadline a reply is over, or speaks; so the queue goes on."""
+        """Check that a reply speaks or has ended by its deadline, so that the queue continues."""
         if hasattr(self, "realtime"):
             for reply in self.hook._open:
                 if self.stepped.now > reply._deadline:
@@ -603,7 +606,7 @@ class AgentMachine(Machine):
 
     @invariant()
     def books(self):
-        """A span is open for each open reply, and for each attempt of it that is under way."""
+        """Check that a span is open for each open reply and each running attempt."""
         if hasattr(self, "realtime"):
             replies = self.open_requests()
             assert replies == self.calls - len(self.requested())
@@ -612,7 +615,7 @@ class AgentMachine(Machine):
         assert [] == self.unexpected()
 
     def come_to_an_end(self):
-        """Words end, and each queued reply has its time, and each that follows a tool's call."""
+        """Wait for the words, for each queued reply, and for each reply after a tool call."""
         calls = -1
         while self.busy or self.waiting or calls < self.calls:
             calls = self.calls
@@ -620,17 +623,17 @@ class AgentMachine(Machine):
             assert self.stepped.now < 3600  # else a speech hangs
 
     def check_the_end(self):
-        """Each reply that was asked for has one outcome, and each speech is done."""
+        """Check that each requested reply has one outcome and each speech is done."""
         assert all(asked.future.done() for asked in self.asked)
         self.check_the_books(self.calls)
 
     def close_session(self):
-        """The agent's, and with it the plugin's."""
+        """Close the AgentSession and with it the plugin's session."""
         return self.agent.aclose()
 
 
 def run(machine, caplog, *, examples):
-    """Run it, and see that it met what matters, else it would prove less than it seems to."""
+    """Run the machine, and check that it met each important case."""
     caplog.set_level("CRITICAL")
     machine.seen.clear()
     run_state_machine_as_test(machine, settings=effort(examples=examples, steps=30))
@@ -649,7 +652,7 @@ def test_agent_session_keeps_promise_in_any_order(caplog):
 
 
 class TestSeldom:
-    """What the machine meets too seldom to rely on."""
+    """Cases that the machine meets too rarely."""
 
     BEGIN = (
         "begin",
@@ -666,13 +669,13 @@ class TestSeldom:
 
     @pytest.mark.parametrize("machine", [Machine, AgentMachine])
     def test_silent_response_is_cancelled_by_id_at_deadline(self, machine, caplog):
-        """A response without output is ended by its id, so that others may follow."""
+        """A response without output is cancelled by its id, so that another one can follow."""
         caplog.set_level("CRITICAL")
         play(machine(), self.BEGIN, self.ASK, self.ANSWER, ("wait", {"seconds": 10.0}))
 
     @pytest.mark.parametrize("machine", [Machine, AgentMachine])
     def test_interruption_between_attempts_sends_nothing(self, machine, caplog):
-        """Nothing is requested again, and nothing is heard."""
+        """After an interruption no request is sent and no reply is heard."""
         caplog.set_level("CRITICAL")
         how = {"how": "server_error", "word": False, "cut_in": True, "then": None}
         willing = ("be_willing", {"requests": 3})

@@ -13,6 +13,7 @@ from support.providers import OPENAI
 from traced_retry.livekit import hook
 from traced_retry.livekit.adapter import Adapter
 from traced_retry.livekit.openai import OpenAIAdapter
+from traced_retry.livekit.registry import adapter_class
 
 
 def thunderphone_model(*, api_key, **kwargs):
@@ -85,6 +86,28 @@ class TestSubclass:
         assert [("exhausted", "unsafe_to_resend")] == ended(recorder)
         (record,) = [r for r in caplog.records if r.name == "traced_retry"][:1]
         assert "LoggingSession overrides send_event" in record.getMessage()
+
+    @pytest.mark.parametrize(
+        "method",
+        [
+            "send_event",
+            "_run_ws",
+            "_handle_response_created",
+            "_handle_response_done",
+            "_handle_error",
+        ],
+    )
+    def test_each_relied_method_counts(self, method):
+        """The adapter needs each of these methods as the plugin has it."""
+        changed = type("Changed", (openai.realtime.RealtimeSession,), {method: lambda self: None})
+
+        assert Adapter is adapter_class(changed.__new__(changed))
+
+    def test_other_methods_may_be_overridden(self):
+        """An override of a method that the adapter does not need changes nothing."""
+        changed = type("Changed", (openai.realtime.RealtimeSession,), {"aclose": lambda self: None})
+
+        assert OpenAIAdapter is adapter_class(changed.__new__(changed))
 
     def test_relied_methods_exist(self):
         """A plugin that renames one of them would hide an override."""

@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 from livekit.agents import Agent, function_tool
-from support.conversation import actions, codes, ended, late, now
+from support.conversation import actions, codes, configured, ended, late, now
 from support.providers import (
     GOOGLE,
     NOVA_SONIC,
@@ -54,12 +54,6 @@ class Failures(list):
     def __call__(self, failed):
         self.append(failed)
         self.at.append(now())
-
-
-async def configured(talk):
-    """Wait until the server knows the session's configuration."""
-    await talk.server.wait_for("connected")
-    await asyncio.sleep(1.0)
 
 
 async def speak(talk, transcript="hello", seconds=40.0):

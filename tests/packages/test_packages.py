@@ -85,10 +85,10 @@ class Environment:
         """Run code."""
         return self.run("python", "-c", textwrap.dedent(code), **environ)
 
-    def simulate(self, *arguments):
-        """Run ``traced-retry simulate`` until its first line; return the line, or its error."""
+    def serve(self, *arguments):
+        """Run a command that serves until its first line; return the line, or its error."""
         with subprocess.Popen(
-            [str(self.bin / "traced-retry"), "simulate", *arguments],
+            [str(self.bin / "traced-retry"), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -193,7 +193,7 @@ class TestExtras:
     def test_alone(self, extra, environment):
         """A feature works, or its error is one sentence with a command that adds an extra."""
         made = environment(extra)
-        served, error = made.simulate("openai")
+        served, error = made.serve("simulate", "openai")
         errors = {} if served else {"simulate": error}
         works = {"simulate"} if served else set()
         for feature, code in FEATURES.items():
@@ -334,8 +334,8 @@ class TestReadme:
 
         for command in [c for c in COMMANDS if c.startswith("traced-retry ")]:
             words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)[1:]]
-            if words[0] == "simulate":
-                first, error = agent.simulate(*words[1:])
+            if words[0] in ("simulate", "record"):
+                first, error = agent.serve(*words)
                 assert varying(first) in varying("\n".join(blocks("console"))), error
             else:
                 done = agent.run("traced-retry", *words)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stored spans as replies: real ones, and what killed processes and other tools leave behind."""
+"""Test stored spans as replies: real ones, and the remains of killed processes and other tools."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIMITED = ProviderError("rate_limit_exceeded", retry_after=5.0)
 
 
 def ended(reply):
-    """How it ended, and by what."""
+    """Return the outcome and the stop reason."""
     return reply.outcome, reply.stop_reason, reply.attempt_count, reply.codes
 
 
@@ -44,18 +44,18 @@ class TestRealReplies:
         ],
     )
     async def test_outcomes(self, store, steps, how, expected):
-        """What the loop emitted is what is read."""
+        """The emitted outcomes are read."""
         assert expected == ended(await store.run(*steps, **how))
 
     async def test_an_unknown_code_is_exact(self, store):
-        """The span has it exact; only ``error.type`` is bounded."""
+        """The span has the exact code, and only ``error.type`` is bounded."""
         reply = await store.run(ProviderError("odd_code"), "hi")
 
         assert ("odd_code",) == reply.codes
         assert "_OTHER" == reply.attempts[0].error_type
 
     async def test_every_field_of_a_retried_attempt(self, store):
-        """Planned and real waits, decision and verdict."""
+        """Planned wait, real wait, decision and recoverability are read."""
         reply = await store.run(LIMITED, "hi", model="gpt-realtime")
         first, second = reply.attempts
 
@@ -80,7 +80,7 @@ class TestRealReplies:
         assert 5.0 <= first.next_delay == second.delay == reply.delay_total
 
     async def test_cut_in_the_wait(self, store):
-        """The wait that was cut short is told."""
+        """A wait that was cut short is reported."""
         reply = await store.run(LIMITED, cancel_at=1.0)
 
         assert reply.ended_in_wait
@@ -88,7 +88,7 @@ class TestRealReplies:
         assert 1.0 == reply.steps[-1].seconds
 
     async def test_as_dict(self, store):
-        """For machines: plain, and of fixed keys."""
+        """The form for machines has plain values and fixed keys."""
         reply = await store.run(SERVER_ERROR, HANG, model="gpt-realtime")
 
         assert {
@@ -109,7 +109,7 @@ class TestRealReplies:
 
 class TestTimes:
     def test_seconds(self, varied):
-        """Unix seconds, in the order of start."""
+        """Times are Unix seconds, and replies are in the order of their start."""
         replies = varied.read()
 
         assert [0, 10, 20, 40, 50] == [r.start - BEGAN for r in replies]
@@ -117,7 +117,7 @@ class TestTimes:
         assert [0.5, 1.0, 0.5] == [s.seconds for s in replies[1].steps]
 
     def test_address(self, store):
-        """Where the request went."""
+        """The address of the request is read."""
         store.timed(
             (0, 1, HEARD),
             seconds=1,
@@ -132,7 +132,7 @@ class TestTimes:
 
 class TestIncomplete:
     def test_the_replys_own_span_is_missing(self, store):
-        """It is made of its attempts."""
+        """The reply is put together from its attempts."""
         store.timed((0, 1, FAILED), (2, 3, HEARD), seconds=5, orphan=True)
 
         (reply,) = store.read()
@@ -146,7 +146,7 @@ class TestIncomplete:
         )
 
     def test_an_attempt_is_missing(self, store):
-        """The reply knows how many there were."""
+        """The reply has the number of its attempts."""
         store.timed((0, 1, {**HEARD, "ATTEMPT": 3}), seconds=1, OUTCOME="recovered", ATTEMPTS=3)
 
         (reply,) = store.read()
@@ -154,7 +154,7 @@ class TestIncomplete:
         assert (1, 3, 2) == (len(reply.attempts), reply.attempt_count, reply.retries)
 
     def test_only_the_replys_span(self, store):
-        """Attempts were sampled out: nothing to draw, all to tell."""
+        """Without sampled attempts the waterfall is empty, and the sentence is complete."""
         store.timed(seconds=1, OUTCOME="succeeded", ATTEMPTS=1)
 
         (reply,) = store.read()
@@ -163,7 +163,7 @@ class TestIncomplete:
 
     @pytest.mark.parametrize("unfinished", ['{"resourceSpans":[{"resource":{"attr', "\x00\xff[{"])
     def test_a_torn_last_line(self, varied, unfinished):
-        """A killed process leaves half a line; it is left out, and counted if it was ours."""
+        """The half line of a killed process is skipped, and counted if it is ours."""
         with varied.path.open("a") as file:
             file.write(unfinished)
 
@@ -175,7 +175,7 @@ class TestIncomplete:
         )
 
     def test_a_torn_line_that_was_written_on(self, varied, tmp_path):
-        """The next process appends to the half line; what it wrote is not lost."""
+        """A line appended to a half line is read."""
         first, *rest = varied.path.read_text().splitlines()
         path = tmp_path / "torn.jsonl"
         path.write_text("\n".join([first[:-40] + rest[0], *rest[1:]]))
@@ -199,7 +199,7 @@ class TestIncomplete:
         ],
     )
     def test_nonsense_beside_it(self, varied, spans):
-        """What is not a span of ours passes without harm."""
+        """Other content is skipped."""
         batch = {"resourceSpans": [{"scopeSpans": [{"spans": spans}, {}]}, None]}
         with varied.path.open("a") as file:
             file.write(f"{json.dumps(batch)} \n[]\n{'[' * 100_000}generate_reply\n")
@@ -208,7 +208,7 @@ class TestIncomplete:
 
     @pytest.mark.parametrize("time", ["soon", None, [], 0, "-1", 1e300, "9" * 5000, "9" * 20])
     def test_times_that_cannot_be(self, varied, time):
-        """They are taken as unknown."""
+        """Invalid times count as unknown."""
         lines = [json.loads(line) for line in varied.path.read_text().splitlines()]
         for span in raw_spans(lines):
             span["startTimeUnixNano"] = span["endTimeUnixNano"] = time
@@ -217,7 +217,7 @@ class TestIncomplete:
         assert [0.0] * 5 == [reply.seconds for reply in varied.read()]
 
     def test_values_that_cannot_be(self, varied):
-        """Numbers where text is expected, and text where numbers are."""
+        """Values of a wrong type are accepted."""
         lines = [json.loads(line) for line in varied.path.read_text().splitlines()]
         for span in raw_spans(lines):
             for attribute in span["attributes"]:
@@ -228,7 +228,7 @@ class TestIncomplete:
         assert {("unknown", None)} == {(r.provider, r.outcome) for r in varied.read()}
 
     def test_names_cannot_steer_the_terminal(self, store):
-        """Escape sequences and line breaks are taken out; no name is endless."""
+        """Escape sequences and line breaks are removed, and long names are cut."""
         store.timed(
             (0, 1, HEARD),
             seconds=1,

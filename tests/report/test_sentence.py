@@ -114,6 +114,15 @@ class TestLost:
             seconds=20.0,
         )
 
+    def test_circuit_open(self):
+        """The reply was refused before its first attempt, or after one."""
+        why = "the provider failed for all calls of the machine"
+
+        assert f"Not sent, because {why}." == say("exhausted", stop="circuit_open", seconds=0.0)
+        assert f"Lost after 1 attempt and 3.4 s ({why}): server_error." == say(
+            "exhausted", failed(1, "server_error"), stop="circuit_open"
+        )
+
     def test_unsafe_to_resend(self):
         """Why nothing more was done."""
         assert ("Lost after 3.4 s: connection_lost; asking again might be heard twice.") == say(
@@ -231,7 +240,12 @@ class TestRealReplies:
             (["hi"], {}, "Heard at the first try", "s."),
             ([SERVER_ERROR, "hi"], {}, "Heard after 1 retry", ": server_error."),
             ([SERVER_ERROR], {"max_retries": 0}, "Lost after 1 attempt", "left): server_error."),
-            ([TimeoutError()], {"deadline": 0.5}, "Lost after", "(deadline): no answer."),
+            (
+                [TimeoutError()],
+                {"deadline": 0.5, "base_delay": 1.0},
+                "Lost after",
+                "(deadline): no answer.",
+            ),
             ([KeyError("x")], {}, "Not retried:", "KeyError is a mistake in the code."),
             ([(9, "hi")], {"cancel_at": 1}, "Interrupted by the caller", "in the first attempt."),
             ([(1, SUPERSEDED)], {}, "Dropped by the provider", "s."),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OpenAI simulator, driven by LiveKit's own plugin; by a bare socket where that hides things.
+"""Test the OpenAI simulator with LiveKit's plugin, or with a bare socket for details.
 
-Durations are the loop's: the tests pass on the wall clock and on a virtual one.
+Durations are on the loop's clock: the tests pass on the wall clock and on a virtual one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from traced_retry.simulator.openai import duration
 async def model_for(
     server: OpenAISimulator, max_retry: int = 3
 ) -> AsyncIterator[openai.realtime.RealtimeModel]:
-    """LiveKit's model, talking to the server, with an HTTP session of its own."""
+    """Return LiveKit's model for the server, with its own HTTP session."""
     async with aiohttp.ClientSession() as http:
         yield openai.realtime.RealtimeModel(
             api_key="x",
@@ -50,7 +50,7 @@ async def agent_for(
     max_retry: int = 3,
     tools: list[llm.Tool | llm.Toolset] | None = None,
 ) -> AsyncIterator[AgentSession[None]]:
-    """A running AgentSession without a room."""
+    """Start an AgentSession without a room."""
     session: AgentSession[None]
     async with (
         model_for(server, max_retry) as model,
@@ -64,7 +64,7 @@ async def agent_for(
 async def realtime_for(
     server: OpenAISimulator,
 ) -> AsyncIterator[openai.realtime.RealtimeSession]:
-    """The plugin's session alone: what it raises is not yet swallowed by an AgentSession."""
+    """Open the plugin's session alone, because an AgentSession would hide its errors."""
     async with model_for(server) as model:
         session = model.session()
         try:
@@ -75,7 +75,7 @@ async def realtime_for(
 
 
 class Socket:
-    """A client that says what it is told to, and shows what it hears."""
+    """A client that sends and receives events of the protocol."""
 
     def __init__(self, ws: aiohttp.ClientWebSocketResponse[bool]) -> None:
         self.ws = ws
@@ -84,7 +84,7 @@ class Socket:
         await self.ws.send_json({"type": kind, "event_id": f"my_{kind}", **fields})
 
     async def next(self, kind: str) -> dict[str, Any]:
-        """The next event of that type, past any others."""
+        """Return the next event of that type, and skip others."""
         while True:
             event: dict[str, Any] = await self.ws.receive_json()
             if event["type"] == kind:
@@ -99,7 +99,7 @@ class Socket:
 
 @contextlib.asynccontextmanager
 async def socket_for(server: OpenAISimulator) -> AsyncIterator[Socket]:
-    """A bare connection to the server."""
+    """Open a bare connection to the server."""
     async with (
         aiohttp.ClientSession() as http,
         http.ws_connect(server.url + "/realtime?model=gpt-realtime") as ws,
@@ -108,13 +108,13 @@ async def socket_for(server: OpenAISimulator) -> AsyncIterator[Socket]:
 
 
 def texts(session: AgentSession[None]) -> list[str | None]:
-    """What the agent said, as the chat history has it."""
+    """Return the agent's texts in the chat history."""
     items = session.history.items
     return [i.text_content for i in items if i.type == "message" and i.role == "assistant"]
 
 
 def errors_of(session: AgentSession[None] | openai.realtime.RealtimeSession) -> list[Any]:
-    """The error events of a session, gathered from now on."""
+    """Return a list that collects the session's error events from now on."""
     found: list[Any] = []
 
     def gather(event: Any) -> None:
@@ -125,7 +125,7 @@ def errors_of(session: AgentSession[None] | openai.realtime.RealtimeSession) -> 
 
 
 def now() -> float:
-    """Seconds on the running loop's clock."""
+    """Return the seconds on the running loop's clock."""
     return asyncio.get_running_loop().time()
 
 
@@ -133,7 +133,7 @@ def now() -> float:
 
 
 def test_script_is_read_with_defaults() -> None:
-    """Elements keep their order; an argument left out takes its default; blanks do not matter."""
+    """Elements keep their order, a missing argument has its default, and blanks are ignored."""
     script = Script.parse("rate_limit:1.5, active ,late:3,tool:look_up,rate_limit")
     assert script.faults == (
         Fault("rate_limit", "1.5"),
@@ -147,7 +147,7 @@ def test_script_is_read_with_defaults() -> None:
 
 
 def test_last_element_repeats() -> None:
-    """Past its end a script goes on with its last element."""
+    """The last element of a script repeats."""
     script = Script.parse("silence,ok")
     assert [script.at(n).name for n in range(4)] == ["silence", "ok", "ok", "ok"]
 
@@ -169,7 +169,7 @@ def test_last_element_repeats() -> None:
     ],
 )
 def test_bad_script_names_element_and_known_faults(text: str, bad: str) -> None:
-    """The message names the bad element and lists every known one."""
+    """The message names the bad element and lists each known one."""
     with pytest.raises(ScriptError) as error:
         OpenAISimulator(text)
     assert bad in str(error.value)
@@ -186,7 +186,7 @@ def test_other_hosts_are_refused() -> None:
 
 
 async def test_ok() -> None:
-    """The agent says the reply; the request is on record, its instructions not in its repr."""
+    """The agent says the reply, and the repr of the recorded request lacks its instructions."""
     async with OpenAISimulator() as server, agent_for(server) as agent:
         await agent.generate_reply(instructions="hi")
         await agent.generate_reply(instructions="secret")
@@ -202,7 +202,7 @@ async def test_ok() -> None:
 
 
 async def test_order_of_events() -> None:
-    """A text reply's events come in OpenAI's order, each with an id of its own."""
+    """The events of a text reply come in OpenAI's order, each with its own id."""
     events: list[dict[str, Any]] = []
     server = OpenAISimulator(
         on_event=lambda direction, event: events.append(event) if direction == "sent" else None
@@ -252,7 +252,7 @@ async def test_tool() -> None:
 
 
 async def test_late() -> None:
-    """response.created comes only after so long."""
+    """The response.created event comes after the given time."""
     async with OpenAISimulator("late:0.3") as server, agent_for(server) as agent:
         await agent.generate_reply(instructions="hi")
         assert now() - server.requests[0].at >= 0.3
@@ -260,7 +260,7 @@ async def test_late() -> None:
 
 
 async def test_late_waits_for_active_response() -> None:
-    """A late answer that comes due during another response begins after that."""
+    """A late answer that is due during another response begins after it."""
     async with OpenAISimulator("late:0.1,slow:0.4") as server, socket_for(server) as socket:
         await socket.send("response.create")
         await socket.send("response.create")
@@ -282,7 +282,7 @@ async def test_slow_is_interrupted() -> None:
 
 
 async def test_slow_ends() -> None:
-    """Left alone, a slow reply is completed after so long."""
+    """A slow reply without an interruption completes after the given time."""
     async with OpenAISimulator("slow:0.3") as server, agent_for(server) as agent:
         await agent.generate_reply(instructions="hi")
         assert now() - server.requests[0].at >= 0.3
@@ -302,7 +302,7 @@ async def test_slow_ends() -> None:
     ],
 )
 async def test_rejection(script: str, kind: str, code: str | None, message: str) -> None:
-    """The request's own future fails with the code, and the next request is answered."""
+    """The request's future fails with the code, and the next request is answered."""
     async with OpenAISimulator(f"{script},ok") as server, realtime_for(server) as session:
         errors = errors_of(session)
         with pytest.raises(llm.RealtimeError) as error:
@@ -316,14 +316,14 @@ async def test_rejection(script: str, kind: str, code: str | None, message: str)
 
 
 def test_durations_are_written_as_openai_does() -> None:
-    """Milliseconds, seconds, minutes and hours, as seen in OpenAI's messages."""
+    """Messages have milliseconds, seconds, minutes and hours, as OpenAI's do."""
     seconds = (0, 0.2, 1, 1.5, 86.4, 360, 411480)
     written = ["0s", "200ms", "1s", "1.5s", "1m26.4s", "6m0s", "114h18m0s"]
     assert [duration(s) for s in seconds] == written
 
 
 async def test_uncorrelated() -> None:
-    """The plugin hears of an error but cannot tell whose it is: the request stays open."""
+    """The plugin gets an error without the id of a request, so the request stays open."""
     async with OpenAISimulator("uncorrelated") as server, realtime_for(server) as session:
         errors = errors_of(session)
         future = session.generate_reply()
@@ -336,7 +336,7 @@ async def test_uncorrelated() -> None:
 
 
 async def test_silence() -> None:
-    """The request is heard and nothing else happens."""
+    """The request is received, and no event follows."""
     async with OpenAISimulator("silence,ok") as server, realtime_for(server) as session:
         future = session.generate_reply()
         await server.wait_for(lambda: len(server.requests) == 1)
@@ -348,7 +348,7 @@ async def test_silence() -> None:
 
 
 async def test_active() -> None:
-    """A response of the server's own stands in the way, for so long; it takes no element."""
+    """A response of the server is active for the given time, and takes no element."""
     async with OpenAISimulator("active:0.3,ok") as server, realtime_for(server) as session:
         created: list[llm.GenerationCreatedEvent] = []
         session.on("generation_created", created.append)
@@ -378,7 +378,7 @@ async def test_response_that_comes_to_nothing(script: str) -> None:
 
 
 async def test_quota() -> None:
-    """The plugin takes it as final: it does not come back."""
+    """The plugin takes the error as final and does not reconnect."""
     async with OpenAISimulator("quota") as server, realtime_for(server) as session:
         errors = errors_of(session)
         with pytest.raises(llm.RealtimeError) as error:
@@ -390,7 +390,7 @@ async def test_quota() -> None:
 
 
 async def test_malformed() -> None:
-    """The plugin's session does not survive a frame that is not JSON."""
+    """A frame that is not JSON ends the plugin's session."""
     async with OpenAISimulator("malformed") as server, realtime_for(server) as session:
         errors = errors_of(session)
         with pytest.raises(llm.RealtimeError, match="realtime session closed"):
@@ -399,7 +399,7 @@ async def test_malformed() -> None:
 
 
 async def test_unauthorized_once() -> None:
-    """The first attempt is refused, the next one accepted; no request meets the element."""
+    """The first connection is refused and the next one accepted. No request takes the element."""
     async with OpenAISimulator("unauthorized,ok") as server, agent_for(server) as agent:
         await server.wait_for("connection_refused")
         await server.wait_for("connected")
@@ -409,7 +409,7 @@ async def test_unauthorized_once() -> None:
 
 
 async def test_unauthorized_for_ever() -> None:
-    """Every attempt is refused until the agent gives up."""
+    """Each connection is refused until the plugin gives up."""
     async with OpenAISimulator("unauthorized") as server, aiohttp.ClientSession() as http:
         async with http.get(server.url + "/realtime") as answer:
             assert answer.status == 401
@@ -424,7 +424,7 @@ async def test_unauthorized_for_ever() -> None:
 
 
 async def test_unauthorized_on_open_connection() -> None:
-    """A request that meets it ends the connection, and the attempt after that is refused."""
+    """A request with this element ends the connection, and the next connection is refused."""
     async with OpenAISimulator("ok,unauthorized,ok") as server, realtime_for(server) as session:
         await session.generate_reply()
         with pytest.raises(llm.RealtimeError, match="reconnection"):
@@ -435,7 +435,7 @@ async def test_unauthorized_on_open_connection() -> None:
 
 
 async def test_drop_before() -> None:
-    """The socket closes upon the request; the plugin comes back and forgets it."""
+    """The socket closes at the request, and the plugin reconnects without sending it again."""
     async with OpenAISimulator("drop_before,ok") as server, realtime_for(server) as session:
         with pytest.raises(llm.RealtimeError, match="reconnection"):
             await session.generate_reply()
@@ -445,7 +445,7 @@ async def test_drop_before() -> None:
 
 
 async def test_drop_during() -> None:
-    """The socket closes in mid-sentence; the plugin passes off what it has as the reply."""
+    """The socket closes during the answer, and the plugin passes on the part as the reply."""
     async with OpenAISimulator("drop_during,ok") as server, agent_for(server) as agent:
         await agent.generate_reply(instructions="hi")
         assert texts(agent) == ["reply"]
@@ -457,7 +457,7 @@ async def test_drop_during() -> None:
 @pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("word", ["connection_lost", "connection_refused"])
 async def test_drop_queued(before: int, word: str) -> None:
-    """A request made while the socket is down is sent after all, and meets the next element."""
+    """A request during the disconnect is sent later, and takes the next element."""
     script = "ok," * before + "drop_queued:0.3,ok"
     async with OpenAISimulator(script) as server, agent_for(server) as agent:
         for _ in range(before):
@@ -476,7 +476,7 @@ async def test_drop_queued(before: int, word: str) -> None:
 
 
 async def test_drop_queued_waits_for_late_answer() -> None:
-    """Nothing is cut off: the drop comes when the answer before it is complete."""
+    """The drop comes when the answer before it is complete."""
     async with OpenAISimulator("late:0.2,drop_queued:0,ok") as server, agent_for(server) as agent:
         await agent.generate_reply(instructions="hi")
         await server.wait_for("connection_lost")
@@ -484,7 +484,7 @@ async def test_drop_queued_waits_for_late_answer() -> None:
 
 
 async def test_drop_queued_takes_request_that_comes_too_early() -> None:
-    """A request sent while the drop is still waiting goes down with the socket, unheard."""
+    """A request sent before the drop is lost with the socket."""
     async with OpenAISimulator("late:5,drop_queued:0,ok") as server, socket_for(server) as socket:
         await socket.send("response.create")
         await socket.send("response.create")
@@ -496,7 +496,7 @@ async def test_drop_queued_takes_request_that_comes_too_early() -> None:
 
 
 async def test_items_are_placed_and_deleted() -> None:
-    """Each confirmation names the item before; what cannot be done is an error."""
+    """Each confirmation names the item before, and an impossible change is an error."""
     async with OpenAISimulator() as server, socket_for(server) as socket:
         assert (await socket.add("a"))["previous_item_id"] is None
         assert (await socket.add("c"))["previous_item_id"] == "a"
@@ -514,7 +514,7 @@ async def test_items_are_placed_and_deleted() -> None:
 
 
 async def test_history_reaches_the_server() -> None:
-    """The plugin's chat context is confirmed item by item, so its update does not time out."""
+    """Each item of the chat context is confirmed, so the plugin's update does not time out."""
     async with OpenAISimulator() as server, realtime_for(server) as session:
         history = llm.ChatContext.empty()
         history.add_message(role="user", content="one")
@@ -525,7 +525,7 @@ async def test_history_reaches_the_server() -> None:
 
 
 async def test_cancel() -> None:
-    """By id or without; with nothing to cancel it is an error, which the plugin overlooks."""
+    """A cancel works with and without an id. Without a response it is an error."""
     async with OpenAISimulator("slow:5") as server, socket_for(server) as socket:
         await socket.send("response.cancel")
         error = (await socket.next("error"))["error"]
@@ -547,7 +547,7 @@ async def test_cancel() -> None:
 
 
 async def test_connections_do_not_share_a_response() -> None:
-    """Thirty sessions at once: each has its own active response, all take from one script."""
+    """Thirty sessions at once have separate responses and one common script."""
     async with OpenAISimulator("slow:0.2") as server, model_for(server) as model:
         sessions = [model.session() for _ in range(30)]
         await asyncio.gather(*(s.generate_reply() for s in sessions))
@@ -558,7 +558,7 @@ async def test_connections_do_not_share_a_response() -> None:
 
 
 async def test_unreadable_events_are_rejected() -> None:
-    """What is not JSON, not an object, or of no known type is answered with an error."""
+    """An event that is not JSON, not an object or of no known type is an error."""
     async with OpenAISimulator() as server, socket_for(server) as socket:
         for text in ("{", "[]", '{"type": "explode"}'):
             await socket.ws.send_str(text)
@@ -567,7 +567,7 @@ async def test_unreadable_events_are_rejected() -> None:
 
 
 async def test_wait_for() -> None:
-    """An unknown word, a condition that raises, and a server closed meanwhile are errors."""
+    """An unknown word, a condition that raises, and a closed server are errors."""
     server = OpenAISimulator()
     async with server, socket_for(server) as socket:
         with pytest.raises(ValueError, match="connection_lost"):
@@ -584,7 +584,7 @@ async def test_wait_for() -> None:
 
 
 async def test_close_with_client_connected() -> None:
-    """Closing ends connections and delayed work at once; a second close does nothing."""
+    """Closing ends connections and delayed work at once, and a second close has no effect."""
     before = asyncio.all_tasks()
     server = OpenAISimulator("late:60")
     await server.start()
@@ -605,7 +605,7 @@ async def test_close_with_client_connected() -> None:
 
 
 async def test_port_that_is_taken() -> None:
-    """A port in use is an OSError, and nothing is left half open."""
+    """A port in use is an OSError, and no socket is left open."""
     async with OpenAISimulator() as server:
         port = int(server.url.split(":")[2].split("/")[0])
         with pytest.raises(OSError, match="in use"):

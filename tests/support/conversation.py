@@ -86,6 +86,12 @@ class NovaSonicConversation(Conversation):
         return super().ask(**(kwargs or {"instructions": "SECRET instructions"}))
 
 
+async def configured(talk):
+    """Wait until the server knows the session's configuration."""
+    await talk.server.wait_for("connected")
+    await asyncio.sleep(1.0)
+
+
 def now():
     """The virtual clock, seconds."""
     return asyncio.get_running_loop().time()

@@ -21,6 +21,7 @@ from support.conversation import Conversation, NovaSonicConversation
 from traced_retry.livekit.adapter import Adapter
 from traced_retry.livekit.aws import AWSAdapter
 from traced_retry.livekit.azure import VoiceLiveAdapter
+from traced_retry.livekit.duplex import DuplexAdapter
 from traced_retry.livekit.google import GoogleAdapter
 from traced_retry.livekit.openai import OpenAIAdapter
 from traced_retry.livekit.phonic import PhonicAdapter
@@ -28,6 +29,7 @@ from traced_retry.livekit.ultravox import UltravoxAdapter
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.azure import VoiceLiveSimulator
 from traced_retry.simulator.google import GoogleSimulator
+from traced_retry.simulator.gpt_live import GPTLiveSimulator
 from traced_retry.simulator.openai_compatible import (
     AzureOpenAIBetaSimulator,
     AzureOpenAISimulator,
@@ -100,6 +102,13 @@ def ultravox_model(*, api_key, base_url, http_session, conn_options):
     return ultravox.realtime.RealtimeModel(
         api_key=api_key, base_url=base_url, http_session=http_session, output_medium="text"
     )
+
+
+def gpt_live_model(**kwargs):
+    """Make GPT-Live's model."""
+    if not hasattr(openai.realtime, "GPTLiveModel"):
+        pytest.skip("OpenAI's plugin got its duplex model after livekit-agents 1.7.0")
+    return openai.realtime.GPTLiveModel(**kwargs)
 
 
 def phonic_model(*, api_key, base_url, http_session, conn_options):
@@ -213,6 +222,7 @@ PHONIC = ProviderCase(
     PhonicAdapter,
     redirected=lambda server: redirected(server.url),
 )
+GPT_LIVE = ProviderCase(gpt_live_model, GPTLiveSimulator, "openai", DuplexAdapter)
 NOVA_SONIC = ProviderCase(
     nova_sonic_model,
     nova_sonic_simulator,
@@ -242,6 +252,7 @@ WITHOUT_IDS = {
     "ultravox": ULTRAVOX,
     "phonic": PHONIC,
     "aws": NOVA_SONIC,
+    "gpt-live": GPT_LIVE,
 }
 """The providers whose replies carry no id of the request."""
 PROVIDERS = {**OPENAI_COMPATIBLE, **WITHOUT_IDS}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An OpenAI server that does nothing by itself: a test says what it answers, and when."""
+"""An OpenAI server that answers only on the command of a test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from traced_retry.simulator._openai_protocol import OpenAIConnection, output_pos
 
 
 class SteeredServer(OpenAISimulator):
-    """Use it as any simulator; ``connection`` is the present one, None before and between."""
+    """A server like any simulator. ``connection`` is the current one, or None."""
 
     def __init__(self):
         super().__init__()
@@ -21,32 +21,32 @@ class SteeredServer(OpenAISimulator):
         """How many of the next requests it answers at once and to the end."""
 
     def connect(self, ws, http):
-        """A connection just accepted."""
+        """Keep a connection that was just accepted."""
         self.connection = SteeredConnection(self, ws, "gpt-realtime")
         return self.connection
 
     @property
     def waiting(self):
-        """The requests that it can answer: none while it answers one, as OpenAI's."""
+        """Return the requests that can be answered: none during a response, as with OpenAI."""
         here = self.connection
         return [] if here is None or here.active else here.waiting
 
     @property
     def active(self):
-        """The response under way."""
+        """Return the active response."""
         return None if self.connection is None else self.connection.active
 
     async def drop(self, down):
-        """Close the connection, and refuse others for so many seconds."""
+        """Close the connection, and refuse others for some seconds."""
         here, self.connection = self.connection, None
         self.go_down(down)
         await here.hang_up(WSCloseCode.INTERNAL_ERROR, by_script=True)
 
 
 class SteeredConnection(OpenAIConnection):
-    """One client. Whatever it says of a reply carries a tag: what was asked, and by which request.
+    """The connection of one client. Each word carries a tag with its request.
 
-    The tag of the seventh request, whose instructions end with the line ``2``, is ``2.7``.
+    The tag of the seventh request, with instructions that end with the line ``2``, is ``2.7``.
     """
 
     def __init__(self, server, ws, model):
@@ -64,7 +64,7 @@ class SteeredConnection(OpenAIConnection):
         return await super().begin(metadata)
 
     async def hear(self, event):
-        """Keep a request; reject it where a response is active."""
+        """Keep a request, or reject it if a response is active."""
         self.server.heard += 1
         event["number"] = self.server.heard
         if self.active is not None:
@@ -78,7 +78,7 @@ class SteeredConnection(OpenAIConnection):
             await self.complete()
 
     async def run(self):
-        """Serve the client; afterwards it is gone."""
+        """Serve the client until it leaves."""
         try:
             await super().run()
         finally:
@@ -86,7 +86,7 @@ class SteeredConnection(OpenAIConnection):
                 self.server.connection = None
 
     async def begin_to_answer(self, which, message):
-        """Begin the response to that request; with a ``message``, which holds no word yet."""
+        """Begin the response to that request, with an empty message if ``message`` is set."""
         event = self.waiting.pop(which % len(self.waiting))
         params = event["response"]
         asked = (params.get("instructions") or "?").splitlines()[-1]
@@ -102,7 +102,7 @@ class SteeredConnection(OpenAIConnection):
         await self.begin(None)
 
     async def say(self):
-        """A word: the tag. This and what follows do nothing where no response is under way."""
+        """Send the tag as a word. This and the next methods need an active response."""
         if self.active and not self.active.item:
             await self.begin_message(self.active)
         if self.active and self.active.item["type"] == "message":
@@ -117,7 +117,7 @@ class SteeredConnection(OpenAIConnection):
             await self.call_function(self.active, name)
 
     async def complete(self):
-        """End the response well, with a word if there is none."""
+        """Complete the response, with a word if there is none."""
         if self.active and not self.spoke:
             await self.say()
         if self.active:
@@ -125,7 +125,7 @@ class SteeredConnection(OpenAIConnection):
             await self.finish(self.active, "completed")
 
     async def fail(self, code):
-        """End the response: failed with that code, or ``incomplete``, or ``cancelled``."""
+        """End the response as failed with that code, or as ``incomplete`` or ``cancelled``."""
         if not self.active:
             return
         if code == "incomplete":
@@ -136,7 +136,7 @@ class SteeredConnection(OpenAIConnection):
             await self.finish(self.active, "failed", error={"type": code, "code": code})
 
     async def reject_one(self, which, code):
-        """Reject that request with that code; None: a server error without one."""
+        """Reject that request with that code, or with a server error without a code."""
         event = self.waiting.pop(which % len(self.waiting))
         kind = code or "server_error"
         await self.reject(event["event_id"], code, "Please try again in 1.5s.", kind)

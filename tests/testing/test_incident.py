@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
+import aiohttp
 import pytest
 from livekit.agents import Agent, AgentSession
-from livekit.agents.utils import http_context
-from livekit.plugins import openai, ultravox
+from support.providers import CONN_OPTIONS, PROVIDERS
+from support.recorder import Recorder
 
 import traced_retry
 from traced_retry.core.budget import refill
 from traced_retry.report import Reply
 from traced_retry.report.read import order, replies_of
-from traced_retry.simulator import PROVIDERS, Script, simulator
+from traced_retry.simulator import PROVIDERS as SIMULATED
+from traced_retry.simulator import Script
 from traced_retry.simulator.reach import _LINES
 from traced_retry.testing.incident import SIMULATOR_OF, incident_script
 from traced_retry.testing.spans import _as_stored
@@ -39,41 +44,61 @@ INCIDENTS = [
         "empty,ok",
         "uncorrelated,silence,ok",
     )
-] + [("ultravox", "late:7,ok"), ("ultravox", "ok,silence,ok")]
-MODELS = {
-    "openai": lambda url: openai.realtime.RealtimeModel(
-        api_key="x", base_url=url, modalities=["text"]
-    ),
-    "ultravox": lambda url: ultravox.realtime.RealtimeModel(
-        api_key="x", base_url=url, output_medium="text"
-    ),
-}
+] + [
+    ("openai", "turn:failed,ok"),
+    ("openai", "turn:failed_message,turn:ok,rate_limit,ok"),
+    ("xai", "turn:failed_during,ok"),
+    ("xai", "error:server_error,ok"),
+    ("azure openai", "rate_limit,drop_before,ok"),
+    ("voicelive", "error:server_error,ok"),
+    ("google", "ok,error:1011,ok"),
+    ("google", "turn:ok,rate_limit"),
+    ("ultravox", "late:7,ok"),
+    ("ultravox", "ok,silence,ok"),
+    ("ultravox", "turn:drop_before,ok"),
+    ("phonic", "late:3,ok,turn:ok"),
+    ("phonic", "drop_before"),
+    ("aws", "late:3,ok"),
+]
 
 
-async def call(provider, script, recorder, replies=3):
-    """Have an agent give three replies; return them as stored."""
+async def call(provider, script):
+    """Have an agent give three replies, and let the caller speak; return the replies as stored."""
     refill()
-    before = len(recorder.spans())
-    async with simulator(provider)(script) as server, http_context.open():
-        model = traced_retry.wrap(MODELS[provider](server.url), **recorder.providers)
-        session = AgentSession(llm=model)
+    recorder, case = Recorder(), PROVIDERS[provider]
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(case.simulator(script))
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        stack.enter_context(case.redirected(server))
+        model = case.model(
+            api_key="x", http_session=http, conn_options=CONN_OPTIONS, **case.address(server)
+        )
+        traced_retry.wrap(model, **recorder.providers)
+        session = await stack.enter_async_context(AgentSession(llm=model))
         await session.start(Agent(instructions="Be brief."))
-        for _ in range(replies):
-            await session.generate_reply(instructions="Say hello.")
-        await session.aclose()
-    return sorted(replies_of(_as_stored(span) for span in recorder.spans()[before:]), key=order)
+        await case.until_ready(case.conversation(server, model, session))
+        for _ in range(3):
+            with contextlib.suppress(RuntimeError):  # A fatal error has ended the call.
+                await session.generate_reply(instructions="Say hello.")
+                if "turn:" in script:
+                    await asyncio.sleep(30)
+                    await server.caller_speaks()
+                    await asyncio.sleep(30)
+    recorder.shutdown()
+    return sorted(replies_of(_as_stored(span) for span in recorder.spans()), key=order)
 
 
 @pytest.mark.parametrize(("provider", "script"), INCIDENTS)
-async def test_replayed_agent_has_the_same_outcomes(provider, script, recorder):
-    """Outcome, stop reason and number of requests of each reply are the same."""
-    incident = await call(provider, script, recorder)
+async def test_replayed_agent_has_the_same_outcomes(provider, script):
+    """Initiator, outcome, stop reason and number of requests of each reply are the same."""
+    incident = await call(provider, script)
     found = incident_script(incident)
-    replayed = await call(provider, str(found), recorder)
+    replayed = await call(provider, str(found))
 
     def ended(replies):
-        return [(r.outcome, r.stop_reason, r.attempt_count) for r in replies]
+        return [(r.initiator, r.outcome, r.stop_reason, r.attempt_count) for r in replies]
 
+    assert ("turn:" in script) == ("provider" in {r.initiator for r in incident})
     assert incident  # a fatal error ends the call before the last reply
     assert ended(incident) == ended(replayed), str(found)
     assert found == Script.parse(str(found))
@@ -95,5 +120,5 @@ def test_provider_without_a_simulator_is_refused():
 
 def test_each_provider_has_a_constructor_and_a_simulator():
     """A new simulator needs lines that reach it, and a provider name in the spans."""
-    assert set(PROVIDERS) == set(_LINES)
-    assert set(PROVIDERS) == {*SIMULATOR_OF.values(), "nvidia"}
+    assert set(SIMULATED) == set(_LINES)
+    assert set(SIMULATED) == {*SIMULATOR_OF.values(), "gpt-live", "nvidia"}

@@ -42,7 +42,10 @@ def test_correct_agent_has_an_empty_verdict():
 
 
 def test_plugin_alone_does_not_report_a_response_that_fails_before_its_first_word():
-    """The agent's code gets no error, and the caller hears no reply."""
-    (finding,) = check_agent(agents.start_bare)
+    """The agent's code gets no error and the caller hears no reply, also after a turn of hers."""
+    verdict = check_agent(agents.start_bare)
 
-    assert ("failure_not_reported", "failed_message,ok") == (finding.error, finding.script)
+    assert [
+        ("failure_not_reported", "failed_message,ok"),
+        ("failure_not_reported", "turn:failed_message"),
+    ] == [(finding.error, finding.script) for finding in verdict]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reply costs to tell of: spans, bytes, series. Prints the figures of docs/scale.md.
+"""Measure the telemetry of a reply, and print the figures of docs/scale.md: spans, bytes, series.
 
-``python tools/backends/scale.py``, a minute, with the servers of tests/backends. A call of 1 reply
-is compared with one of 21: the difference is what 20 replies cost; the rest is the call's own.
+``python tools/backends/scale.py`` takes a minute with the servers of tests/backends. It compares a
+call of 1 reply with a call of 21. The difference is the cost of 20 replies.
 """
 
 from __future__ import annotations
@@ -20,14 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from backends.agent import Job
 from backends.fleet import play
-from backends.servers import (
-    FLUSH,
-    Collector,
-    Jaeger,
-    Prometheus,
-    free_ports,
-    until,
-)
+from backends.reading import settle
+from backends.servers import Collector, Jaeger, Prometheus, free_ports
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
 )
@@ -39,12 +33,12 @@ MORE = 20
 SCRIPTS = {
     "heard at once": "ok",
     "heard after one retry": ",".join(["error:server_error,ok"] * (MORE + 1)),
-    "lost after three attempts": "error:server_error",
+    "failed after three attempts": "error:server_error",
 }
 
 
 class Receiver:
-    """An OTLP/HTTP endpoint that keeps what it is sent."""
+    """An OTLP/HTTP endpoint that keeps each request."""
 
     def __enter__(self):
         self.bodies = {"/v1/traces": [], "/v1/metrics": []}
@@ -73,7 +67,7 @@ class Receiver:
         self._server.server_close()
 
     def spans(self):
-        """Every span received."""
+        """Yield each span received."""
         for body in self.bodies["/v1/traces"]:
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 for scope in resource.scope_spans:
@@ -81,7 +75,7 @@ class Receiver:
 
 
 def call(script, replies, **environment):
-    """The receiver after one call of that many replies."""
+    """Run one call of that many replies, and return the receiver."""
     with Receiver() as receiver:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, **environment}
         play([(Job("openai", replies, environment=environment), script)])
@@ -89,7 +83,7 @@ def call(script, replies, **environment):
 
 
 def spans_and_bytes():
-    """Per reply, and of the call around it."""
+    """Print the spans and bytes per reply, and of the call around it."""
     print("| a reply | our spans | LiveKit's spans | bytes of spans | of these ours | gzip |")
     print("|---|---|---|---|---|---|")
     for name, script in SCRIPTS.items():
@@ -149,7 +143,7 @@ SERIES = {
 
 
 def series(folder):
-    """In Prometheus, on either path, of one provider's three calls."""
+    """Print the number of series of one provider's three calls, on both paths."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     with (
@@ -159,10 +153,7 @@ def series(folder):
     ):
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
         play([(Job("openai", 5, environment=environment), s) for s in SCRIPTS.values()])
-        until(
-            lambda: prometheus.query('traces_span_metrics_calls_total{span_name="generate_reply"}'),
-            seconds=4 * FLUSH,
-        )
+        settle(prometheus, "livekit-agent")
         print("\nseries, of one provider with all three kinds of reply:")
         for name, selector in SERIES.items():
             by = "by (instance) " if "per process" in name else ""
@@ -171,7 +162,7 @@ def series(folder):
 
 
 def disk(folder):
-    """In badger, once it has been closed."""
+    """Print the size of badger's files after it was closed, per reply."""
     badger = folder / "badger"
     with Jaeger(folder, badger=badger) as jaeger:
         before = _size(badger)

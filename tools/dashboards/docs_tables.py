@@ -2,7 +2,7 @@
 """The tables between markers in ``docs/`` and in ``dashboards/README.md``.
 
 The tables come from the emitted telemetry (``telemetry_tables.py``), from the generated rules and
-from the dashboards' JSON. A marker is ``<!-- table: NAME -->``; the table ends at ``<!-- end -->``.
+from the dashboards' JSON. A table begins at ``<!-- table: NAME -->`` and ends at ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ VARIABLES: Final = {
     "$__range": "1h",
     "$rollup": "1m",
 }
-"""What Grafana fills in before PromQL can be read; the longer name first."""
+"""Values for the variables that Grafana fills in. The longer name comes first."""
+
+SHARED: Final = ("gen_ai_provider_name", "deployment_environment_name")
+"""The labels of each series whose name begins with ``provider:``."""
 
 Rows = list[list[str]]
 
 
 def markdown(rows: Rows) -> str:
-    """Return a table; its first row has the headings."""
+    """Return a table. The first row has the headings."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in cells]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
@@ -147,17 +150,22 @@ def _code(names: Iterable[str]) -> str:
 
 
 def series(dashboards: Path) -> Iterator[list[str]]:
-    """Yield each recorded series with its sources; series with the same sources share a row."""
-    yield ["series", "labels", "read from"]
+    """Yield each recorded series with its sources. Series with the same sources share a row.
+
+    The text above the table describes the labels ``SHARED`` and the series of ten minutes.
+    """
+    yield ["series", "more labels", "read from"]
     recorded: dict[str, dict[str, Any]] = {}
     for name in ("recording", "rollup", "alerts"):
         document = yaml.safe_load((dashboards / f"prometheus/{name}.yaml").read_text("utf-8"))
         for rule in (rule for group in document["groups"] for rule in group["rules"]):
-            if "record" in rule:
+            if "record" in rule and not rule["record"].endswith(":increase10m"):
                 recorded[rule["record"]] = rule
     alike: dict[tuple[str, str], list[str]] = {}
     for record, rule in recorded.items():
-        labels = [*_labels(rule["expr"], recorded), *rule.get("labels", ())]
+        all_labels = (*_labels(rule["expr"], recorded), *rule.get("labels", ()))
+        hidden = SHARED if set(SHARED) <= set(all_labels) else ()
+        labels = [name for name in all_labels if name not in hidden]
         read = _code(_reads([rule["expr"]])) or "a constant"
         alike.setdefault((_code(labels), read), []).append(record)
     for (kept, read), records in alike.items():
@@ -175,8 +183,8 @@ def _labels(expression: str, recorded: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def panels(boards: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    """Yield each panel of the dashboards; a panel that is on several of them has one row."""
-    yield ["panel", "on", "unit", "reads", "shown where there is no data"]
+    """Yield each panel of the dashboards. A panel on several of them has one row."""
+    yield ["panel", "dashboard", "unit", "reads", "text without data"]
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, board in boards.items():
         for panel in _panels(board):

@@ -217,8 +217,8 @@ def stop_reasons(width: int = 8) -> Panel:
     return Panel(
         "Replies by stop reason",
         "Replies a minute that were not heard, by the reason why no further attempt was made: "
-        "attempts, time or budget used up, a retry was unsafe, the provider refused, or the caller "
-        "or the provider ended the reply.",
+        "attempts, time or budget used up, the circuit breaker open, a retry was unsafe, the "
+        "provider refused, or the caller or the provider ended the reply.",
         (Query(per_minute(REPLIES, f'{STOP}!=""', by=STOP), f"{{{{{STOP}}}}}"),),
         "cpm",
         "every reply was heard",
@@ -346,8 +346,8 @@ def exemplars() -> Panel:
                 drawn,
                 f"{{{{{OUTCOME}}}}}",
             ),
-            # Prometheus looks for exemplars by a query's selectors. Its result would cost seconds
-            # where every call has series of its own; of the year 1970 there is none, and for free.
+            # Prometheus looks for exemplars by a query's selectors. Computing the result would cost
+            # seconds if each call has its own series. At the time 0 there is no sample to read.
             Query(
                 f"sum by ({OUTCOME}) ({spans} @ 0 or {own} @ 0)",
                 f"{{{{{OUTCOME}}}}}",

@@ -34,12 +34,12 @@ JAEGER: Final = common.DataSourceRef("jaeger", "${jaeger_datasource}")
 TEMPO: Final = common.DataSourceRef("tempo", "${tempo_datasource}")
 
 STEP: Final = "$rollup"
-"""The rolled-up series have one sample in that time; a shorter step would find none in between."""
+"""The interval of the rolled-up series. A shorter step would find no sample."""
 COARSE_FROM: Final = 3 * 86_400
-"""Seconds. Over a longer time, what is read has one sample in ten minutes instead of one in one."""
+"""Seconds. For a longer time, queries read one sample per ten minutes instead of one per minute."""
 
 POINTS: Final = 500
-"""At most so many steps, however wide the screen: a query costs series times steps."""
+"""The largest number of steps on any screen. The cost of a query is its series times steps."""
 
 COLORS: Final = {
     "succeeded": "green",
@@ -74,13 +74,13 @@ class Panel:
     queries: tuple[Query, ...]
     unit: str
     none: str
-    """What is shown when there is no data: what that means."""
+    """The text without data. It says what the missing data means."""
     kind: str = "timeseries"
     width: int = 8
     height: int = 8
     stacked: bool = False
     steps: tuple[tuple[float, str], ...] = ()
-    """Of a stat: (from that value on, colour)."""
+    """The colours of a stat: (lowest value, colour)."""
     decimals: int | None = None
     repeat: str = ""
     link: bool = False
@@ -90,7 +90,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's title and its panels; folded ones ask nothing until they are opened."""
+    """The title of a row and its panels. A folded row sends no query until it is opened."""
 
     title: str
     panels: tuple[Any, ...]
@@ -281,7 +281,7 @@ def _markdown(panel: Markdown, number: int, x: int, y: int) -> Any:
 
 
 class _Ready:
-    """What is built already, where the SDK wants a builder."""
+    """An object in the place of a builder, which returns it as it is."""
 
     def __init__(self, built: Any) -> None:
         self._built = built
@@ -325,7 +325,7 @@ _MAKE: Final = {Panel: _panel, Markdown: _markdown, Traces: _traces}
 
 
 def data_source(kind: str, title: str) -> Any:
-    """The variable for a data source of that kind, named as dashboard-linter wants it."""
+    """Return the variable for a data source of that kind. dashboard-linter checks its name."""
     return (
         builders.DatasourceVariable(f"{kind}_datasource")
         .label(f"{title} data source")
@@ -337,7 +337,7 @@ def data_source(kind: str, title: str) -> Any:
 
 
 def choice(name: str, title: str, query: str, *, several: bool = True) -> Any:
-    """A variable with the values that Prometheus has; several at once, or just one."""
+    """Return a variable with the values in Prometheus. The user selects one or several."""
     made = (
         builders.QueryVariable(name)
         .label(title)
@@ -358,7 +358,7 @@ def choice(name: str, title: str, query: str, *, several: bool = True) -> Any:
 
 
 def rollup() -> Any:
-    """The hidden variable for which of the rolled-up series is read: 1m or 10m."""
+    """Return the hidden variable that chooses the series of 1m or of 10m."""
     coarse = f'label_replace(vector($__range_s) > {COARSE_FROM}, "rollup", "10m", "", "")'
     fine = 'label_replace(vector(1), "rollup", "1m", "", "")'
     query = f"query_result({coarse} or on () {fine})"
@@ -384,7 +384,7 @@ _SIDES: Final = ("bottom", "right")
 
 
 def as_json(board: Board) -> str:
-    """The dashboard as Grafana reads it, keys sorted."""
+    """Return the dashboard as Grafana reads it, with sorted keys."""
     made = (
         builders.Dashboard(board.title)
         .uid(board.uid)
@@ -432,7 +432,7 @@ def as_json(board: Board) -> str:
 
 
 def _without_placement(found: Any) -> Any:
-    """Without what the SDK puts on every link: that it be hidden in a menu."""
+    """Return the links without the SDK's setting that hides them in a menu."""
     if isinstance(found, dict):
         return {
             k: _without_placement(v) for k, v in found.items() if k != "placement" or v in _SIDES
@@ -443,7 +443,7 @@ def _without_placement(found: Any) -> Any:
 
 
 def _placed(panels: Iterable[Any], number: int, y: int) -> Iterable[tuple[Any, int, int]]:
-    """Panels from left to right, then on the next line."""
+    """Place panels from left to right, then on the next line."""
     x, high = 0, 0
     for place, panel in enumerate(panels):
         if x + panel.width > _FULL:

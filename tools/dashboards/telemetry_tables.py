@@ -32,6 +32,8 @@ def values(names: tuple[str, ...]) -> str:
 
 
 MEANS: Final = {
+    semconv.GEN_AI_OPERATION: f"`{semconv.GENERATE_CONTENT}`, as on LiveKit's own span",
+    semconv.SPAN_KIND: "`CHAIN`. On a reply that was lost without a response: `LLM`",
     semconv.PROVIDER: "the name from the semantic conventions, or a lower-case name",
     semconv.INITIATOR: f"{values(semconv.INITIATORS)}: who started the reply",
     semconv.MODEL: "",
@@ -52,6 +54,7 @@ MEANS: Final = {
     semconv.ERROR_CODE: "the provider's exact code",
     semconv.NEXT_DELAY: "planned wait in seconds. A reconnect may make it longer",
     semconv.RESPONSE_ID: "the provider's id of the response",
+    semconv.ANSWERED_ATTEMPT: "number of the earlier attempt whose request was answered",
     semconv.LK_SPEECH_ID: "the id of LiveKit's `SpeechHandle`, as on its `agent_turn` span",
 }
 UNLESS_ALWAYS: Final = {
@@ -66,6 +69,7 @@ UNLESS_ALWAYS: Final = {
     semconv.ERROR_CODE: "if it failed with a code",
     semconv.NEXT_DELAY: "if a retry follows",
     semconv.RESPONSE_ID: "once a response has begun and has one",
+    semconv.ANSWERED_ATTEMPT: "if the answer was to an earlier request",
     semconv.LK_SPEECH_ID: "if there is one",
 }
 """The condition of each optional attribute. A new attribute without an entry stops the build."""
@@ -120,6 +124,7 @@ def _record(telemetry: Telemetry, target: Target) -> None:
         if target.model:
             attempt.delivery = Delivery()
             attempt.delivery.response_id = "resp_1"
+            attempt.delivery.answers_attempt = 1 if then == "hedge" else None
         reply.attempt_ended(attempt, 0.1)
         reply.waited(0.1)
         lost = stop is not None and semconv.OUTCOME_OF[stop] in ("exhausted", "not_recoverable")

@@ -47,18 +47,20 @@ class Scenario:
 
 
 SCENARIOS: Final = (
-    Scenario("ok", "All is well."),
-    Scenario("rate_limit:0.5,ok", "The provider is busy and says for how long."),
-    Scenario("error:server_error,ok", "The provider has a hiccup."),
+    Scenario("ok", "The provider answers."),
+    Scenario("rate_limit:0.5,ok", "The provider is busy and names a wait."),
+    Scenario("error:server_error,ok", "The provider reports an error."),
     Scenario("turn:failed,ok", "The caller speaks, and the provider's own reply fails."),
     Scenario("late:1.2,ok", "The answer is slow, but comes."),
-    Scenario("late:2.2,ok", "The answer comes after we asked again.", linger=1.0),
+    Scenario("late:2.2,ok", "The answer comes after the request was sent again.", linger=1.0),
     Scenario("drop_before,ok", "The connection is lost during the request."),
     Scenario("active:0.8,ok", "Another response is still active."),
-    Scenario("rate_limit:5", "The caller loses patience while we wait.", interrupt_after=0.7),
+    Scenario(
+        "rate_limit:5", "The caller speaks during the wait before a retry.", interrupt_after=0.7
+    ),
     Scenario("rate_limit", "The provider stays busy."),
     Scenario("quota", "The account is out of quota."),
-    Scenario("failed_message,ok", "The response dies after it began, before its first word."),
+    Scenario("failed_message,ok", "The response fails after its start, before its first word."),
 )
 
 
@@ -94,7 +96,7 @@ class Demo:
     """One run of the demo. Call :meth:`run` once.
 
     Args:
-        store: the file to which spans are appended.
+        store: the file that gets the spans.
         on_start: called with each scenario before it starts.
         on_result: called with each result.
     """

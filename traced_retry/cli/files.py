@@ -13,16 +13,18 @@ from traced_retry import shipped_files
 from traced_retry.shipped_files import ShippedFile
 
 exporters = typer.Typer(
-    help="Configuration for OpenTelemetry SDKs, Collectors and servers: list, show, copy.",
+    help="List, show or copy configuration files for OpenTelemetry SDKs, Collectors and servers.",
     no_args_is_help=True,
 )
 dashboards = typer.Typer(
-    help="Dashboards for Grafana, rules for Prometheus, a runbook: list, show, write.",
+    help="List, show or write dashboards for Grafana, rules for Prometheus, and a runbook.",
     no_args_is_help=True,
 )
 
-_Directory = Annotated[Path, typer.Argument(help="Where to; it is made.")]
-_Force = Annotated[bool, typer.Option("--force", help="Overwrite what you have edited.")]
+_Directory = Annotated[
+    Path, typer.Argument(help="The folder to write to. It is created if necessary.")
+]
+_Force = Annotated[bool, typer.Option("--force", help="Overwrite files that you have edited.")]
 
 
 def _list(files: Sequence[ShippedFile]) -> None:
@@ -44,15 +46,17 @@ def _write(directory: Path, files: Sequence[ShippedFile], *, force: bool) -> Non
 def list_exporters() -> None:
     """List the files, each with its purpose.
 
-    Those in presets/ are for traced_retry.enable(preset=NAME), or to be copied, edited and named
-    in OTEL_CONFIG_FILE.
+    Use a file of presets/ with traced_retry.enable(preset=NAME). Or copy it, edit the copy, and
+    set OTEL_CONFIG_FILE to its path.
     """
     _list(shipped_files.exporters())
 
 
 @exporters.command("show")
 def show_exporter(
-    name: Annotated[str, typer.Argument(help="As listed, such as presets/jaeger.yaml.")],
+    name: Annotated[
+        str, typer.Argument(help="A name from the list, for example presets/jaeger.yaml.")
+    ],
 ) -> None:
     """Print one file."""
     _show(shipped_files.exporters(), name)
@@ -60,7 +64,7 @@ def show_exporter(
 
 @exporters.command("write")
 def write_exporters(directory: _Directory, *, force: _Force = False) -> None:
-    """Copy all files, to be edited and used from there."""
+    """Copy all files into a folder, so that you can edit and use them there."""
     _write(directory, shipped_files.exporters(), force=force)
 
 
@@ -72,7 +76,9 @@ def list_dashboards() -> None:
 
 @dashboards.command("show")
 def show_dashboard(
-    name: Annotated[str, typer.Argument(help="As listed, such as prometheus/alerts.yaml.")],
+    name: Annotated[
+        str, typer.Argument(help="A name from the list, for example prometheus/alerts.yaml.")
+    ],
 ) -> None:
     """Print one file."""
     _show(_dashboard_files(), name)
@@ -84,41 +90,43 @@ def write_dashboards(
     *,
     preset: Annotated[
         str | None,
-        typer.Option(help="An objective with its burn rates: 99 (shipped) or 99.5."),
+        typer.Option(help="An objective with its burn rates: 99 (the default) or 99.5."),
     ] = None,
     objective: Annotated[
         float | None,
-        typer.Option(help="Percent of replies that are not lost; shipped: 99."),
+        typer.Option(help="Percentage of replies that must not be lost; default: 99."),
     ] = None,
     min_replies: Annotated[
         int | None,
-        typer.Option(help="Replies that a percentile needs at least; shipped: 20."),
+        typer.Option(help="Smallest number of replies for a percentile; default: 20."),
     ] = None,
     min_lost: Annotated[
         int | None,
-        typer.Option(help="Lost replies that a page needs at least; shipped: 10."),
+        typer.Option(help="Smallest number of lost replies for a page; default: 10."),
     ] = None,
     silence: Annotated[
         float | None,
-        typer.Option(help="Seconds to first output that 95 % of replies keep to; shipped: 3."),
+        typer.Option(
+            help="Limit of the 95th percentile of the time to first output, in seconds; default: 3."
+        ),
     ] = None,
     grafana_url: Annotated[
-        str | None, typer.Option(help="Where your Grafana is, for the links in alerts.")
+        str | None, typer.Option(help="URL of your Grafana, for the links in alerts.")
     ] = None,
     runbook_url: Annotated[
         str | None,
-        typer.Option(help="Where your copy of runbook.md is; default: a dashboard in Grafana."),
+        typer.Option(help="URL of your copy of runbook.md; default: a dashboard in Grafana."),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="A config.yaml of your own, with every window and threshold."),
+        typer.Option(help="Your own config.yaml with every window and threshold."),
     ] = None,
     force: _Force = False,
 ) -> None:
-    """Write all files, with thresholds of your own.
+    """Write all files into a folder, with your own thresholds.
 
-    A threshold that could never be crossed is refused. compose.yaml of `traced-retry exporters`
-    reads the files from a folder `dashboards` beside it.
+    A threshold that no outage could cross is an error. The compose.yaml of `traced-retry
+    exporters` reads the files from a folder `dashboards` beside it.
     """
     found = _dashboard_files(
         config,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry demo | simulate | script | report | doctor | exporters | dashboards``."""
+"""``traced-retry demo | simulate | record | script | report | doctor | exporters | dashboards``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from traced_retry.errors import UsageError, missing_extra
 try:
     import typer
     from rich.console import Console
-except ModuleNotFoundError as error:  # the core installs neither
+except ModuleNotFoundError as error:  # the extra cli installs both
     raise SystemExit(str(missing_extra("the command traced-retry", error))) from None
 
 from traced_retry import __version__
 from traced_retry.cli.files import dashboards, exporters
+from traced_retry.cli.record import record
 from traced_retry.cli.report import report
 from traced_retry.cli.script import script
 from traced_retry.cli.simulate import simulate, simulate_epilog
 
 app = typer.Typer(
-    help="Retries for LiveKit realtime replies, traced: each is heard exactly once, or its "
-    "failure is known at once.",
+    help="Retry LiveKit realtime replies and trace every attempt: each reply is heard exactly "
+    "once, or its failure is reported at once.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,7 +36,7 @@ app = typer.Typer(
 )
 
 TO_JAEGER = """\
-To see them in Jaeger, which takes OTLP on port 4318, set this before your agent or this demo:
+To send the spans to a Jaeger on this machine, set these variables before your agent or this demo:
   export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318
   export OTEL_SERVICE_NAME=my-agent"""
 
@@ -80,16 +81,16 @@ def demo(
     ] = False,
     store: Annotated[
         Path | None,
-        typer.Option(help="File to store the spans in; default: one under your state directory."),
+        typer.Option(help="File for the spans; default: a new one under your state directory."),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show LiveKit's own log as well.")
     ] = False,
 ) -> None:
-    """Play a dozen conversations with a server that fails, and show the outcome of each.
+    """Run a dozen conversations with a server that fails, and show the outcome of each.
 
     A real LiveKit AgentSession with the real OpenAI plugin talks to a server on 127.0.0.1. You
-    need no key, no network and no LiveKit server. It takes about fifteen seconds.
+    need no key, no network and no LiveKit server. The demo takes about 15 seconds.
     """
     from traced_retry.cli.demo import SCENARIOS, Scenario, ScenarioResult, run_demo  # noqa: PLC0415
     from traced_retry.export.file_store import new_store  # noqa: PLC0415
@@ -111,13 +112,13 @@ def demo(
         progress.print(f"{number}  {scenario.script:<24} {scenario.description}")
 
     def on_result(result: ScenarioResult) -> None:
-        heard = {0: "nothing heard", 1: "heard once"}.get(result.replies_heard, "HEARD TWICE")
+        heard = {0: "not heard", 1: "heard once"}.get(result.replies_heard, "HEARD TWICE")
         progress.print(f"        {result.reply.outcome}, {heard}, {result.reply.seconds:.2f} s")
 
     try:
         results, seconds = run_demo(path, *(() if as_json else (on_start, on_result)))
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted. The spans until now are in\n  {path}", err=True)
+        typer.echo(f"Interrupted. The spans recorded so far are in\n  {path}", err=True)
         raise typer.Exit(130) from None
     if as_json:
         replies = [result.as_dict() for result in results]
@@ -133,7 +134,7 @@ def demo(
     )
     console.print(f"Read them again:\n  traced-retry report {path}", soft_wrap=True)
     if (sent_to := endpoint()) is not None:
-        console.print(f"They were sent to {redact_url(sent_to)} as well.", soft_wrap=True)
+        console.print(f"The spans were also sent to {redact_url(sent_to)}.", soft_wrap=True)
     else:
         console.print(TO_JAEGER, soft_wrap=True)
 
@@ -142,6 +143,7 @@ app.command()(report)
 
 
 app.command(epilog=simulate_epilog())(simulate)
+app.command()(record)
 app.command()(script)
 
 
@@ -152,7 +154,7 @@ def doctor(
         bool, typer.Option("--json", help="Print one JSON object: ok, and the checks.")
     ] = False,
     preset: Annotated[
-        str | None, typer.Option(help="The preset that your agent gives to enable().")
+        str | None, typer.Option(help="The preset that your agent passes to enable().")
     ] = None,
     jaeger: Annotated[
         str | None,
@@ -161,16 +163,15 @@ def doctor(
 ) -> None:
     """Check where spans would go, whether a test span arrives, and which plugins are retried.
 
-    Run it where your agent runs, with the same variables. The exit status is 0 only if
-    every check is ok.
+    Run it on your agent's machine with the same environment variables. The exit status is 0
+    if every check is ok, and 1 otherwise.
     """
     from dataclasses import asdict  # noqa: PLC0415
 
     from traced_retry.doctor import run_checks  # noqa: PLC0415
 
-    logging.disable(
-        logging.CRITICAL
-    )  # the checks explain the failures that exporters and SDK would log
+    # The checks explain the failures that exporters and SDK would log.
+    logging.disable(logging.CRITICAL)
     checks = []
     for check in run_checks(preset, jaeger):
         checks.append(check)
@@ -182,5 +183,5 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"ok": well, "checks": [asdict(check) for check in checks]}))
     sys.stdout.flush()
-    # Not by the SDK's exit handlers: a reader of metrics takes up to 30 s for a dead server.
+    # This skips the SDK's exit handlers, which wait up to 30 s for a server that is down.
     os._exit(0 if well else 1)

@@ -38,62 +38,66 @@ def report(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="OTLP-JSON files, folders of them, or - for the standard input; default: the "
-            "newest local store."
+            help="OTLP-JSON files, folders with such files, or - for the standard input; default: "
+            "the newest local store."
         ),
     ] = None,
     *,
     failed: Annotated[
-        bool, typer.Option("--failed", help="Only replies that were lost or cut off.")
+        bool, typer.Option("--failed", help="Only replies that failed or were cut off.")
     ] = False,
     last: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Only the newest N of the replies.")
+        int | None, typer.Option(min=1, metavar="N", help="Only the newest N replies.")
     ] = None,
     provider: Annotated[
-        str | None, typer.Option(help="Only this provider, such as openai.")
+        str | None, typer.Option(help="Only replies of this provider, for example openai.")
     ] = None,
     service: Annotated[
-        str | None, typer.Option(help="Only the agents of this service.name.")
+        str | None, typer.Option(help="Only replies of agents with this service.name.")
     ] = None,
     since: Annotated[
         str | None,
-        typer.Option(help="Only since then: 90s, 5m, 24h, 7d ago, or 2026-11-25T14:30 (UTC)."),
+        typer.Option(
+            help="Only replies since this time: 90s, 5m, 24h or 7d ago, or 2026-11-25T14:30 (UTC)."
+        ),
     ] = None,
     trace: Annotated[
-        str | None, typer.Option(help="Only the trace of this id, or of its first digits.")
+        str | None, typer.Option(help="Only the trace with this id. Its first digits are enough.")
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             min=0,
             metavar="N",
-            help="Show at most the newest N replies and count all of them; 0 shows only the "
-            f"summary; default: {SHOWN}, {SHOWN_IN_HTML} in a page, all as JSON.",
+            help="Show at most the newest N replies. The summary counts all of them. With 0 "
+            f"only the summary is shown; default: {SHOWN}, {SHOWN_IN_HTML} with --html, all with "
+            "--json.",
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object: replies and providers.")
+        bool,
+        typer.Option("--json", help="Print one JSON object with the replies and the providers."),
     ] = False,
     json_lines: Annotated[
         bool,
-        typer.Option("--jsonl", help="Print one JSON object per reply and line, as they are read."),
+        typer.Option("--jsonl", help="Print one line of JSON per reply, while the files are read."),
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write one self-contained HTML page there instead.")
+        Path | None, typer.Option(help="Write one self-contained HTML page to this file instead.")
     ] = None,
 ) -> None:
     """Show stored replies, each with a sentence and a waterfall, and a summary.
 
-    Files of any size are read in little memory.
+    You can read files of any size, because the command does not hold them in memory.
     """
     if as_json + json_lines + (html is not None) > 1:
-        raise UsageError("--json, --jsonl and --html exclude each other: give one of them")
+        raise UsageError("--json, --jsonl and --html exclude each other: use one of them")
     selection = Selection(
         failed=failed,
         provider=provider,
         service=service,
         since=None if since is None else parse_since(since, time.time()),
-        trace=None if trace is None else trace.strip().lower(),
+        trace=trace,
     )
     stream = ReplyStream(files or [_newest_store()], selection)
     with _progress(stream):
@@ -117,7 +121,7 @@ def report(
         write_html(html, shown, summary, unreadable_lines=stream.unreadable_lines)
         typer.echo(str(html))
     elif not summary.replies:
-        typer.echo(f"No reply matches {selection}; {stream.found} were read.")
+        typer.echo(f"No reply matches {selection}. {stream.found} were read.")
     else:
         from traced_retry.report.terminal import render  # noqa: PLC0415
 
@@ -131,8 +135,8 @@ def _newest_store() -> Path:
     newest = latest_store()
     if newest is None:
         raise ReportError(
-            f"there is no store in {store_directory()} yet: run `traced-retry demo`, or name "
-            "the file your agent writes to"
+            f"no local store in {store_directory()}: run `traced-retry demo`, or name the file "
+            "that your agent writes"
         )
     return newest
 

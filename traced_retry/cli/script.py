@@ -15,29 +15,31 @@ from traced_retry.report.read import order
 def script(
     files: Annotated[
         list[Path],
-        typer.Argument(help="OTLP-JSON files, folders of them, or - for the standard input."),
+        typer.Argument(
+            help="OTLP-JSON files, folders with such files, or - for the standard input."
+        ),
     ],
     *,
     trace: Annotated[
         str | None,
         typer.Option(
-            help="The trace id of the call, or its first digits; default: the newest call in which "
-            "a reply was retried or lost."
+            help="The trace id of the call. Its first digits are enough; default: the newest call "
+            "with a reply that was retried or failed."
         ),
     ] = None,
 ) -> None:
-    """Print the fault script that makes a simulator repeat the provider's faults in one call."""
+    """Print a script with which a simulator repeats the provider's faults in one call."""
     from traced_retry.testing.incident import SIMULATOR_OF, incident_script  # noqa: PLC0415
 
-    selection = Selection(trace=None if trace is None else trace.strip().lower())
+    selection = Selection(trace=trace)
     replies = _incident(sorted(ReplyStream(files, selection), key=order))
     if not replies:
-        wanted = f"trace {trace}" if trace else "a reply that was retried or lost"
-        raise ReportError(f"there is no {wanted} in the spans")
+        wanted = f"trace {trace}" if trace else "reply that was retried or failed"
+        raise ReportError(f"no {wanted} in the spans")
     found = incident_script(replies)
     provider = SIMULATOR_OF[replies[0].provider]
     typer.echo(str(found))
-    typer.echo(f"Play it with: traced-retry simulate {provider} --script '{found}'", err=True)
+    typer.echo(f"Run it with: traced-retry simulate {provider} --script '{found}'", err=True)
 
 
 def _incident(replies: list[Reply]) -> list[Reply]:

@@ -27,6 +27,7 @@ class Attempt(Generic[T]):
         "delivery",
         "failure",
         "future",
+        "hedge_at",
         "limit",
         "next_action",
         "next_delay",
@@ -46,7 +47,9 @@ class Attempt(Generic[T]):
         self.began = began
         """Start on the event loop's clock, in seconds."""
         self.limit = limit
-        """Time on the event loop's clock at which the attempt is given up."""
+        """Time on the event loop's clock when the attempt is given up."""
+        self.hedge_at: float | None = None
+        """Earliest time on the event loop's clock for a second request."""
         self.future: asyncio.Future[T] | None = None
         self.delivery: Delivery | None = None
         self.result: semconv.Result = "succeeded"

@@ -119,7 +119,7 @@ class RetryBudget:
         now = clock()
         bucket = self._buckets.get(provider)
         if bucket is None:
-            bucket = self._buckets[provider] = _Bucket(self.capacity, now, clock)
+            bucket = self._buckets[provider] = _Bucket(self.capacity)
         elif bucket.tokens < self.capacity and now > bucket.at:
             earned = (now - bucket.at) * self.per_second
             bucket.tokens = min(self.capacity, bucket.tokens + earned)
@@ -130,11 +130,13 @@ class RetryBudget:
 class _Bucket:
     __slots__ = ("at", "clock", "tokens")
 
-    def __init__(self, tokens: float, at: float, clock: Clock) -> None:
+    at: float
+    """The time when :attr:`tokens` was up to date."""
+    clock: Clock
+    """The clock of the event loop that was last used. An exporter's thread reads the gauge."""
+
+    def __init__(self, tokens: float) -> None:
         self.tokens = tokens
-        self.at = at
-        self.clock = clock
-        """The clock of the event loop that was last used. An exporter's thread reads the gauge."""
 
 
 _live: weakref.WeakSet[RetryBudget] = weakref.WeakSet()

@@ -28,6 +28,7 @@ Kind = Literal[
     "invalid_request",
     "session_closed",
     "empty_response",
+    "circuit_open",
     "bug",
     "unknown",
 ]
@@ -45,6 +46,7 @@ RECOVERABLE: Final[dict[Kind, bool]] = {
     "invalid_request": False,
     "session_closed": False,
     "empty_response": True,
+    "circuit_open": True,
     "bug": False,
     "unknown": True,
 }

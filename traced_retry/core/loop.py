@@ -22,6 +22,7 @@ import backoff
 
 from traced_retry import semconv
 from traced_retry.core.attempt import Attempt
+from traced_retry.core.breaker import circuit
 from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.driver import Driver, Steps
 from traced_retry.core.failure import NOTE, Failure, copy_error, explain
@@ -33,7 +34,7 @@ from traced_retry.core.telemetry import ReplyTrace
 T = TypeVar("T")
 
 _STALL_TIMEOUT = 60.0
-"""Seconds without provider activity after which a reply that has started counts as cut off."""
+"""Seconds without provider activity until a reply that has started counts as cut off."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class FailedReply:
         stop_reason: the reason why no further attempt was made, such as ``"max_attempts"``,
             ``"deadline"`` or ``"budget"``.
         codes: the provider's code of each failed attempt, or its ``error.type`` if it has no code.
-        attempts: the number of attempts made. 0 if the provider had asked for a longer wait.
+        attempts: the number of attempts made. 0 if the reply ended before its first request.
         seconds: seconds from the request until the failure: the silence that the caller heard.
         trace_id: 32 hexadecimal digits, or None if the reply is not traced or its trace is not
             sampled.
@@ -81,6 +82,7 @@ class Reply(Driver, Generic[T]):
         jitter: turns the upper bound of a wait into the wait, both in seconds.
         cooldown: shared by the replies of a session.
         on_failed: called if the reply failed permanently.
+        on_output: called at the first output of each response.
         on_ended: called when the reply is over, its delivery included. The second argument is the
             error of a reply that failed, and None otherwise.
     """
@@ -88,11 +90,13 @@ class Reply(Driver, Generic[T]):
     __slots__ = (
         "_attempt",
         "_began",
+        "_circuit",
         "_codes",
         "_cooldown",
         "_deadline",
         "_delays",
         "_ended",
+        "_first_word_was_late",
         "_forced_stop",
         "_future",
         "_jitter",
@@ -100,6 +104,8 @@ class Reply(Driver, Generic[T]):
         "_number",
         "_on_ended",
         "_on_failed",
+        "_on_output",
+        "_paid_for",
         "_policy",
         "_reported",
         "_request",
@@ -117,6 +123,7 @@ class Reply(Driver, Generic[T]):
         jitter: Callable[[float], float] = backoff.full_jitter,
         cooldown: SessionCooldown | None = None,
         on_failed: Callable[[FailedReply], None] | None = None,
+        on_output: Callable[[], None] | None = None,
         on_ended: Callable[[Reply[T], BaseException | None], None] | None = None,
     ) -> None:
         super().__init__()
@@ -126,8 +133,13 @@ class Reply(Driver, Generic[T]):
         self._jitter = jitter
         self._cooldown = cooldown or SessionCooldown()
         self._on_failed = on_failed
+        self._on_output = on_output
         self._on_ended = on_ended
         self._future: asyncio.Future[T] = self._loop.create_future()
+        self._circuit = None
+        if policy.breaker is not None:
+            with suppress_and_log("finding the circuit breaker"):
+                self._circuit = circuit(policy.breaker, *trace.target.key)
 
         self._number = 0
         self._attempt: Attempt[T] | None = None
@@ -137,6 +149,9 @@ class Reply(Driver, Generic[T]):
         self._forced_stop: semconv.StopReason | None = None
         self._last: Failure | None = None
         self._codes: list[str] = []
+        self._first_word_was_late = False
+        self._paid_for: semconv.Action | None = None
+        """The next action, if it is decided and paid for before the attempt fails."""
         self._result: Any = None
         """The first result. The streams of later results are attached to it."""
         self._ended = False
@@ -168,7 +183,7 @@ class Reply(Driver, Generic[T]):
             self._send("listen", 0.0)
         # A cooldown beyond the deadline does not hold a reply back, so each reply is sent once.
         elif not now < self._cooldown.until < self._deadline:
-            self._send("send", 0.0)
+            self._send_first(0.0)
         self._step()
         future = self._future
         if not future.done():
@@ -224,20 +239,23 @@ class Reply(Driver, Generic[T]):
             with suppress_and_log("Request.cancel"):
                 self._request.cancel(attempt.future)
 
-    def end_retries(self, failure: Failure) -> None:
+    def end_retries(self, failure: Failure, within: float = 0.0) -> None:
         """Make no further attempt, and end the reply as out of time.
 
         A reply with output goes on. A first attempt without a result may still get one, because the
-        caller would wait for it without retries, too.
+        caller would wait for it without retries, too. If it is hedged, it has ``within`` seconds.
         """
         attempt = self._attempt
         if attempt is not None and attempt.delivery is not None and attempt.delivery.first_output:
             return
         waits = attempt is not None and attempt.future is not None and not attempt.future.done()
-        if waits and self._number == 1:
-            self._policy = replace(self._policy, max_retries=0)
-        else:
+        if attempt is None or not waits or (self._number > 1 and attempt.action != "hedge"):
             self.report_failure(failure, "deadline")
+            return
+        self._policy = replace(self._policy, max_retries=0)
+        if attempt.action == "hedge":  # The request before it is still open.
+            attempt.limit = min(attempt.limit, self._loop.time() + within)
+            self.wake()
 
     @property
     def future(self) -> asyncio.Future[T]:
@@ -253,7 +271,7 @@ class Reply(Driver, Generic[T]):
 
     def _run(self) -> Steps:
         """Run attempts with waits between them, until one is heard."""
-        if self._attempt is None and not (yield from self._await_cooldown()):
+        if self._ended or (self._attempt is None and not (yield from self._await_cooldown())):
             return
         while True:
             attempt = self._attempt
@@ -272,6 +290,10 @@ class Reply(Driver, Generic[T]):
                 return
             self._fail_attempt(attempt, failure, action, delay)
             stop = yield from self._wait_until_ready(action, delay)
+            if stop is None and self._request.has_answer():
+                action = "listen"
+            if stop is None and self._is_circuit_open(action):
+                stop = "circuit_open"
             if stop is not None:
                 self._give_up(self._forced_failure(failure), stop)
                 return
@@ -286,8 +308,19 @@ class Reply(Driver, Generic[T]):
         if stop is not None:
             self._give_up(self._forced_failure(failure), stop)
             return False
-        self._send("send", self._end_wait())
-        return True
+        self._send_first(self._end_wait())
+        return not self._ended
+
+    def _send_first(self, delay: float) -> None:
+        """Make the first attempt, unless the circuit breaker refuses it."""
+        admitted = True
+        if self._circuit is not None:
+            with suppress_and_log("asking the circuit breaker"):
+                admitted = self._circuit.admits(self._loop.time())
+        if admitted:
+            self._send("send", delay)
+        else:
+            self._give_up(self._request.refused(), "circuit_open")
 
     def _send(self, action: semconv.Action, delay: float) -> None:
         """Make the next attempt."""
@@ -298,6 +331,8 @@ class Reply(Driver, Generic[T]):
         if (seconds := self._request.limit(action)) is not None:
             limit = min(limit, began + seconds)
         attempt: Attempt[T] = Attempt(self._number, action, delay, began, limit)
+        if self._policy.hedge_after is not None and action == "send":
+            attempt.hedge_at = began + self._policy.hedge_after
         if self._forced_stop is None:
             self._reported = None
         self._trace.attempt_began(attempt)
@@ -329,7 +364,16 @@ class Reply(Driver, Generic[T]):
                 return self._classify(self._reported)
             if (now := self._loop.time()) >= attempt.limit:
                 return self._classify(self._request.timed_out(now - attempt.began))
-            yield attempt.limit
+            if attempt.hedge_at is None or not self._request.can_hedge():
+                yield attempt.limit
+            elif now < attempt.hedge_at:
+                yield min(attempt.hedge_at, attempt.limit)
+            else:
+                attempt.hedge_at = None
+                failure = self._classify(self._request.timed_out(now - attempt.began))
+                if self._may_repeat(failure):
+                    self._paid_for = "hedge"
+                    return failure
         if future.cancelled():
             if not self._ended:
                 self._close(attempt, "superseded")
@@ -352,10 +396,16 @@ class Reply(Driver, Generic[T]):
             self._result = result
         if not (self._future.done() or (delivery is not None and delivery.failed_before_output)):
             self._future.set_result(self._result)
+            self._trace.has_generation = True
         if delivery is None:
+            self._note_success()
             self._succeed(attempt)
             return None
         delivery.on_end = self.wake
+        if self._on_output is not None or self._circuit is not None:
+            delivery.on_output = self._note_output
+            if delivery.first_output:
+                self._note_output()
         yield from self._await_end(attempt, delivery)
         return None if self._ended else self._finish(attempt, delivery)
 
@@ -364,6 +414,7 @@ class Reply(Driver, Generic[T]):
         limit = self._deadline
         if self._policy.attempt_timeout is not None:
             limit = min(limit, attempt.began + self._policy.attempt_timeout)
+        began = self._loop.time()
         while not (delivery.ended or self._ended):
             if self._forced_stop is not None and self._reported is not None:
                 # The agent closed the session on purpose, so the caller heard all that was wanted.
@@ -381,7 +432,28 @@ class Reply(Driver, Generic[T]):
             elif (now := self._loop.time()) >= limit:
                 delivery.end(self._request.timed_out(now - attempt.began))
             else:
-                yield limit
+                yield from self._await_first_word(attempt, delivery, began, limit)
+
+    def _await_first_word(
+        self, attempt: Attempt[T], delivery: Delivery, began: float, limit: float
+    ) -> Steps:
+        """Wait for the first word until ``limit``, or until another response may bring it sooner.
+
+        A model that is slow with each response gets the rest of the time for the next one.
+        """
+        seconds = self._policy.first_word_timeout
+        if seconds is None or self._first_word_was_late or not self._request.can_replace():
+            yield limit
+            return
+        late, now = (delivery.last_activity or began) + seconds, self._loop.time()
+        if now < late:
+            yield min(late, limit)
+            return
+        self._first_word_was_late = True
+        failure = self._request.timed_out(now - attempt.began)
+        if self._may_repeat(self._classify(failure)):
+            self._paid_for = "send"
+            delivery.end(failure)
 
     def _finish(self, attempt: Attempt[T], delivery: Delivery) -> Failure | None:
         """End the reply. If it failed before its first output, return the failure instead."""
@@ -419,18 +491,45 @@ class Reply(Driver, Generic[T]):
         self, failure: Failure
     ) -> tuple[semconv.StopReason | None, semconv.Action | None, float]:
         """Return the reason to stop, or the next action and its delay in seconds."""
+        paid_for, self._paid_for = self._paid_for, None
         if stop := self._stop_reason(failure):
             return stop, None, 0.0
+        if paid_for is not None:
+            return None, paid_for, 0.0
         action = self._request.next_action(failure)
         # Only a "send" waits: a reply that arrived before a "listen" or a "restart" would be lost.
         delay = self._next_delay(failure) if action == "send" else 0.0
         if self._loop.time() + delay >= self._deadline:
             return "deadline", action, delay
-        budget = self._policy.budget
-        if action in ("send", "restart") and budget is not None:  # A "listen" sends no request.
-            paid = budget.spend(self._trace.target.provider, self._loop.time)
-            return None if paid else "budget", action, delay
+        if self._is_circuit_open(action):
+            return "circuit_open", action, delay
+        if action in ("send", "restart") and not self._pay():  # A "listen" sends no request.
+            return "budget", action, delay
         return None, action, delay
+
+    def _is_circuit_open(self, action: semconv.Action | None) -> bool:
+        """Return whether the circuit breaker refuses a retry. Only a new reply can be a probe."""
+        if self._circuit is not None and action != "listen":
+            with suppress_and_log("asking the circuit breaker"):
+                return self._circuit.is_open(self._loop.time())
+        return False
+
+    def _may_repeat(self, failure: Failure) -> bool:
+        """Return whether another request may replace one that may still succeed, and pay for it.
+
+        If it may not, the attempt goes on. Otherwise our own time-out would lose a slow reply.
+        """
+        return (
+            self._stop_reason(failure) is None
+            and self._cooldown.until <= self._loop.time()
+            and not self._is_circuit_open("hedge")
+            and self._pay()
+        )
+
+    def _pay(self) -> bool:
+        """Take the price of one request from the budget. Return False if it is empty."""
+        budget = self._policy.budget
+        return budget is None or budget.spend(self._trace.target.provider, self._loop.time)
 
     def _stop_reason(self, failure: Failure) -> semconv.StopReason | None:
         """Return the reason why no attempt may follow, however safe it would be."""
@@ -450,12 +549,17 @@ class Reply(Driver, Generic[T]):
     def _wait_until_ready(
         self, action: semconv.Action, delay: float
     ) -> Generator[float | None, None, semconv.StopReason | None]:
-        """Wait ``delay`` seconds, and until a request can be answered. Do not wait for "listen"."""
+        """Wait ``delay`` seconds, and until a request can be answered.
+
+        Do not wait for "listen", and no longer if an earlier request is answered.
+        """
         self._wait_began = self._loop.time()
         while self._forced_stop is None and not self._ended:
             now = self._loop.time()
             when = max(self._wait_began + delay, self._cooldown.until)
             if action == "listen" or (now >= when and self._request.ready()):
+                return None
+            if self._request.has_answer():
                 return None
             if max(now, when) >= self._deadline:
                 return "deadline"
@@ -506,10 +610,25 @@ class Reply(Driver, Generic[T]):
         self._codes.append(failure.code or failure.error_type)
         with suppress_and_log("Request.abandon"):
             self._request.abandon(attempt.future, next_action)
+        if self._circuit is not None:
+            with suppress_and_log("reporting a failure to the circuit breaker"):
+                self._circuit.fail(failure, attempt.began, self._loop.time())
         attempt.failure = failure
         attempt.next_action = next_action
         attempt.next_delay = next_delay
         self._close(attempt, "failed")
+
+    def _note_output(self) -> None:
+        """Report the first output of a response."""
+        self._note_success()
+        if self._on_output is not None:
+            self._on_output()
+
+    def _note_success(self) -> None:
+        """Report to the circuit breaker that the provider answers."""
+        if self._circuit is not None:
+            with suppress_and_log("closing the circuit breaker"):
+                self._circuit.succeed(self._loop.time())
 
     def _record_failure(self, failure: Failure) -> None:
         """Keep the failure to raise: the provider's own last error, rather than our time-out."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from traced_retry import semconv
+from traced_retry.core.breaker import REFUSED, CircuitOpenError
 from traced_retry.core.failure import Failure, explain, failure
 
 T = TypeVar("T")
@@ -31,6 +32,9 @@ class Request(Protocol[T]):
     def timed_out(self, seconds: float) -> Failure:
         """Say that the attempt was ended by us after ``seconds`` without an answer."""
 
+    def refused(self) -> Failure:
+        """Return the failure to raise if the circuit breaker is open, so nothing was sent."""
+
     def internal_failure(self, error: BaseException) -> Failure:
         """Return the failure to raise if our own code failed with ``error``. Never raise."""
 
@@ -44,8 +48,20 @@ class Request(Protocol[T]):
         before a ``listen``, because that sends no request.
         """
 
+    def can_hedge(self) -> bool:
+        """Return whether a second request can be sent now while the first one stays open."""
+
+    def can_replace(self) -> bool:
+        """Return whether a response without a first word can be stopped and requested again."""
+
+    def has_answer(self) -> bool:
+        """Return whether an earlier request was answered after its attempt had ended.
+
+        A ``listen`` then gets this answer.
+        """
+
     def abandon(self, attempt: asyncio.Future[T], then: semconv.Action | None) -> None:
-        """Make sure that the answer to a failed attempt is not heard later.
+        """Make sure that the answer to a failed attempt is not heard as a second reply.
 
         The action ``then`` follows. None means that the failure is reported to the agent.
         """
@@ -75,6 +91,8 @@ class Delivery:
         """When the provider last sent anything of it, in the loop's seconds; None: not told."""
         self.response_id: str | None = None
         """The provider's id of the response, if there is one."""
+        self.answers_attempt: int | None = None
+        """The number of the earlier attempt that was answered instead of this one, or None."""
         self.spoke = False
         """Whether there was other output than a tool call."""
         self.nothing_due = False
@@ -85,6 +103,8 @@ class Delivery:
         self.cancelled = False
         """Whether it was cancelled before its first output."""
         self.on_end: Callable[[], None] = lambda: None
+        self.on_output: Callable[[], None] = lambda: None
+        """Called at the first output."""
 
     @property
     def first_output(self) -> bool:
@@ -106,6 +126,7 @@ class Delivery:
         self.spoke = self.spoke or not tool
         if self.first_output_at is None:
             self.first_output_at = asyncio.get_running_loop().time()
+            self.on_output()
 
     def mark_activity(self) -> None:
         """Record an event of the provider. An adapter that calls this reports every event."""
@@ -121,7 +142,25 @@ class Delivery:
         self.on_end()
 
 
-class CallRequest(Generic[T]):
+class OneAtATime:
+    """The answers of a request that is never open or begun beside another one of its reply."""
+
+    __slots__ = ()
+
+    def can_hedge(self) -> bool:
+        """Return False: the caller could hear both answers."""
+        return False
+
+    def can_replace(self) -> bool:
+        """Return False: the response could be heard beside the next one."""
+        return False
+
+    def has_answer(self) -> bool:
+        """Return False: a request is closed with its attempt."""
+        return False
+
+
+class CallRequest(OneAtATime, Generic[T]):
     """A plain callable as a :class:`~traced_retry.core.request.Request`.
 
     It is sent again after each failure.
@@ -172,6 +211,10 @@ class CallRequest(Generic[T]):
         """Return the failure of an attempt that ended with our ``TimeoutError``."""
         error = TimeoutError(f"no answer within {seconds:.1f} s")
         return self._limit(failure(error, "timeout", ended_locally=True))
+
+    def refused(self) -> Failure:
+        """Return the failure of a call that was not made, with our :class:`CircuitOpenError`."""
+        return failure(CircuitOpenError(REFUSED), "circuit_open", code=CircuitOpenError.code)
 
     def internal_failure(self, error: BaseException) -> Failure:
         """Return ``error`` as it is, classified by the default table."""

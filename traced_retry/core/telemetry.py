@@ -51,6 +51,11 @@ class Target:
     initiator: semconv.Initiator = "agent"
     """Who starts the reply."""
 
+    @property
+    def key(self) -> tuple[str, str | None, str | None, int | None]:
+        """Return the parts that name the model on its server."""
+        return self.provider, self.model, self.server_address, self.server_port
+
     @functools.cached_property
     def labels(self) -> Attributes:
         """Return the labels that every metric has."""
@@ -77,7 +82,11 @@ class Target:
     @functools.cached_property
     def attributes(self) -> Attributes:
         """Return the known parts of the target as span attributes."""
+        # LiveKit's own span counts as the generation, and ours as steps around it.
+        kind: semconv.SpanKind = "CHAIN"
         known = {
+            semconv.SPAN_KIND: kind,
+            semconv.GEN_AI_OPERATION: semconv.GENERATE_CONTENT,
             semconv.PROVIDER: self.provider,
             semconv.INITIATOR: self.initiator,
             semconv.MODEL: self.model,
@@ -228,8 +237,11 @@ def _attempt_end(attempt: Attempt[Any]) -> Attributes:
             attributes[semconv.ERROR_CODE] = failure.code
         if attempt.next_action is not None:
             attributes[semconv.NEXT_DELAY] = attempt.next_delay
-    if attempt.delivery is not None and attempt.delivery.response_id:
-        attributes[semconv.RESPONSE_ID] = attempt.delivery.response_id
+    if (delivery := attempt.delivery) is not None:
+        if delivery.response_id:
+            attributes[semconv.RESPONSE_ID] = delivery.response_id
+        if delivery.answers_attempt is not None:
+            attributes[semconv.ANSWERED_ATTEMPT] = delivery.answers_attempt
     return attributes
 
 
@@ -262,6 +274,7 @@ class ReplyTrace:
         "_started",
         "_telemetry",
         "_waited",
+        "has_generation",
         "speech_id",
         "target",
     )
@@ -276,11 +289,11 @@ class ReplyTrace:
         self._context: otel_context.Context | None = None
         self._attempts = 0
         self._waited = 0.0
-        self._began = 0.0
-        self._started = 0
         self._response_id: str | None = None
         self.speech_id: str | None = None
         """The id of LiveKit's ``SpeechHandle``, if there is one."""
+        self.has_generation = False
+        """Whether LiveKit got a generation of this reply, for which it starts its own span."""
 
     @property
     def trace_id(self) -> str | None:
@@ -436,6 +449,9 @@ class ReplyTrace:
             semconv.ATTEMPTS: self._attempts,
             semconv.DELAY_TOTAL: self._waited,
         }
+        if not self.has_generation:
+            kind: semconv.SpanKind = "LLM"
+            attributes[semconv.SPAN_KIND] = kind
         if stop is not None:
             attributes[semconv.STOP_REASON] = stop
         if failure is not None:
@@ -546,6 +562,8 @@ class TurnTrace(ReplyTrace):
         if attempt.number == 1 and not self._silent:
             super()._start_span()
             super().attempt_began(attempt)
+        # LiveKit gets the generation from the plugin, before the reply knows if it fails.
+        self.has_generation = self.has_generation or attempt.delivery is not None
         super().attempt_ended(attempt, seconds)
 
     @_suppress_and_log

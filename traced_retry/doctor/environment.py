@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
-from traced_retry.core import switch
+from traced_retry.core import breaker, switch
 from traced_retry.core.policy import ENV, PolicyError, RetryPolicy
 from traced_retry.core.sanitize import is_url, redact_url
 from traced_retry.core.variables import NAMES, misspelt
@@ -26,6 +26,14 @@ def policy() -> Iterator[Check]:
     if not problems:
         said = [name for name in ENV if os.environ.get(name, "").strip()]
         yield Check("policy", "ok", f"from {', '.join(said)}" if said else "the defaults")
+        setting = RetryPolicy.from_env().breaker
+        if setting is not None and not breaker.is_usable(setting):
+            yield Check(
+                "breaker",
+                "fail",
+                "the circuit breaker's file cannot be used; replies are sent as without it",
+                "set the path of a new file in a folder where only this user may write",
+            )
 
 
 def _problem(environ: Mapping[str, str]) -> str | None:

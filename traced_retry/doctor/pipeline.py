@@ -39,17 +39,21 @@ def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Che
         yield Check("provider", "fail", message, install_command("agent"))
         return
     except Exception as error:  # noqa: BLE001 - whatever the SDK raises; its text may hold a key
-        said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__} in set-up"
-        fix = "correct what it names, or the OTEL_* variable that cannot be"
+        if isinstance(error, UsageError):
+            said, fix = str(error), "correct the value that the message names"
+        else:
+            said = f"{type(error).__name__} in the set-up of the SDK"
+            fix = "correct the OTEL_* variable that the SDK refuses"
         yield Check("provider", "fail", f"spans go nowhere: {said}", fix)
         return
     provider = _provider()
     if not isinstance(provider, TracerProvider):
         nowhere = destination.startswith("nowhere")
         message = f"spans go {destination}" if nowhere else f"{destination}; not the SDK's"
-        fix = "unset OTEL_SDK_DISABLED; or name a store that can be written, with XDG_STATE_HOME"
-        other = "ask its maker whether spans arrive; the doctor cannot"
-        yield Check("provider", "fail" if nowhere else "warn", message, fix if nowhere else other)
+        fix = (
+            _fix_of(destination) if nowhere else "look into its backend, because the doctor cannot"
+        )
+        yield Check("provider", "fail" if nowhere else "warn", message, fix)
         return
     if enable._ours:
         # The file is named after this process and is deleted after the check.
@@ -61,6 +65,15 @@ def checks(preset: str | None, jaeger: str | None, until: float) -> Iterator[Che
     yield _sampler(provider)
     yield from _exporters(provider, jaeger, until)
     yield from _metrics(until)
+
+
+def _fix_of(destination: str) -> str:
+    """Return the remedy for a set-up without a provider."""
+    if destination.endswith("says disabled"):
+        return "set disabled to false in the file"
+    if destination.endswith("cannot be written"):
+        return "set XDG_STATE_HOME to a folder that can be written"
+    return f"unset {destination.split()[1]}"
 
 
 def _provider() -> object:

@@ -30,7 +30,7 @@ from traced_retry.export import order
 from traced_retry.export.processor import metrics_delivered
 from traced_retry.export.setup import SdkSetup, file_policy, set_up
 from traced_retry.livekit import hook
-from traced_retry.livekit.hook import OnExhausted
+from traced_retry.livekit.hook import OnExhausted, OnWaiting
 
 FLUSH_WITHIN: Final = 1.5
 """Seconds that the end of a job waits for the delivery of telemetry."""
@@ -73,6 +73,7 @@ def enable(
     preset: str | None = None,
     service_name: str | None = None,
     on_exhausted: OnExhausted | None = None,
+    on_waiting: OnWaiting | None = None,
 ) -> Tracing:
     """Retry and trace every realtime reply of this process, and deliver the traces.
 
@@ -99,22 +100,23 @@ def enable(
         service_name: ``service.name``, unless a variable or ``OTEL_CONFIG_FILE`` sets it. Default:
             the agent's name, else ``livekit-agent``.
         on_exhausted: as for :func:`traced_retry.wrap`.
+        on_waiting: likewise.
 
     If the process was switched off by :func:`traced_retry.disable`, this call switches it on. If
     ``TRACED_RETRY_DISABLED`` is true, this call has no effect.
 
-    A later call can change ``policy`` and ``on_exhausted`` for new sessions. Its ``preset`` and
-    ``service_name`` have no effect.
+    A later call can change ``policy``, ``on_exhausted`` and ``on_waiting`` for new sessions. Its
+    ``preset`` and ``service_name`` have no effect.
 
     Raises:
         ExportError: if the preset does not exist, or if a variable is invalid.
         ConfigurationFileError: if the configuration file is invalid.
         PolicyError: if an environment variable of the policy is invalid.
-        TypeError: if ``policy`` or ``on_exhausted`` has a wrong type.
+        TypeError: if ``policy``, ``on_exhausted`` or ``on_waiting`` has a wrong type.
 
     All but the last are :class:`traced_retry.UsageError`.
     """
-    hook.check_arguments(policy, on_exhausted)
+    hook.check_arguments(policy, on_exhausted, on_waiting)
     switch.switch_on()
     if switch.check():
         logger.warning("%s is true: replies are neither retried nor traced", switch.VARIABLE)
@@ -123,7 +125,7 @@ def enable(
         if service_name is None and ctx is not None:
             service_name = ctx.job.agent_name or None
         tracing = _set_up_once(preset, service_name)
-        _instrument(policy, on_exhausted)
+        _instrument(policy, on_exhausted, on_waiting)
         if ctx is not None and ctx not in _jobs:
             _jobs.add(ctx)
             ctx.add_shutdown_callback(_flush_job)
@@ -172,11 +174,15 @@ def _set_up_once(preset: str | None, service_name: str | None) -> Tracing:
     return _tracing
 
 
-def _instrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) -> None:
+def _instrument(
+    policy: RetryPolicy | None, on_exhausted: OnExhausted | None, on_waiting: OnWaiting | None
+) -> None:
     if not hook.is_instrumented():
-        hook.instrument(policy=policy or _file_policy, on_exhausted=on_exhausted)
-    elif policy is not None or on_exhausted is not None:
-        hook.reinstrument(policy or _file_policy, on_exhausted)
+        hook.instrument(
+            policy=policy or _file_policy, on_exhausted=on_exhausted, on_waiting=on_waiting
+        )
+    elif (policy, on_exhausted, on_waiting) != (None, None, None):
+        hook.reinstrument(policy or _file_policy, on_exhausted, on_waiting)
 
 
 def _existing_destination() -> str | None:

@@ -135,9 +135,8 @@ class BoundedSpanProcessor(SpanProcessor):
                     self._changed.notify_all()
                 return
             reason: semconv.DropReason = "shutdown" if self._closed else "queue_full"
-            first = self._drops.add(1, reason)
-        if first:
-            self._drops.log_first(reason)
+            self._drops.add(1, reason)
+        self._drops.log_first(reason)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Send queued spans.
@@ -187,14 +186,15 @@ class BoundedSpanProcessor(SpanProcessor):
         context.attach(context.set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))
         while batch := self._next():
             why = self._export(batch)
+            if why is not None:  # Before it counts, because ``shutdown`` waits for the count only.
+                self._drops.log_first(why)
             with self._changed:
                 if self._given_up:  # These spans already count as dropped.
                     return
                 self._pending -= len(batch)
-                first = why is not None and self._drops.add(len(batch), why)
+                if why is not None:
+                    self._drops.add(len(batch), why)
                 self._changed.notify_all()
-            if why is not None and first:
-                self._drops.log_first(why)
 
     def _next(self) -> list[ReadableSpan]:
         """Wait for the next batch and return it. It is empty after shutdown."""
@@ -254,7 +254,10 @@ def metrics_delivered() -> bool:
 
 
 class _Drops:
-    """Number of spans that an exporter dropped, by reason. The caller holds a lock."""
+    """Number of spans that an exporter dropped, by reason.
+
+    The caller holds a lock, except during ``log_first``.
+    """
 
     def __init__(self, exporter: str, meter_provider: metrics.MeterProvider | None) -> None:
         self.exporter = exporter
@@ -273,14 +276,13 @@ class _Drops:
         """Reset the totals after a fork, because the parent reports its own drops."""
         self._sums: Counter[semconv.DropReason] = Counter()
         self._news = False
+        self._first = threading.Lock()  # Only one thread can acquire it, and it is never released.
 
-    def add(self, spans: int, reason: semconv.DropReason) -> bool:
-        """Count dropped spans, and return whether they are the first."""
-        first = not self._sums
+    def add(self, spans: int, reason: semconv.DropReason) -> None:
+        """Count dropped spans."""
         self._news = True
         self._sums[reason] += spans
         self._count(spans, reason)
-        return first
 
     def take_news(self) -> bool:
         """Return whether spans were dropped since the last call."""
@@ -288,6 +290,9 @@ class _Drops:
         return news
 
     def log_first(self, reason: semconv.DropReason) -> None:
+        """Log the first drop. Later calls do not log."""
+        if not self._first.acquire(blocking=False):
+            return
         logger.warning(
             "exporter %s drops spans (%s); replies go on, and %s counts what is lost",
             self.exporter,

@@ -1,33 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Amazon Nova Sonic, on Bedrock.
 
-A reply carries no id of its request, there is no cancel, and every reply is spoken, even if its
-request was given up. So a request is sent once. After silence the adapter keeps listening.
+A reply does not carry the id of its request, and a request cannot be cancelled. The agent speaks
+each reply that arrives. A second request could therefore be heard as a second reply, so the adapter
+sends a request once and then waits for its answer.
 
 Facts (livekit-plugins-aws 1.8.9, ``experimental/realtime/realtime_model.py``):
 
-* ``generate_reply(instructions=...)`` sends a text once the stream is up. Its future fails after
-  the model's ``generate_reply_timeout``, or with the raw exception of the send, of any class.
-  Cancelling it only drops a text that was not sent yet.
-* ``generate_reply()`` sends no request. It returns the future of the user's message that is being
-  answered, the same one for each call and without a time-out. Without such a message it returns a
-  future that never resolves.
-* ``emit_generation_event`` announces a reply by ``generation_created`` when it begins and again
-  at each text or tool call in it, always with ``user_initiated=False``. The first one resolves the
-  single slot, ``_pending_generation_fut``. An ``AgentSession`` speaks the reply at that event, not
-  for the future. The adapter therefore matches events to requests in their order, and does not
-  change the slot.
-* After throttling, a model time-out or "System instability" the plugin opens a new stream without
-  an event. If the chat context ends with a user's message, the plugin sends it again, and its
-  answer continues the started reply. Instructions are lost, and so is the rest of the current
-  reply. The plugin does not close that reply, so the agent would wait for its end.
-* The end of a reply has no event. ``_close_current_generation`` closes a reply that is complete or
-  calls a tool, or if the caller speaks.
-* A connection cut or refused ends ``_response_task``, which reads the stream (``_main_atask``
-  begins it). There is no event and no other stream, unless the session was being recycled for
-  other tools. Then the next reader starts in about a second. The recycling after six minutes
-  ends the same way, but cancels itself (``_start_session_recycle_timer`` is called in the
-  task that it cancels) and leaves a session with history without a reader.
+Requests
+
+* ``generate_reply(instructions=...)`` sends a text once the stream is open. The future fails after
+  the model's ``generate_reply_timeout``, or with the exception of the send, which may be of any
+  class. Cancelling the future only drops a text that was not sent yet.
+* ``generate_reply()`` without instructions sends no request. It returns the future of the user's
+  message that is being answered. Each call returns the same future, and it has no time-out. If
+  there is no such message, the future never resolves.
+
+Replies
+
+* The plugin announces a reply with ``generation_created`` when it begins, and again at each text or
+  tool call in it (``emit_generation_event``). ``user_initiated`` is always False. The first event
+  resolves ``_pending_generation_fut``, which holds one request. An ``AgentSession`` speaks a reply
+  because of the event, whether or not a future waits. The adapter therefore assigns the events to
+  the requests in their order, and does not change ``_pending_generation_fut``.
+* No event announces the end of a reply. The plugin calls ``_close_current_generation`` if a reply
+  is complete, if it calls a tool, or if the caller speaks.
+
+Failures
+
+* After throttling, a time-out of the model or "System instability" the plugin opens a new stream
+  without an event. If the chat context ends with a user's message, the plugin sends it again, and
+  the answer continues the reply that had started. The instructions and the rest of that reply are
+  lost. The plugin does not close the reply, so the agent would wait for its end.
+* If the connection is cut or refused, ``_response_task`` ends, which reads the stream. The plugin
+  emits no event and opens no other stream.
+* If the session is recycled because the tools changed, ``_response_task`` ends as well. Another one
+  starts in about a second (``_main_atask`` starts it).
+* If the session is recycled after six minutes, the recycling cancels itself, because
+  ``_start_session_recycle_timer`` is called in the task that it cancels. A session with history
+  then has no task that reads the stream.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ class VoiceLiveAdapter(OpenAIAdapter):
 
     required_attributes: ClassVar[tuple[str, ...]] = ("_response_created_futures", "_send")
     relied_methods: ClassVar[tuple[str, ...]] = ("_send",)
+    actions: ClassVar[tuple[semconv.Action, ...]] = ("send",)
     turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen",)
     recovers_turns: ClassVar[bool] = False
     raw_event: ClassVar[str] = "azure_server_event_received"

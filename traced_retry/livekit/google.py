@@ -1,37 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemini Live, by API key or on Vertex AI.
 
-A reply carries no id of its request: the server's next turn counts as the answer. So a request is
-never sent again while an earlier one may still be answered. After silence the wait continues under
-a new future (``listen``). Then a new session is opened without the resumption handle, so that the
-old turn is gone, and the request is sent there (``restart``).
+A reply does not carry the id of its request: the server's next turn counts as the answer. A second
+request could therefore be heard as a second reply. After silence the adapter first waits longer,
+under a new future (``listen``). Then it opens a new session without the resumption handle, in which
+the server cannot answer the old request, and sends the request there (``restart``).
 
 Facts (livekit-plugins-google 1.7.0 and 1.8.9, ``realtime/realtime_api.py``):
 
-* The plugin acts on each message in ``_handle_server_content`` and ``_handle_tool_calls``, after
-  ``_start_new_generation`` if there is no generation to add it to. It looks up all three on the
-  instance, so they can be replaced there.
-* A generation begins with the server's first sign of a turn. That may be a thought, or words of the
-  caller, which are not heard. The turn may end without output (``turn_complete``).
+Requests
+
+* ``_pending_generation_fut`` holds the future of one request. The next generation resolves it. If
+  it is empty, the plugin treats the generation as started by the server.
+* The plugin clears it after 5.0 s and when its future ends, unless it holds another future by then.
+* A second ``generate_reply`` cancels the future in it. So does the end of a session.
+* Cancelling the future sends ``activity_start`` if activity detection is manual. Otherwise it sends
+  no event.
+
+Replies
+
+* The plugin passes each message to ``_handle_server_content`` and ``_handle_tool_calls``. It calls
+  ``_start_new_generation`` first if there is no current generation. It looks all three up on the
+  instance, so the adapter can replace them there.
+* A generation begins with the server's first message of a turn. That may be a thought or words of
+  the caller, which are not heard. The turn may end without output (``turn_complete``).
 * A model with audio output speaks only audio. Text without audio goes to the transcript.
-* If a request is sent while a generation is being spoken, the server may put its answer into that
-  generation, and the slot is not resolved. Or it ends that one first (``interrupted``).
-* ``generation_complete`` ends the words. ``turn_complete`` comes once the server thinks that the
+* If a request is sent while a generation is being spoken, the server either puts the answer into
+  that generation, and the future is not resolved, or it ends that generation first
+  (``interrupted``).
+* ``generation_complete`` ends the words. ``turn_complete`` follows when the server assumes that the
   client has played them, which may be minutes later.
-* ``_pending_generation_fut`` is the single slot for a waiting request. The next generation resolves
-  it. If the slot is empty, the generation is spoken as one of the server's own. A time-out of 5.0 s
-  and the end of a future each clear the slot, if that future is still in it.
-* A second ``generate_reply`` cancels the future in the slot. The end of a session does so too.
-* ``_mark_restart_needed`` closes the session some turns of the event loop later. Until then its
-  messages count: a late reply, which resolves the slot, and also a new resumption handle.
-* A session connected without a handle gets the chat context (without function calls), and then the
-  messages in ``_msg_ch``. A marked restart renews the channel.
-* No error reaches the future. A lost connection emits a recoverable ``error`` event, sleeps and
-  connects again, with the handle. A refused connection emits one that is not recoverable.
-* Each connection made emits ``metrics_collected`` with an empty request id, before the chat
-  context is sent and before a message is read.
-* Cancelling the future sends an ``activity_start`` with manual activity detection, and otherwise no
-  event.
+
+Sessions
+
+* ``_mark_restart_needed`` closes the session some turns of the event loop later. Until then the
+  plugin handles its messages: a late reply, which resolves the future, and a new resumption handle.
+* A session that is opened without a handle gets the chat context (without function calls) and then
+  the messages in ``_msg_ch``. ``_mark_restart_needed`` creates a new ``_msg_ch``.
+* Each connection emits ``metrics_collected`` with an empty request id, before the chat context is
+  sent and before a message is read.
+* No error reaches the future. If a connection is lost, the plugin emits a recoverable ``error``
+  event, waits and connects again with the handle. If a connection is refused, the ``error`` event
+  is not recoverable.
 """
 
 from __future__ import annotations

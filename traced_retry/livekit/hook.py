@@ -3,7 +3,8 @@
 
 Only methods of the session's instance are replaced: ``generate_reply``, ``interrupt``, ``aclose``,
 ``say`` if the plugin has one, and ``emit`` by the adapter. Identity, ``isinstance``, labels,
-events and private state of the plugin stay unchanged.
+events and private state of the plugin stay unchanged. LiveKit creates the session of a duplex model
+itself. For these models ``DuplexRealtimeAdapter.session`` is replaced, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from livekit.agents import SpeechCreatedEvent, llm
 from livekit.agents import telemetry as livekit_telemetry
@@ -33,8 +34,9 @@ from traced_retry.core.loop import FailedReply, Reply
 from traced_retry.core.policy import RetryPolicy, check_policy
 from traced_retry.core.request import Request
 from traced_retry.core.sanitize import shown
-from traced_retry.core.telemetry import Target, Telemetry
+from traced_retry.core.telemetry import ReplyTrace, Target, Telemetry
 from traced_retry.core.variables import warn_about_misspelt
+from traced_retry.core.waiting import Wait, WaitingReply
 from traced_retry.errors import ArgumentError
 from traced_retry.livekit.adapter import Adapter, failure_from_event
 from traced_retry.livekit.registry import adapter_class
@@ -54,7 +56,11 @@ from traced_retry.livekit.speech import (
 
 logger = logging.getLogger(semconv.SCOPE)
 
+M = TypeVar("M", bound="llm.RealtimeModel | llm.DuplexModel")
+"""A LiveKit model whose sessions get retries."""
+
 OnExhausted = Callable[[FailedReply], "Awaitable[None] | None"]
+OnWaiting = Callable[[WaitingReply], "Awaitable[None] | None"]
 
 DRAIN_WITHIN: Final = 9.0
 """Seconds after ``AgentSession.shutdown(drain=True)`` in which retries are allowed.
@@ -63,8 +69,12 @@ LiveKit then waits for the pending replies. It kills a job's process that does n
 ``shutdown_process_timeout`` of ``AgentServer`` and ``WorkerOptions``, which is 10 s by default
 (livekit-agents 1.7.0 to 1.8.9)."""
 
+_LAST = 0.9
+"""Seconds after :data:`DRAIN_WITHIN` for the answer to a hedged request to begin."""
 _HOOK = "_traced_retry"
-"""Name of the attribute that marks a session with our hook."""
+"""Name of the attribute that marks a session with our hook, and a wrapped model."""
+_HOOKS = "_traced_retry_hooks_duplex_models"
+"""Name of the attribute that marks ``DuplexRealtimeAdapter.session`` if it is replaced."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ class _Config:
     policy: RetryPolicy
     telemetry: Telemetry
     on_exhausted: OnExhausted | None = None
+    on_waiting: OnWaiting | None = None
     may_retry: bool = True
     """False if the user does not want retries on this version of LiveKit."""
 
@@ -81,16 +92,18 @@ def _config(
     tracer_provider: otel_trace.TracerProvider | None,
     meter_provider: metrics.MeterProvider | None,
     on_exhausted: OnExhausted | None,
+    on_waiting: OnWaiting | None,
 ) -> _Config:
     # LiveKit's own tracer follows livekit.agents.telemetry.set_tracer_provider, which does not
     # set the global provider. Without that call it follows the global one.
     tracer = livekit_telemetry.tracer if tracer_provider is None else None
     telemetry = Telemetry(tracer_provider, meter_provider, tracer=tracer, in_livekit=True)
     may_retry = supported.check_livekit()
-    return _Config(policy or RetryPolicy.from_env(), telemetry, on_exhausted, may_retry)
+    policy = policy or RetryPolicy.from_env()
+    return _Config(policy, telemetry, on_exhausted, on_waiting, may_retry)
 
 
-def check_arguments(policy: object, on_exhausted: object) -> None:
+def check_arguments(policy: object, on_exhausted: object, on_waiting: object) -> None:
     """Check the arguments of :func:`wrap`, and the variables, before anything is changed.
 
     Raises:
@@ -102,6 +115,11 @@ def check_arguments(policy: object, on_exhausted: object) -> None:
     if on_exhausted is not None and not callable(on_exhausted):
         raise ArgumentError(
             f"on_exhausted is {shown(on_exhausted)}; it must be a function of one FailedReply, "
+            "async or not"
+        )
+    if on_waiting is not None and not callable(on_waiting):
+        raise ArgumentError(
+            f"on_waiting is {shown(on_waiting)}; it must be a function of one WaitingReply, "
             "async or not"
         )
     warn_about_misspelt()
@@ -168,7 +186,6 @@ class SessionHook:
             self._policy_for(adapter),
             self._target,
             cooldown=None if type(adapter) is Adapter else self._cooldown,
-            on_failed=self._on_failed(request),
         )
 
     def say(self, *args: Any, **kwargs: Any) -> asyncio.Future[Generation]:
@@ -178,8 +195,8 @@ class SessionHook:
         adapter = self._adapter_in_force()
         request = SayRequest(adapter, functools.partial(self._say, *args, **kwargs))
         target = replace(self._target, say=True)
-        # on_exhausted is not called, because it may itself call say().
-        return self._start(request, observed(self._config.policy), target)
+        # The callbacks are not called, because they may themselves call say().
+        return self._start(request, observed(self._config.policy), target, quiet=True)
 
     def _start(
         self,
@@ -188,9 +205,10 @@ class SessionHook:
         target: Target,
         *,
         cooldown: SessionCooldown | None = None,
-        on_failed: Callable[[FailedReply], None] | None = None,
         began: float | None = None,
+        quiet: bool = False,
     ) -> asyncio.Future[Generation]:
+        """Start a reply. Do not call the user's callbacks for a ``quiet`` one."""
         trace = self._config.telemetry.reply(target)
         request.on_late = trace.late
         request.set_speech_id = functools.partial(setattr, trace, "speech_id")
@@ -199,7 +217,8 @@ class SessionHook:
             policy,
             trace,
             cooldown=cooldown,
-            on_failed=on_failed,
+            on_failed=None if quiet else self._on_failed(request),
+            on_output=request.end_wait,
             on_ended=self._ended,
         )
         if self._closed_by is not None:
@@ -209,8 +228,11 @@ class SessionHook:
         if request.speech is not None:
             request.set_speech_id(getattr(request.speech, "id", None))
         future = reply.start(began=began)
-        if request.speech is not None and reply in self._open:
-            self._follow_speech(reply, request)
+        if reply in self._open:
+            if request.speech is not None:
+                self._follow_speech(reply, request)
+            if self._config.on_waiting is not None and not quiet:
+                self._watch_wait(reply, request, trace, began)
         return future
 
     def _follow_speech(self, reply: Reply[Generation], request: PassthroughRequest) -> None:
@@ -246,7 +268,7 @@ class SessionHook:
     def _end_retries(self) -> None:
         self._drained = True
         for reply in list(self._open):
-            reply.end_retries(timeout_failure(DRAIN_WITHIN))
+            reply.end_retries(timeout_failure(DRAIN_WITHIN), _LAST)
 
     # --- Replies, for the adapter --------------------------------------------------------------
 
@@ -285,7 +307,6 @@ class SessionHook:
             policy,
             self._turn_target,
             cooldown=self._cooldown,
-            on_failed=self._on_failed(turn),
             began=began,
         )
         # LiveKit learns of a failure from the streams and the speech, so this future is ours.
@@ -429,6 +450,7 @@ class SessionHook:
         if request is None:
             return
         request.stop_watching()
+        request.end_wait()
         with suppress_and_log("recording the error on the speech"):
             if error is not None and request.speech is not None:
                 record_error(request.speech, error)
@@ -441,26 +463,58 @@ class SessionHook:
         return functools.partial(self._schedule_callback, request)
 
     def _schedule_callback(self, request: PassthroughRequest, failed: FailedReply) -> None:
-        activity = None
-        with suppress_and_log("looking for the agent session"):
-            activity = agent_activity(self._session)
-        session = None if activity is None else activity.session
-        failed = replace(failed, speech=request.speech, session=session)
+        failed = replace(failed, speech=request.speech, session=self._agent_session())
         # In the event loop's next turn the waiting code knows the failure, and may request anew.
-        asyncio.get_running_loop().call_soon(self._run_callback, failed)
+        asyncio.get_running_loop().call_soon(self._run_callback, "on_exhausted", failed)
 
-    def _run_callback(self, failed: FailedReply) -> None:
-        assert self._config.on_exhausted is not None
-        with suppress_and_log("on_exhausted"):
-            result = self._config.on_exhausted(failed)
+    def _watch_wait(
+        self,
+        reply: Reply[Generation],
+        request: PassthroughRequest,
+        trace: ReplyTrace,
+        began: float | None,
+    ) -> None:
+        """Call ``on_waiting`` if the reply has no output in time."""
+        loop = asyncio.get_running_loop()
+        since = loop.time() if began is None else began
+
+        def report() -> asyncio.Future[None] | None:
+            waiting = WaitingReply(
+                provider=trace.target.provider,
+                model=trace.target.model,
+                seconds=loop.time() - since,
+                started=reply.resolved,
+                trace_id=trace.trace_id,
+                initiator=trace.target.initiator,
+                speech=request.speech,
+                session=self._agent_session(),
+            )
+            return self._run_callback("on_waiting", waiting)
+
+        request.wait = Wait(report)
+        request.wait.begin(since + self._config.policy.waiting_after)
+
+    def _agent_session(self) -> Any:
+        """Return LiveKit's ``AgentSession`` that uses this realtime session, or None."""
+        with suppress_and_log("looking for the agent session"):
+            if (activity := agent_activity(self._session)) is not None:
+                return activity.session
+        return None
+
+    def _run_callback(self, name: str, reply: object) -> asyncio.Future[None] | None:
+        """Call the user's function of that name. Return the task of a coroutine."""
+        with suppress_and_log(name):
+            result = getattr(self._config, name)(reply)
             if inspect.isawaitable(result):
-                task = asyncio.ensure_future(_await_and_log(result))
+                task = asyncio.ensure_future(_await_and_log(name, result))
                 self._callbacks.add(task)
                 task.add_done_callback(self._callbacks.discard)
+                return task
+        return None
 
 
-async def _await_and_log(awaitable: Awaitable[None]) -> None:
-    with suppress_and_log("on_exhausted"):
+async def _await_and_log(name: str, awaitable: Awaitable[None]) -> None:
+    with suppress_and_log(name):
         await awaitable
 
 
@@ -476,17 +530,19 @@ def _install(session: llm.RealtimeSession[Any], config: _Config, *, explicit: bo
 
 
 def wrap(
-    model: llm.RealtimeModel,
+    model: M,
     *,
     policy: RetryPolicy | None = None,
     tracer_provider: otel_trace.TracerProvider | None = None,
     meter_provider: metrics.MeterProvider | None = None,
     on_exhausted: OnExhausted | None = None,
-) -> llm.RealtimeModel:
+    on_waiting: OnWaiting | None = None,
+) -> M:
     """Add retries and traces to every session of ``model``, and return ``model``.
 
     Args:
-        model: any LiveKit realtime model. One without an adapter is traced and never re-sent.
+        model: any LiveKit realtime or duplex model. One without an adapter is traced and never
+            re-sent.
         policy: the retry policy. Default: :meth:`RetryPolicy.from_env`.
         tracer_provider: the target of spans. Default: the provider given to
             ``livekit.agents.telemetry``, else the global one.
@@ -494,19 +550,23 @@ def wrap(
         on_exhausted: called (or awaited) with a :class:`FailedReply` if a reply failed
             permanently, but not for a ``say()``. A function runs on the event loop and must not
             block. Its exceptions are logged once and suppressed.
+        on_waiting: called (or awaited) once with a :class:`WaitingReply` for a reply that has no
+            output ``policy.waiting_after`` seconds after its request, but not for a ``say()``. A
+            coroutine is cancelled at the first output or at the end of the reply.
 
     Raises:
         PolicyError: if an environment variable is invalid.
-        TypeError: if ``model`` is not a LiveKit realtime model, or if another argument has a wrong
-            type.
+        TypeError: if ``model`` is not a LiveKit realtime or duplex model, or if another argument
+            has a wrong type.
     """
-    if not isinstance(model, llm.RealtimeModel):
+    is_duplex = _is_duplex(model)
+    if not (is_duplex or isinstance(model, llm.RealtimeModel)):
         raise TypeError(
-            "wrap() takes a livekit.agents.llm.RealtimeModel, and this is a "
+            "wrap() takes a livekit.agents.llm.RealtimeModel or DuplexModel, and this is a "
             f"{type(model).__name__}; the pipeline's LLM, STT and TTS retry by themselves"
         )
-    check_arguments(policy, on_exhausted)
-    if hasattr(model.session, _HOOK):
+    check_arguments(policy, on_exhausted, on_waiting)
+    if hasattr(model if is_duplex else model.session, _HOOK):
         warnings.warn(
             f"{model.label} is wrapped already; the second wrap() does nothing",
             RuntimeWarning,
@@ -515,7 +575,11 @@ def wrap(
         return model
     if switch.check():
         return model
-    config = _config(policy, tracer_provider, meter_provider, on_exhausted)
+    config = _config(policy, tracer_provider, meter_provider, on_exhausted, on_waiting)
+    if not isinstance(model, llm.RealtimeModel):
+        setattr(model, _HOOK, config)
+        _hook_duplex_sessions()
+        return model
     if isinstance(model, llm.RealtimeModelFallbackAdapter):
         for child in _children(model):
             _wrap_session(child, config)
@@ -534,6 +598,34 @@ def _wrap_session(model: llm.RealtimeModel, config: _Config) -> None:
 
     setattr(session, _HOOK, config)
     model.session = session  # type: ignore[method-assign]
+
+
+def _is_duplex(model: object) -> bool:
+    """Return whether ``model`` is a duplex model, which LiveKit 1.7.0 does not have."""
+    base = getattr(llm, "DuplexModel", None)
+    return base is not None and isinstance(model, base)
+
+
+def _hook_duplex_sessions() -> None:
+    """Install the hook in each session of a wrapped duplex model.
+
+    LiveKit itself puts its adapter around such a model, so ``wrap`` cannot replace a method of the
+    adapter's instance.
+    """
+    original = llm.DuplexRealtimeAdapter.session
+    if hasattr(original, _HOOKS):
+        return
+
+    @functools.wraps(original)
+    def session(self: llm.DuplexRealtimeAdapter, *args: Any, **kwargs: Any) -> Any:
+        made = original(self, *args, **kwargs)
+        if (config := getattr(self.duplex_model, _HOOK, None)) is not None:
+            with suppress_and_log("hooking a session of a duplex model"):
+                _install(made, config, explicit=True)
+        return made
+
+    setattr(session, _HOOKS, True)
+    llm.DuplexRealtimeAdapter.session = session  # type: ignore[method-assign]
 
 
 def _children(adapter: llm.RealtimeModelFallbackAdapter) -> list[llm.RealtimeModel]:
@@ -555,6 +647,7 @@ def instrument(
     tracer_provider: otel_trace.TracerProvider | None = None,
     meter_provider: metrics.MeterProvider | None = None,
     on_exhausted: OnExhausted | None = None,
+    on_waiting: OnWaiting | None = None,
 ) -> None:
     """Do what :func:`wrap` does for every realtime session created from now on.
 
@@ -565,7 +658,7 @@ def instrument(
         PolicyError: if an environment variable is invalid.
         TypeError: if an argument has a wrong type.
     """
-    check_arguments(policy, on_exhausted)
+    check_arguments(policy, on_exhausted, on_waiting)
     if is_instrumented():
         warnings.warn(
             "LiveKit is instrumented already; the second instrument() does nothing",
@@ -575,16 +668,18 @@ def instrument(
         return
     if switch.check():
         return
-    _replace_init(_config(policy, tracer_provider, meter_provider, on_exhausted))
+    _replace_init(_config(policy, tracer_provider, meter_provider, on_exhausted, on_waiting))
 
 
-def reinstrument(policy: RetryPolicy | None, on_exhausted: OnExhausted | None) -> None:
+def reinstrument(
+    policy: RetryPolicy | None, on_exhausted: OnExhausted | None, on_waiting: OnWaiting | None
+) -> None:
     """Use these arguments for sessions created from now on.
 
     If an argument is invalid, raise as :func:`instrument` does, and keep the old arguments.
     """
-    check_arguments(policy, on_exhausted)
-    config = _config(policy, None, None, on_exhausted)
+    check_arguments(policy, on_exhausted, on_waiting)
+    config = _config(policy, None, None, on_exhausted, on_waiting)
     uninstrument()
     _replace_init(config)
 

@@ -10,14 +10,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from opentelemetry.instrumentation.instrumentor import (  # type: ignore[attr-defined]
     BaseInstrumentor,
 )
 
 from traced_retry.core.guard import logger
-from traced_retry.core.policy import OnSilence, RetryPolicy, _budget
+from traced_retry.core.policy import OnSilence, RetryPolicy, _breaker, _budget, _number_or_off
 from traced_retry.errors import UsageError
 from traced_retry.livekit.first_use import at_first_use, is_imported
 
@@ -47,6 +47,11 @@ class RetryOptions:
     on_silence: OnSilence | None = None
     budget: float | Literal["off"] | None = None
     """Retries at once, as in ``TRACED_RETRY_BUDGET``."""
+    breaker: str | None = None
+    """As in ``TRACED_RETRY_BREAKER``."""
+    hedge_after: float | Literal["off"] | None = None
+    first_word_timeout: float | Literal["off"] | None = None
+    waiting_after: float | None = None
 
     def __init__(self, **options: Any) -> None:
         known = [field.name for field in fields(self)]
@@ -60,12 +65,22 @@ class RetryOptions:
     def policy(self) -> RetryPolicy:
         """Return the environment's policy with these options."""
         given = {name: value for name, value in vars(self).items() if value is not None}
-        if "budget" in given:
-            # YAML reads a plain off as false.
-            text = "off" if given["budget"] is False else str(given["budget"])
-            with contextlib.suppress(ValueError):  # the policy raises the error
-                given["budget"] = _budget(text)
+        for name, parse in _OFF.items():
+            if name in given:
+                # YAML reads a plain off as false.
+                text = "off" if given[name] is False else str(given[name])
+                with contextlib.suppress(ValueError):  # the policy raises the error
+                    given[name] = parse(text)
         return dataclasses.replace(RetryPolicy.from_env(), **given)
+
+
+_OFF: Final[dict[str, Callable[[str], object]]] = {
+    "budget": _budget,
+    "hedge_after": _number_or_off,
+    "first_word_timeout": _number_or_off,
+    "breaker": _breaker,
+}
+"""Options that can be ``off``."""
 
 
 class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
@@ -100,7 +115,7 @@ class TracedRetryInstrumentor(BaseInstrumentor):  # type: ignore[misc]
         options = {f.name: kwargs[f.name] for f in fields(RetryOptions) if f.name in kwargs}
         if options:
             kwargs["policy"] = RetryOptions(**options).policy()
-        known = ("policy", "tracer_provider", "meter_provider", "on_exhausted")
+        known = ("policy", "tracer_provider", "meter_provider", "on_exhausted", "on_waiting")
         given = {name: kwargs[name] for name in known if name in kwargs}
         if is_imported():
             from traced_retry.livekit.hook import instrument  # noqa: PLC0415 - it imports LiveKit

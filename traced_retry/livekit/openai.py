@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenAI Realtime and the providers with its engine: Azure OpenAI, xAI, LiveKit inference.
 
-Each request carries an id that its response echoes. So a request may be abandoned safely: its id
-goes into the plugin's set of discarded ones, and the plugin then cancels the late response by id
-instead of speaking it.
+Each request carries an id that its response echoes. So a request may be sent again while the first
+one stays open: the first answer becomes the reply. The ids of the others go into the plugin's set
+of discarded ones, and the plugin then cancels their responses by id instead of speaking them.
 
 Facts (livekit-plugins-openai 1.8.9, ``livekit/agents/llm/_realtime/openai.py``):
 
 * Cancelling the plugin's future sends ``response.cancel`` *without* an id, which would stop any
   response. Setting an exception on it sends no event. So we never cancel to cut a wait short.
+* The plugin emits the raw ``response.created`` before it looks the id up. So the id of an earlier
+  request can be given the future of the current attempt just in time.
 * A reconnect clears the discarded ids, but leaves a request still queued to be sent after it. So
   we keep our own set, and add an id to the plugin's just before it checks the response.
 * A response that fails after it was created (``response.done``) closes the streams that the agent
@@ -58,6 +60,8 @@ _OUTPUT = frozenset(
 """Events with output: words, sound or a tool call."""
 _LIMIT = "max_output_tokens"
 """The reason of an ``incomplete`` response that reached ``max_response_output_tokens``."""
+_ACTIVE = "conversation_already_has_active_response"
+"""The error code of a request that the server rejects because another response is active."""
 _SILENT = 8.0
 """Seconds without an event until a response that delays a reply of ours is cancelled.
 
@@ -86,6 +90,7 @@ class OpenAIAdapter(Adapter):
         "_handle_response_done",
         "_handle_error",
     )
+    actions: ClassVar[tuple[semconv.Action, ...]] = ("send", "hedge", "listen")
     turn_actions: ClassVar[tuple[semconv.Action, ...]] = ("listen", "send")
     recovers_turns: ClassVar[bool] = True
     """Whether a reply that the server started may be requested again."""
@@ -103,7 +108,7 @@ class OpenAIAdapter(Adapter):
         """Whether the server starts replies by itself, according to its last description of the
         session."""
         self._stopped_speaking: float | None = None
-        """Time on the event loop's clock at which the caller stopped speaking."""
+        """Time on the event loop's clock when the caller stopped speaking."""
         self._turn: OpenAITurn | None = None
         """The reply that the server has started or should start, until it ends."""
         self.unanswered: OpenAIRequest | None = None
@@ -114,6 +119,10 @@ class OpenAIAdapter(Adapter):
         """The ``error`` events that answered a request, by its id, until the request reads them."""
         self.open: list[OpenAIRequest] = []
         """Requests sent and not yet answered."""
+        self.earlier: dict[str, OpenAIRequest] = {}
+        """Requests that stay open after the end of their attempt, by id."""
+        self._surplus = ""
+        """The response that is one too many, on a server that does not echo ids."""
         self.active: set[str] = set()
         """Responses that the server has begun and not ended, by id."""
         self._last_event = 0.0
@@ -146,11 +155,21 @@ class OpenAIAdapter(Adapter):
         """Return the provider and the server, which is in the model's private options."""
         model = self.session.realtime_model
         server = host_and_port(getattr(getattr(model, "_opts", None), "base_url", None))
-        return Target(_provider(model), model.model, *server)
+        return Target(provider_name(model), model.model, *server)
 
     def request(self, call: Call) -> OpenAIRequest:
         """Create the request for one reply."""
-        return OpenAIRequest(self, call)
+        request = OpenAIRequest(self, call)
+        request.adopts = self._adopts
+        return request
+
+    @functools.cached_property
+    def _adopts(self) -> bool:
+        """Return whether a request stays open after its time, until any of its reply is answered.
+
+        A request to xAI's server is abandoned before the next one is sent.
+        """
+        return not _runs_two_responses(self.session.realtime_model)
 
     def ready(self) -> bool:
         """Return whether the socket is up and no response is active.
@@ -191,6 +210,11 @@ class OpenAIAdapter(Adapter):
             del self._abandoned[next(iter(self._abandoned))]
         self.session._discarded_event_ids.update(ids)  # type: ignore[attr-defined]
 
+    def adopt(self, id_: str, attempt: asyncio.Future[Generation]) -> None:
+        """Have the plugin resolve ``attempt`` with the response to the earlier request ``id_``."""
+        self.session._discarded_event_ids.discard(id_)  # type: ignore[attr-defined]
+        self.session._response_created_futures[id_] = attempt  # type: ignore[attr-defined]
+
     def stop(self, response_id: str) -> None:
         """Cancel only that response on the server.
 
@@ -226,6 +250,9 @@ class OpenAIAdapter(Adapter):
         turn = None
         if event == "generation_created":
             if any(_resolved_with(args[0], attempt) for attempt in self._unheard):
+                return
+            if self._surplus and args[0].response_id == self._surplus:
+                self.stop(self._surplus)
                 return
             with suppress_and_log("observing a reply of the server"):
                 turn = self._turn_of(args[0])
@@ -360,21 +387,30 @@ class OpenAIAdapter(Adapter):
                 earlier.delivered.end(cancelled=True)
         asked_by = text(mapping(response.get("metadata")).get("client_event_id"))
         asker = next((request for request in self.open if asked_by in request.ids), None)
-        if asker is not None:
-            self.echoes = True
-            asker.delivered = self._begin_delivery(response_id, asker)
-            if self._turn is not None and not self._turn.begun and self._turn is not asker:
-                self._end_turn()  # The agent's request answers the caller.
+        if asker := asker or self.earlier.get(asked_by):
+            self._on_answer(asker, asked_by, response_id)
             return
         if self._unanswered_turns:
             self._unanswered_turns -= 1  # The server answers the caller by itself.
         elif asked_by not in self._abandoned:
             for request in self.open:
-                request.may_be_answered = True
+                if request.is_answered_twice():
+                    self._surplus = response_id
         if asked_by in self._abandoned:
             # The plugin looks at its own set right after this event, and a reconnect emptied it.
             del self._abandoned[asked_by]
             self.session._discarded_event_ids.add(asked_by)  # type: ignore[attr-defined]
+
+    def _on_answer(self, asker: OpenAIRequest, asked_by: str, response_id: str) -> None:
+        """Take the response for the reply of ``asker``, which sent the request ``asked_by``."""
+        self.echoes = True
+        earlier = asker.settle(asked_by)
+        asker.delivered = self._begin_delivery(response_id, asker)
+        asker.delivered.answers_attempt = earlier
+        if self._turn is not None and not self._turn.begun and self._turn is not asker:
+            self._end_turn()  # The agent's request answers the caller.
+        if asker not in self.open:  # The reply is between two attempts, and the next one listens.
+            self.replies.wake()
 
     def sent(self) -> None:
         """Forget the caller's earlier turns, because the server answers a turn at once."""
@@ -418,6 +454,8 @@ class OpenAIAdapter(Adapter):
         if asked_by:
             if any(asked_by in request.ids for request in self.open):
                 self.errors[asked_by] = error
+            elif (request := self.earlier.get(asked_by)) is not None:
+                request.reject(asked_by, error)
             return
         why = failure_from_error(error, "the provider reported an error")
         if why.code == "session_expired":
@@ -472,8 +510,17 @@ class OpenAIRequest(PassthroughRequest):
     def __init__(self, adapter: OpenAIAdapter, call: Call) -> None:
         super().__init__(call)
         self._adapter = adapter
+        self.adopts = False
+        """Whether a request stays open when its attempt has ended, so that its answer is taken."""
         self.ids: set[str] = set()
         """The ids under which the current attempt was sent."""
+        self._earlier: dict[str, int] = {}
+        """The ids of earlier attempts that may still be answered, with the attempt's number."""
+        self._adopted: asyncio.Future[Generation] | None = None
+        """The answer to an earlier request that came between two attempts."""
+        self._number = 0
+        self._rejected = False
+        """Whether the server rejected the current attempt's request."""
         self.may_be_answered = False
         """Whether a response without any id began while the current attempt was open."""
         self.delivered: Delivery | None = None
@@ -486,20 +533,80 @@ class OpenAIRequest(PassthroughRequest):
         """Whether the streams have reached the current generation."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
-        """Send the request, and read its id."""
-        before = self._adapter.pending()
+        """Send the request and read its id, or listen for the answer to an earlier request."""
+        self._number += 1
         self._losses = self._adapter.connection_losses
-        self.may_be_answered = False
-        self._adapter.sent()
-        attempt = self.call()
-        self.ids = self._adapter.pending() - before
+        self._rejected, self._flowing = False, False
+        if action == "listen":
+            attempt = self._adopted or self._open_future()
+            self._adopted = None
+        else:
+            before = self._adapter.pending()
+            self.may_be_answered = False
+            self._adapter.sent()
+            attempt = self.call()
+            self.ids = self._adapter.pending() - before
+            self.delivered = None
+            if self._streams is not None:
+                self._adapter.announce_once(attempt)
         self._current = attempt
-        self.delivered, self._flowing = None, False
-        if self._streams is not None:
-            self._adapter.announce_once(attempt)
         self._adapter.open.append(self)
         attempt.add_done_callback(self._on_done)
         return attempt
+
+    def _open_future(self) -> asyncio.Future[Generation]:
+        """Return a future for the answer to an earlier request."""
+        self.ids, self.delivered = set(), None
+        attempt: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+        if self._streams is not None:
+            self._adapter.announce_once(attempt)
+        return attempt
+
+    def settle(self, answered: str) -> int | None:
+        """Take the response to the request ``answered`` for the reply, and discard all others.
+
+        Return the number of that request's attempt, if it is an earlier one.
+        """
+        number = self._forget(answered)
+        others = self.ids - {answered}
+        if number is not None:
+            attempt = self._current
+            if attempt is None or attempt.done():
+                attempt = self._adopted = self._open_future()
+            self._adapter.adopt(answered, attempt)
+            self.ids = {answered}
+        self._adapter.discard(others)
+        self._discard_earlier()
+        return number
+
+    def reject(self, id_: str, error: object) -> None:
+        """Note that the server rejected an earlier request. Fail an attempt that listens to it."""
+        self._forget(id_)
+        if not (self._earlier or self.ids):
+            why = failure_from_error(error, "the provider rejected the request")
+            self._adapter.replies.report_failure(why, only=self)
+
+    def is_answered_twice(self) -> bool:
+        """Note a response without an id. Return whether it answers the reply a second time."""
+        if not self.may_be_answered:
+            self.may_be_answered = True
+            return False
+        if not self._earlier:
+            return False
+        self._forget(next(reversed(self._earlier)))
+        return True
+
+    def _forget(self, id_: str) -> int | None:
+        """Close an earlier request. Return the number of its attempt, if it was open."""
+        self._adapter.earlier.pop(id_, None)
+        return self._earlier.pop(id_, None)
+
+    def _discard_earlier(self) -> None:
+        """Cancel the responses to all earlier requests by id when they come."""
+        if earlier := set(self._earlier):
+            for id_ in earlier:
+                self._forget(id_)
+            self._adapter.discard(earlier)
 
     def explain(self, error: BaseException) -> Failure:
         """Classify by the raw event if there is one. The future's error may lack the code."""
@@ -507,7 +614,7 @@ class OpenAIRequest(PassthroughRequest):
         raw = next((errors.pop(id_) for id_ in self.ids if id_ in errors), None)
         why = explain(error)
         if raw is not None:
-            self.may_be_answered = False  # The server rejected this request.
+            self.may_be_answered, self._rejected = False, True
             found = read_error(raw)
             why = failure(error, found.kind, code=found.code or why.code)
         elif why.code is None and isinstance(error, llm.RealtimeError):
@@ -525,21 +632,55 @@ class OpenAIRequest(PassthroughRequest):
         """Return "send" if the id makes that safe.
 
         There is no id if a subclass of the plugin sends later than asked. An id does not help if
-        the server failed to echo it, even once.
+        the server failed to echo it, even once. A server that rejects a request because of a
+        response that has not begun has accepted an earlier request, so "listen" follows.
         """
         if self.may_be_answered:
             if self._adapter.echoes is None:
                 self._adapter.stop_sending_again()
             return None
-        return "send" if self.ids and self._adapter.echoes is not False else None
+        if self._earlier and why.code == _ACTIVE and not self._adapter.active:
+            return "listen"
+        sent = self.ids or self._number > 1  # A "listen" has no id of its own.
+        return "send" if sent and self._adapter.echoes is not False else None
 
     def ready(self) -> bool:
         """Return whether a request can be answered: see :meth:`OpenAIAdapter.ready`."""
         return self._adapter.ready()
 
+    def can_hedge(self) -> bool:
+        """Return whether no response has begun, and the server would begin a second one."""
+        adapter = self._adapter
+        return (
+            self.adopts
+            and bool(self.ids)
+            and not self.may_be_answered
+            and adapter.echoes is not False
+            and adapter.connected
+            and not adapter.active
+        )
+
+    def can_replace(self) -> bool:
+        """Return whether the ids allow it."""
+        return bool(self.ids) and self._adapter.echoes is not False
+
+    def has_answer(self) -> bool:
+        """Return whether an earlier request was answered between two attempts."""
+        return self._adopted is not None
+
     def abandon(self, attempt: asyncio.Future[Generation], then: semconv.Action | None) -> None:
-        """Discard the id, and end the plugin's future like its own time-out, without a cancel."""
-        self._adapter.discard(self.ids)
+        """Keep the request open if another attempt follows, or else discard its id.
+
+        End the plugin's future like its own time-out, without a cancel.
+        """
+        if self.adopts and then is not None and self.delivered is None and not self._rejected:
+            for id_ in self.ids:
+                self._earlier[id_] = self._number
+                self._adapter.earlier[id_] = self
+        else:
+            self._adapter.discard(self.ids)
+        if then is None:
+            self._discard_earlier()
         self._close()
         if not attempt.done():
             if then is None and (self._adapter.echoes is False or not self.ids):
@@ -551,6 +692,7 @@ class OpenAIRequest(PassthroughRequest):
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
         """Cancel as the agent alone would, and keep the id discarded over a reconnect."""
         self._close()
+        self._discard_earlier()
         if not attempt.done():
             self._adapter.discard(self.ids)
             attempt.cancel()
@@ -579,6 +721,7 @@ class OpenAIRequest(PassthroughRequest):
 
     def ended(self) -> None:
         """Close the streams, because the agent no longer waits."""
+        self._discard_earlier()
         if self._streams is not None:
             self._streams.close()
 
@@ -664,6 +807,10 @@ class OpenAITurn(OpenAIRequest):
             return super().next_action(why)
         return "send" if self._first.done() else None
 
+    def can_replace(self) -> bool:
+        """Return whether another response may continue the streams of this one."""
+        return self._adapter.recovers_turns and self._adapter.echoes is not False
+
     def ended(self) -> None:
         """Close the streams, and expect the next turn."""
         super().ended()
@@ -700,7 +847,13 @@ def _why_empty(response: Mapping[str, Any]) -> Failure | None:
     return empty_failure("response")
 
 
-def _provider(model: llm.RealtimeModel) -> str:
+def _runs_two_responses(model: llm.RealtimeModel) -> bool:
+    """Return whether the server may run two responses at once, as xAI's does."""
+    return provider_name(model) == "x_ai" or str(model.model).startswith("xai/")
+
+
+def provider_name(model: object) -> str:
+    """Return ``gen_ai.provider.name`` of a model with OpenAI's engine."""
     modules = [cls.__module__ for cls in type(model).__mro__]
     if any(name.startswith("livekit.plugins.xai") for name in modules):
         return "x_ai"

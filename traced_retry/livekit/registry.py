@@ -25,6 +25,7 @@ ADAPTERS: Final = {
     "livekit.plugins.aws.experimental.realtime.realtime_model": (
         "traced_retry.livekit.aws:AWSAdapter"
     ),
+    "livekit.agents.llm.duplex_adapter": "traced_retry.livekit.duplex:DuplexAdapter",
     "livekit.plugins.phonic.realtime.realtime_model": "traced_retry.livekit.phonic:PhonicAdapter",
     "traced_retry.core.decorator": "traced_retry.livekit.adapter:OwnRetryAdapter",
 }

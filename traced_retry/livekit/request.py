@@ -10,14 +10,16 @@ from typing import Any
 from livekit.agents import llm
 
 from traced_retry import semconv
+from traced_retry.core.breaker import REFUSED, CircuitOpenError
 from traced_retry.core.failure import Failure, Kind, explain, failure
-from traced_retry.core.request import Delivery
+from traced_retry.core.request import Delivery, OneAtATime
+from traced_retry.core.waiting import Wait
 
 Generation = llm.GenerationCreatedEvent
 Call = Callable[[], "asyncio.Future[Generation]"]
 
 
-class PassthroughRequest:
+class PassthroughRequest(OneAtATime):
     """A request to an unknown provider: traced, and never sent again.
 
     The adapters' requests derive from it. :class:`~traced_retry.core.request.Request` describes
@@ -34,6 +36,8 @@ class PassthroughRequest:
         """To be called with the id of the ``SpeechHandle``, if it is known later."""
         self.stop_watching: Callable[[], None] = lambda: None
         """The function that stops watching the ``SpeechHandle`` for interruption."""
+        self.wait: Wait | None = None
+        """The wait for the first output, if ``on_waiting`` is to report it."""
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[Generation]:
         """Send the request as the plugin does."""
@@ -53,6 +57,11 @@ class PassthroughRequest:
     def timed_out(self, seconds: float) -> Failure:
         """Return a ``RealtimeError``, because LiveKit catches no other class."""
         return timeout_failure(seconds)
+
+    def refused(self) -> Failure:
+        """Return a ``RealtimeError``, because LiveKit catches no other class."""
+        error = llm.RealtimeError(REFUSED, code=CircuitOpenError.code)
+        return failure(error, "circuit_open", code=CircuitOpenError.code)
 
     def internal_failure(self, error: BaseException) -> Failure:
         """Return a ``RealtimeError`` caused by ``error``. LiveKit catches no other class."""
@@ -81,6 +90,11 @@ class PassthroughRequest:
     def delivery(self, result: Generation) -> Delivery | None:
         """Return None: this provider does not report the end of a reply."""
         return None
+
+    def end_wait(self) -> None:
+        """End the wait for the first output."""
+        if self.wait is not None:
+            self.wait.end()
 
     def ended(self) -> None:
         """Clean up after the reply, with any outcome."""

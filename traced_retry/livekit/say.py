@@ -31,11 +31,11 @@ _NEVER: Final = 86_400.0
 
 
 def observed(policy: RetryPolicy) -> RetryPolicy:
-    """Return ``policy`` without a limit of ours: no deadline, no attempt timeout, no budget.
+    """Return ``policy`` without a limit of ours: no deadline, attempt timeout, budget or breaker.
 
     It is for a text that may be streamed, and for plugins without an adapter.
     """
-    return replace(policy, deadline=_NEVER, attempt_timeout=None, budget=None)
+    return replace(policy, deadline=_NEVER, attempt_timeout=None, budget=None, breaker=None)
 
 
 class SayRequest(PassthroughRequest):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listening, for plugins with one slot for the open request and no ids in the replies.
+"""Wait longer for a reply, on plugins with one open request and without ids in the replies.
 
-Such a plugin keeps the future of the open request in one slot of its session, and resolves it with
-the server's next reply. If the request were sent again after a silence, the caller could hear two
-replies. So the next attempt is ``listen``: no request is sent. In the call that ends the earlier
-attempt, a new future takes the slot. This happens before the plugin's own time-out, which then
-finds another future in the slot and does not change it.
+Such a plugin keeps the future of the open request in one attribute of its session, the slot. The
+server's next reply resolves this future. If the adapter sent the request again after silence, the
+caller could hear two replies. Therefore the next attempt is a ``listen``, which sends no request:
+the adapter puts a new future into the slot and waits for the answer to the first request.
+
+The new future takes the slot in the call that ends the earlier attempt, shortly before the plugin's
+own time-out. When the time-out fires, it finds another future in the slot and does not change it.
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ _LONGEST = 60.0
 class SlotDelivery:
     """The reply that is being spoken, watched to its end. Several requests may share it.
 
-    The plugins of Ultravox, Phonic and AWS keep the current reply in ``_current_generation``. It is
-    None as soon as the reply is complete, or was cut because the caller spoke. Only this attribute
-    is read, and never the streams.
+    The plugins of Ultravox, Phonic and AWS keep the current reply in ``_current_generation``. They
+    set it to None when the reply is complete or the caller spoke. The adapter reads this attribute
+    and not the streams.
 
-    Ultravox's and Phonic's have the channels of sound, words and tool calls in it. A reply without
-    sound (without words, if the model has no audio output) and without a tool call has failed. It
-    is not requested again. AWS's channels change within a reply, so its output is not checked.
+    On Ultravox and Phonic, ``_current_generation`` has the channels of sound, words and tool calls.
+    A reply has failed if it has no tool call and no sound, or no words if the model has no audio
+    output. It is not requested again. On AWS the channels change within a reply, so its output is
+    not checked.
     """
 
     required_attributes: ClassVar[tuple[str, ...]] = ("_current_generation",)
@@ -168,10 +171,14 @@ class SingleSlotAdapter(Adapter):
         """Whether the plugin is connected, as far as known."""
         self.dead: Failure | None = None
         """The failure of a dead session, if the adapter knows it better than the hook."""
-        self.speaking = SlotDelivery(session)
+        self.watch_deliveries()
         self._given_up: PassthroughRequest | None = None
         session.on("input_speech_started", lambda _: self.watch_for(None))
         before(session, "emit", self._on_emit)
+
+    def watch_deliveries(self) -> None:
+        """Have the course of each reply watched."""
+        self.speaking = SlotDelivery(self.session)
 
     def starts_reply(self, generation: Generation) -> bool:
         """Return whether no request is open, and none was given up that may be answered now."""

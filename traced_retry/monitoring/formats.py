@@ -45,8 +45,8 @@ def files(thresholds: Thresholds) -> dict[str, str]:
         ),
         "grafana-alerting/alerts.yaml": _file(
             grafana_alerts(thresholds),
-            "The same alerts, managed by Grafana: into its provisioning/alerting. Take these or",
-            "prometheus/alerts.yaml, not both. The recording rules are needed all the same.",
+            "The same alerts, managed by Grafana: copy them into its folder provisioning/alerting.",
+            "Take these or prometheus/alerts.yaml, not both. Both need the recording rules.",
         ),
     }
 

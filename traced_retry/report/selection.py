@@ -31,7 +31,12 @@ class Selection:
     since: float | None = None
     """Unix seconds. Only replies that started then or later."""
     trace: str | None = None
-    """A trace id, or its first digits, in lower case."""
+    """A trace id, or its first digits."""
+
+    def __post_init__(self) -> None:
+        """Write the trace id as spans do: in lower case."""
+        if self.trace is not None:
+            object.__setattr__(self, "trace", self.trace.strip().lower())
 
     def matches(self, reply: Reply) -> bool:
         """Return whether the reply meets each condition."""

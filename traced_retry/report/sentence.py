@@ -20,6 +20,7 @@ _WHY: Final = {
     "max_attempts": "no attempts left",
     "deadline": "deadline",
     "budget": "retry budget spent",
+    "circuit_open": "the provider failed for all calls of the machine",
 }
 """Texts for the limits that can end a reply."""
 
@@ -99,12 +100,16 @@ def _succeeded(reply: Reply) -> str:
     return f"Heard at the first try after {seconds(reply.seconds)}."
 
 
+_HOW: Final = {"restart": " in a new session", "hedge": " with a second request"}
+"""Texts for the actions of a last attempt that say more than that it was another one."""
+
+
 def _recovered(reply: Reply) -> str:
     why = _list(reply.codes)
     why = f": {why}" if why else ""
     if {a.action for a in reply.attempts[1:]} == {"listen"}:
         return f"Heard late, {_after(reply)}, without asking again{why}."
-    how = " in a new session" if reply.last and reply.last.action == "restart" else ""
+    how = _HOW.get(reply.last.action or "", "") if reply.last else ""
     spent = f"{_count(reply.retries, 'retry', 'retries')} and {seconds(reply.seconds)}"
     return f"Heard{how} after {spent}{why}."
 
@@ -112,6 +117,12 @@ def _recovered(reply: Reply) -> str:
 def _exhausted(reply: Reply) -> str:
     why = _WHY.get(reply.stop_reason or "", reply.stop_reason or "no reason stored")
     return f"Lost {_after(reply, attempts=True)} ({why}){_colon(reply)}."
+
+
+def _circuit_open(reply: Reply) -> str:
+    if reply.attempt_count:
+        return _exhausted(reply)
+    return f"Not sent, because {_WHY['circuit_open']}."
 
 
 def _unsafe(reply: Reply) -> str:
@@ -168,6 +179,7 @@ _BY_STOP_REASON: Final[dict[str, Callable[[Reply], str]]] = {
     "max_attempts": _exhausted,
     "deadline": _exhausted,
     "budget": _exhausted,
+    "circuit_open": _circuit_open,
     "unsafe_to_resend": _unsafe,
     "output_started": _output_started,
     "not_recoverable": _not_recoverable,

@@ -19,6 +19,7 @@ PROVIDERS: Final = {
     "openai": "openai:OpenAISimulator",
     "xai": "openai_compatible:XAISimulator",
     "azure-openai": "openai_compatible:AzureOpenAISimulator",
+    "gpt-live": "gpt_live:GPTLiveSimulator",
     "azure-voicelive": "azure:VoiceLiveSimulator",
     "google": "google:GoogleSimulator",
     "ultravox": "ultravox:UltravoxSimulator",

@@ -223,13 +223,16 @@ class OpenAIConnection(Connection):
 
     async def begin_reply(self, request: Request) -> Response:
         response = await self.begin(request.metadata)
+        await self.begin_words(request, response)
+        return response
+
+    async def begin_words(self, request: Request, response: Response) -> None:
         await self.begin_message(response)
         await self.send(
             "response.output_text.delta",
             **output_position(response),
             delta=request.answer.split()[0],
         )
-        return response
 
     async def begin_message(self, response: Response) -> None:
         await self.add_output(response, type="message", role="assistant", content=[])

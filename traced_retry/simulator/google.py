@@ -38,7 +38,7 @@ class _Conversation:
 
     context: list[Turn] = field(default_factory=list)
     unanswered: dict[int, tuple[float, Request]] = field(default_factory=dict)
-    """The loop time at which each open request is answered, by number."""
+    """The loop time of the answer to each open request, by number."""
 
 
 class GoogleSimulator(Simulator):

@@ -87,9 +87,12 @@ class _ScriptedConnection(OpenAIConnection):
                 await self.reply(request)
             case "tool":
                 await self.call_tool(request, fault.argument)
-            case "late":
+            case "late" | "unlabelled":
+                labels = request.metadata if fault.name == "late" else None
                 self.late += 1
-                self.after(fault.seconds, partial(self.reply_late, request))
+                self.after(
+                    fault.seconds, partial(self.reply_late, replace(request, metadata=labels))
+                )
             case "slow":
                 response = await self.begin_reply(request)
                 self.after(fault.seconds, partial(self.end_slowly, request, response))
@@ -129,12 +132,12 @@ class _ScriptedConnection(OpenAIConnection):
                 await self.call_function(response, fault.argument)
                 self.after(PAUSE, partial(self.fail, response, "server_error"))
             case "stalled":
-                await self.begin(request.metadata)
+                response = await self.begin(request.metadata)
+                if fault.argument:
+                    self.after(fault.seconds, partial(self.speak_late, request, response))
             case "empty":
                 response = await self.begin(request.metadata)
                 await self.finish(response, "completed")
-            case "unlabelled":
-                await self.reply(replace(request, metadata=None))
             case "incomplete":
                 response = await self.begin(request.metadata)
                 await self.finish(response, "incomplete", reason="content_filter")
@@ -183,6 +186,12 @@ class _ScriptedConnection(OpenAIConnection):
         self.late -= 1
         await self.reply(request)
         await self.drop_if_next()
+
+    async def speak_late(self, request: Request, response: Response) -> None:
+        if self.active is response:  # Not cancelled meanwhile.
+            await self.begin_words(request, response)
+            await self.end_reply(request, response)
+            await self.drop_if_next()
 
     async def end_slowly(self, request: Request, response: Response) -> None:
         if self.active is response:  # Not cancelled meanwhile.

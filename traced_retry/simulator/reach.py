@@ -30,6 +30,9 @@ from livekit.plugins import openai
 model = openai.realtime.RealtimeModel.with_azure(
     azure_deployment="x", azure_endpoint="{{url}}", {_KEY}, {_TEXT}
 )""",
+    "gpt-live": f"""\
+from livekit.plugins import openai
+model = openai.realtime.GPTLiveModel({_KEY}, base_url="{{url}}")""",
     "azure-voicelive": f"""\
 from livekit.plugins import azure
 model = azure.realtime.RealtimeModel(endpoint="{{url}}", {_KEY}, {_TEXT})""",

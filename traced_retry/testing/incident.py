@@ -26,7 +26,7 @@ SIMULATOR_OF: Final = {
     "phonic": "phonic",
     "aws.bedrock": "aws",
 }
-"""The simulator of each ``gen_ai.provider.name``."""
+"""The simulator of each ``gen_ai.provider.name``, except for GPT-Live."""
 
 _SLOW: Final = 0.2
 """Seconds. A faster answer comes at once in the script."""
@@ -58,19 +58,26 @@ def incident_script(replies: Iterable[Reply]) -> Script:
         raise UsageError(f"a script is for one provider, and there are {found}: give a trace id")
     if providers[0] not in SIMULATOR_OF:
         raise UsageError(f"provider {providers[0]!r} has no simulator")
-    known = simulator(SIMULATOR_OF[providers[0]]).faults
+    is_duplex = any("gpt-live" in (reply.model or "") for reply in asked)
+    known = simulator("gpt-live" if is_duplex else SIMULATOR_OF[providers[0]]).faults
     faults: list[Fault] = []
     turns: list[Fault] = []
     for reply in asked:
         of_reply = list(_faults(reply, known))
         if reply.initiator == "provider":
-            turns += of_reply[:1]  # Further attempts are requests.
+            turns += [_of_turn(f, known) for f in of_reply[:1]]  # Further attempts are requests.
             of_reply = of_reply[1:]
         faults += of_reply
     if not faults and not turns:
         raise UsageError("no request was sent: there is no attempt in the spans")
     ok = (Fault("ok"),)
     return Script(tuple(faults) or ok, tuple(turns) or ok)
+
+
+def _of_turn(fault: Fault, known: frozenset[str]) -> Fault:
+    """Return the fault of a turn. It has no request to reject, so a response fails."""
+    failed = fault.name == "error" and "failed" in known
+    return Fault("failed", fault.argument) if failed else fault
 
 
 def _faults(reply: Reply, known: frozenset[str]) -> Iterator[Fault]:

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from livekit.agents import AgentSession, llm
 from livekit.agents.utils import http_context
+from livekit.agents.voice import SpeechHandle
 
 from traced_retry.core.budget import refill
 from traced_retry.simulator import Script, Simulator, simulator
@@ -43,6 +44,8 @@ _SETTLE: Final = 30.0
 """Seconds that are left after a reply for a second one to be heard."""
 _TOLERANCE: Final = 0.5
 """Seconds."""
+_LOOK: Final = 0.1
+"""Seconds between two looks for a reply to the caller."""
 _TOOL: Final = "TOOL"
 
 
@@ -69,9 +72,13 @@ CASES: Final = (
     Case("silence"),
     Case("failed_message,ok"),
     Case("drop_before,ok"),
+    Case("turn:failed_message"),
     Case("failed_tool:TOOL"),
 )
-"""The table of faults. The last case is left out if the agent has no tool."""
+"""The table of faults. The last case is left out if the agent has no tool.
+
+With ``turn:``, the caller speaks, and the provider starts the reply by itself.
+"""
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,8 @@ class _Trial:
     async def _check(self, session: AgentSession[Any]) -> None:
         now = asyncio.get_running_loop().time
         began = now()
-        reply = asyncio.create_task(_outcome(self._ask(session)))
+        asked = self._turn(session) if "turn:" in self._script else self._ask(session)
+        reply = asyncio.create_task(_outcome(asked))
         done, _ = await asyncio.wait([reply], timeout=_HUNG)
         seconds = now() - began
         if not done:
@@ -211,6 +219,20 @@ class _Trial:
             self._find("tool_ran_twice", f"{self._tool} ran {self._outputs} times")
         self._check_requests()
         await self._check_session(session, len(heard))
+
+    async def _turn(self, session: AgentSession[Any]) -> BaseException | None:
+        """Let the caller speak. Return the error of the reply, or None if there is none in time."""
+        handles: list[SpeechHandle] = []
+        session.on("speech_created", lambda event: handles.append(event.speech_handle))
+        await self._server.wait_for("connected")
+        await self._server.caller_speaks()
+        now = asyncio.get_running_loop().time
+        limit = now() + self._deadline
+        while now() < limit and not _heard(session):
+            if errors := [e for h in handles if h.done() and (e := h.exception())]:
+                return errors[0]
+            await asyncio.sleep(_LOOK)
+        return None
 
     def _check_requests(self) -> None:
         requests = self._server.requests
