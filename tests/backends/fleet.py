@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from backends.agent import PRELOAD, Job, run
 from backends.reading import settle
-from backends.servers import Collector, Jaeger, Prometheus, free_ports
+from backends.servers import SCRAPE, Collector, Jaeger, Prometheus, free_ports
 
 from traced_retry.simulator import simulator
 
@@ -231,11 +231,12 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def measure(folder, plan=plan, idle=0.0, programs=("prometheus",)):
+def measure(folder, plan=plan, idle=0.0, programs=("prometheus",), evaluation=SCRAPE):
     """Run the plan with real servers: processes -> Collector -> Jaeger and Prometheus.
 
     Prometheus scrapes for ``idle`` seconds before the first job. Each of ``programs`` is a command
-    of Prometheus, and all of them count the same jobs.
+    of Prometheus, and all of them count the same jobs. They evaluate the rules every ``evaluation``
+    seconds.
     """
     ports = free_ports(len(programs))
     url, *others = (f"http://127.0.0.1:{port}" for port in ports)
@@ -244,11 +245,11 @@ def measure(folder, plan=plan, idle=0.0, programs=("prometheus",)):
         collector = stack.enter_context(
             Collector(folder, traces=jaeger.grpc, prometheus=url, others=others)
         )
-        counts = {"counts": collector.counts, "itself": collector.itself}
+        same = {"counts": collector.counts, "itself": collector.itself, "evaluation": evaluation}
         engines = {}
         for program, port in zip(programs, ports, strict=True):
             (folder / program).mkdir()
-            server = Prometheus(folder / program, port=port, program=program, **counts)
+            server = Prometheus(folder / program, port=port, program=program, **same)
             engines[program] = stack.enter_context(server)
         prometheus = engines[programs[0]]
         environment = {

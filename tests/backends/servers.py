@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -47,7 +48,7 @@ HOW = {
 
 SCRAPE = 1.0
 """Seconds between two scrapes in the tests; 15 in the file we ship."""
-FLUSH = 5.0
+FLUSH = 3.0
 """Seconds between two flushes of spanmetrics in the tests; 30 in the file we ship."""
 
 
@@ -158,6 +159,10 @@ class Process:
         """End the server with a SIGKILL. It can be started again."""
         self._process.kill()
         self._process.wait()
+
+    def reload(self):
+        """Have the server read its configuration again."""
+        self._process.send_signal(signal.SIGHUP)
 
     def _is_ready(self):
         if self._process.poll() is not None:
@@ -274,10 +279,19 @@ class Prometheus(_Server):
         port: its own.
         program: the command, ``prometheus`` or ``prometheus3``.
         vmagent: the port of a vmagent, if it is scraped.
+        evaluation: seconds between two evaluations of the rules; 15 in the file we ship.
     """
 
     def __init__(
-        self, folder, *, counts, itself=None, port=None, program="prometheus", vmagent=None
+        self,
+        folder,
+        *,
+        counts,
+        itself=None,
+        port=None,
+        program="prometheus",
+        vmagent=None,
+        evaluation=SCRAPE,
     ):
         port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
@@ -287,7 +301,7 @@ class Prometheus(_Server):
             ("127.0.0.1:8889", f"127.0.0.1:{counts}"),
             ("127.0.0.1:8887", f"127.0.0.1:{itself or 8887}"),
             ("scrape_interval: 15s", f"scrape_interval: {SCRAPE:.0f}s"),
-            ("evaluation_interval: 15s", f"evaluation_interval: {SCRAPE:.0f}s"),
+            ("evaluation_interval: 15s", f"evaluation_interval: {evaluation * 1000:.0f}ms"),
         ):
             assert shipped in text
             text = text.replace(shipped, ours)
@@ -309,6 +323,14 @@ class Prometheus(_Server):
             f"{self.url}/-/ready",
             folder,
         )
+
+    def stop_rules(self):
+        """Evaluate no rule from now on, so that queries of the past have the whole machine."""
+        path = self._folder / "prometheus.yaml"
+        path.write_text(path.read_text().replace("rules/*.yaml", "no-rules/*.yaml"))
+        self._process.reload()
+        rules = f"{self.url}/api/v1/rules"
+        until(lambda: not get(rules)["data"]["groups"], what="the rules being stopped")
 
     def query(self, expression, at=None):
         """The vector that the expression gives: {labels as a frozenset of pairs: value}."""

@@ -41,10 +41,13 @@ SAYS = ("xai", "phonic")
 
 
 def plan():
-    """Of each provider six or seven replies heard at once, one late, and one lost (two of those
-    that tell no code: so many that the 95th percentile is theirs); one refused. As many again start
-    because the caller speaks. Some speak given texts as well, of which no panel tells. All that
-    twice: in no environment, and in one. Each has jobs of two services.
+    """Return the jobs with their scripts, and no job to kill.
+
+    The jobs of each provider hear six or seven replies at once, one late, and lose one (two if the
+    provider sends no code, so that the 95th percentile is a lost reply). One reply is refused. The
+    caller then speaks as often as the agent requested, so that the provider starts half of the
+    replies. Some jobs also speak given texts, which no panel shows. All of this happens twice, in
+    no environment and in one, and each has jobs of two services.
     """
     planned = []
     for provider in PROVIDER:
@@ -53,13 +56,13 @@ def plan():
             ("error:server_error,ok", "error:server_error") if coded else ("late:4", "silence")
         )
         patience = 8.0 if coded else 3.0
-        planned += [(Job(provider, 2, pause=0.1, patience=patience), f"{late},ok")]
         budget = 5.0 if provider == "openai" else None
         job = Job(provider, 2, patience=patience, budget=budget)
         planned += [(job, f"ok,{lost}")] * (1 if coded else 2)
-        replies = 8 if coded else 10
-        job = Job(provider, 4, texts=3 * (provider in SAYS), turns=replies, pause=0.2)
-        planned += [(job, "ok")]
+        turns = 8 if coded else 10
+        texts = 3 * (provider in SAYS)
+        job = Job(provider, 6, texts=texts, turns=turns, pause=0.2, patience=patience)
+        planned += [(job, f"{late},ok")]
     planned += [(Job("openai"), "error:invalid_request_error")]
     there = {"OTEL_RESOURCE_ATTRIBUTES": f"deployment.environment.name={ENVIRONMENT}"}
     planned += [(replace(job, environment=there), script) for job, script in planned]
@@ -135,10 +138,13 @@ def played(tmp_path_factory):
         patch.setattr(servers, "DASHBOARDS", folder / "shipped")
         began = time.time()
         programs = [name for name in ENGINES if servers.found_command(name)]
-        with fleets.measure(folder, plan, 300 / FASTER, programs) as fleet:
+        with fleets.measure(folder, plan, 300 / FASTER, programs, 15 / FASTER) as fleet:
             settled = time.time() + (300 + 60) / FASTER + 2 * servers.FLUSH + 2 * STEP
             servers.until(lambda: time.time() > settled, 60, "the last minutes being counted")
-            yield Measured(fleet, began, time.time(), fleet.prometheus)
+            measured = Measured(fleet, began, time.time(), fleet.prometheus)
+            for engine in fleet.engines.values():
+                engine.stop_rules()
+            yield measured
 
 
 @pytest.fixture(scope="module", params=ENGINES)
