@@ -61,7 +61,7 @@ core-fork $(OTHERS:%=core-%): core-%: .venv/.core-%
 # With them the oldest OpenTelemetry, whose Prometheus exporter has to give the names that
 # dashboards and alerts ask for.
 oldest: .venv/.oldest  ## the adapters' tests on plugins 1.7.0; the dashboards' names on OpenTelemetry 1.39
-	.venv/oldest/bin/pytest -q $(PARALLEL) $(addprefix tests/livekit/test_,hook.py openai.py failure_before_output.py interruption.py stateful.py regressions.py openai_compatible.py provider_contract.py google.py single_slot.py ultravox.py phonic.py nvidia.py server_events.py turns.py) tests/dashboards/test_drift.py
+	.venv/oldest/bin/pytest -q $(PARALLEL) $(addprefix tests/livekit/test_,hook.py openai.py failure_before_output.py interruption.py stateful.py regressions.py openai_compatible.py provider_contract.py google.py single_slot.py ultravox.py phonic.py nvidia.py server_events.py turns.py waiting.py filler.py) tests/dashboards/test_drift.py
 
 packages: .venv/.test  ## build wheel and sdist; install the wheel with each extra; run the README's code
 	$(BIN)/pytest -m packages tests/packages

@@ -3,20 +3,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import random
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from support import brownout
 from support.brownout import live_through
+from support.callers import Callers
 
 from traced_retry.core import breaker
+from traced_retry.simulator import OpenAISimulator
+from traced_retry.simulator.script import Script
 
 OURS = breaker.FAILURES, breaker.SPAN
 USUAL = 5, 0.0
 REPLIES = 6_000
 """About as many replies per cell."""
+PROCESSES, SECONDS = 50, 40
+"""Job processes with OpenAI's real plugin, and the length of each of their brown-outs."""
 
 
 def rule(name):
@@ -36,6 +45,25 @@ def play(name, calls, failing, **more):
         if path is not None:
             path.unlink()
             path.parent.rmdir()
+
+
+async def share_of_processes(failing, path):
+    """Return the shares of the replies of real job processes that are heard and refused."""
+    rng = random.Random(1)
+    script = ",".join(
+        "error:server_error" if rng.random() < failing else "ok" for _ in range(20_000)
+    )
+    async with (
+        OpenAISimulator(Script.parse(script)) as server,
+        Callers(PROCESSES, server.url, path, pause=0.3) as callers,
+    ):
+        await callers.until(lambda: len({each.process for each in callers.replies}) == PROCESSES)
+        callers.replies.clear()
+        await asyncio.sleep(SECONDS)
+        replies = list(callers.replies)
+    heard = sum(each.stop_reason is None for each in replies)
+    refused = sum(each.stop_reason == "circuit_open" for each in replies)
+    return len(replies), heard / len(replies), refused / len(replies)
 
 
 def main():
@@ -67,6 +95,24 @@ def main():
             median = sorted(told.silence)[len(told.silence) // 2]
             print(f"{calls:>6}{silent:>9.0%}{opened:>13}{refused:>9.0%}{median:>14.1f} s")
             broken |= calls == 50 and not (told.opened and told.opened <= 12)
+    brownout.TIME_OUT = 10.0  # that of a plugin whose requests are not hedged
+    told = play("ours", 50, 1.0, seconds=120, silent=1.0)
+    print(f"50 calls, all failures are time-outs of 10 s: opens after {told.opened:.1f} s")
+
+    print(
+        f"\n{PROCESSES} job processes with OpenAI's real plugin and the default budget, "
+        f"{SECONDS} s each"
+    )
+    print(f"{'failing':>9}{'replies':>9}{'heard without':>15}{'heard with':>12}{'refused':>9}")
+    logging.disable(logging.CRITICAL)
+    for failing in (0.3, 0.5, 0.7):
+        _, without, _ = asyncio.run(share_of_processes(failing, None))
+        with tempfile.TemporaryDirectory() as folder:
+            count, heard, refused = asyncio.run(
+                share_of_processes(failing, Path(folder) / "breaker")
+            )
+        print(f"{failing:>9.0%}{count:>9}{without:>15.1%}{heard:>12.1%}{refused:>9.2%}", flush=True)
+        broken |= refused > 0.02
     print(
         "promise: at most 2 % refused up to 70 %, and 50 calls open within 12 s: "
         f"{'BROKEN' if broken else 'kept'}"

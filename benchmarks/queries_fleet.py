@@ -187,7 +187,7 @@ def process(*, retried):
     for number in range(10):
         second = retried and number == 0
         reply = telemetry.reply(Target("openai", MODELS[0]))
-        reply.begin()
+        reply.begin(0.0, 0.0)
         if second:
             lost = Attempt(1, "send", 0.0, 0.0, 0.0)
             reply.attempt_began(lost)

@@ -27,6 +27,7 @@ def enable(ctx: JobContext) -> bool:
         ctx, policy=policy, preset="jaeger", service_name="support", on_exhausted=on_exhausted
     )
     traced_retry.enable(on_waiting=on_waiting)
+    traced_retry.enable(on_waiting=traced_retry.Filler("typing.ogg", pause=0))
     assert tracing.destination + ""
     return tracing.flush(1.0)
 

@@ -2,27 +2,32 @@
 """Change the code in small ways, and count the changes that the tests notice: ``make mutants``.
 
 Each change (a *mutant*) is one replaced operator, constant, condition or statement in a copy of the
-package. The tests run against the copy. A mutant *survives* if all of them pass. Mutants are drawn
-with a seed, so a run can be repeated:
+package. The tests that reach the changed line run against the copy. A mutant *survives* if all of
+them pass. Mutants are drawn with a seed, so a run can be repeated:
 
     python tools/mutants.py --number 40 --seed 2 core/loop.py
 
-``tools/equivalent_mutants.txt`` lists mutants that no test can notice, with the reason.
+The draw depends on the code of each mutant alone, so other changes of the code keep most of it.
+``tools/equivalent_mutants.txt`` lists mutants that no test can notice, with the reason. They are
+counted apart and are no part of the score. The script needs Python 3.12.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import compileall
+import hashlib
+import json
 import multiprocessing
 import os
-import random
+import py_compile
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,9 +66,21 @@ LIVEKIT_TESTS = [
         "say",
         "openai_compatible",
         "stateful",
+        "waiting",
+        "hedging",
+        "fallback",
+        "filler",
+        "breaker",
+        "generations",
+        "duplex",
     )
 ]
-"""The files that use the OpenAI adapter, the quickest first."""
+"""The files that use the OpenAI adapter."""
+CORE_TESTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in ROOT.glob("tests/core/test_*.py")
+    if path.stem not in ("test_package", "test_mutants")
+)
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -102,6 +119,8 @@ class Mutant:
     new: str
     code: str
     """The whole line."""
+    reached_by: range | None
+    """The lines of its statement. None if it runs on import, outside of each function."""
 
     @property
     def key(self) -> str:
@@ -128,14 +147,35 @@ def mutants_of(module: str) -> list[Mutant]:
     for line in lines:
         offsets.append(offsets[-1] + len(line))
     found = []
-    for node, replacement in _changes(ast.parse(source)):
+    tree = ast.parse(source)
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    for node, replacement in _changes(tree):
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         start = offsets[node.lineno - 1] + node.col_offset
         end = offsets[node.end_lineno - 1] + node.end_col_offset
         old, code = source[start:end].decode(), lines[node.lineno - 1].decode().strip()
-        found.append(Mutant(module, node.lineno, start, end, old, replacement, code))
+        reached_by = _statement_around(statements, node)
+        found.append(Mutant(module, node.lineno, start, end, old, replacement, code, reached_by))
     return sorted(found, key=lambda mutant: (mutant.start, mutant.end, mutant.new))
+
+
+def _statement_around(statements: list[ast.stmt], node: Any) -> range | None:
+    """Return the lines of the innermost statement around a node, or None outside of functions."""
+    around = [
+        statement
+        for statement in statements
+        if statement.lineno <= node.lineno and (statement.end_lineno or 0) >= node.end_lineno
+    ]
+    bodies = [
+        function.body[0].lineno
+        for function in around
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    if not bodies or node.lineno < min(bodies):
+        return None
+    first = max(statement.lineno for statement in around)
+    return range(first, node.end_lineno + 1)
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[Any, str]]:
@@ -217,8 +257,37 @@ class Result:
 
     mutant: Mutant
     outcome: str
-    """``killed``, ``timeout`` or ``survived``."""
-    seconds: float
+    """``killed``, ``timed out`` or ``survived``."""
+
+
+class Reach:
+    """The tests that reach each line of the package, as runs without a mutant recorded them."""
+
+    def __init__(self, recorded: list[dict[str, Any]]) -> None:
+        self._seconds: dict[str, float] = {}
+        self._lines: dict[str, dict[str, list[str]]] = {}
+        self._elsewhere: set[str] = set()
+        for part in recorded:
+            self._seconds.update(part["seconds"])
+            self._elsewhere.update(part["elsewhere"])
+            for module, lines in part["lines"].items():
+                for line, names in lines.items():
+                    self._lines.setdefault(module, {}).setdefault(line, []).extend(names)
+
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """Return the tests that can notice a mutant, the quickest first.
+
+        A test that starts another process can reach each line there.
+        """
+        lines = self._lines.get(mutant.module, {})
+        numbers = lines if mutant.reached_by is None else map(str, mutant.reached_by)
+        names = {name for number in numbers for name in lines.get(number, [])}
+        names.update(self._elsewhere)
+        return sorted(names, key=lambda name: (name in self._elsewhere, self._seconds[name], name))
+
+    def limit(self, tests: list[str]) -> float:
+        """Return the seconds after which the run of a mutant counts as endless."""
+        return 60 + 5 * sum(self._seconds[name] for name in tests)
 
 
 class Runner:
@@ -227,97 +296,189 @@ class Runner:
     def __init__(self, jobs: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
         # Importing LiveKit takes seconds. The package itself must not be imported here.
-        self._context.set_forkserver_preload(["pytest", "hypothesis", "livekit.plugins.openai"])
+        plugins = [f"livekit.plugins.{name}" for name in ("openai", "google", "ultravox", "xai")]
+        self._context.set_forkserver_preload(["pytest", "hypothesis", *plugins])
         self._copies: SimpleQueue[Path] = SimpleQueue()
         self._folder = tempfile.TemporaryDirectory()
         for number in range(jobs):
-            copy = Path(self._folder.name) / str(number)
+            # Hypothesis draws constants of modules outside of such a folder. The same examples then
+            # could not be drawn for each mutant.
+            copy = Path(self._folder.name) / str(number) / "site-packages"
             shutil.copytree(ROOT / PACKAGE, copy / PACKAGE)
             for data in ("dashboards", "exporters"):
                 shutil.copytree(ROOT / data, copy / PACKAGE / data)
+            # Each run then compiles only the changed module, which it knows by its content.
+            by_content = py_compile.PycInvalidationMode.CHECKED_HASH
+            compileall.compile_dir(copy, quiet=2, invalidation_mode=by_content)
             self._copies.put(copy)
 
     def close(self) -> None:
         """Delete the copies."""
         self._folder.cleanup()
 
-    def passes(self, tests: list[str], limit: float, mutant: Mutant | None = None) -> bool | None:
-        """Return whether the tests pass, or None after ``limit`` seconds."""
+    def reach(self, files: list[str]) -> dict[str, Any]:
+        """Run all tests of files without a mutant, and record the lines that each reaches."""
         copy = self._copies.get()
-        path = copy / PACKAGE / mutant.module if mutant is not None else None
-        source = path.read_bytes() if path is not None else b""
         try:
-            if mutant is not None and path is not None:
-                path.write_bytes(mutant.applied_to(source))
-            process = self._context.Process(target=_run_tests, args=(str(copy), tests))
+            process = self._context.Process(target=_run_tests, args=(str(copy), files, None))
             process.start()
-            process.join(limit)
-            if process.exitcode is None:
-                assert process.pid is not None
-                os.killpg(process.pid, signal.SIGKILL)
-                process.join()
-                return None
-            if mutant is None and process.exitcode:
-                print((copy / "output.txt").read_text()[-2000:])
+            process.join()
+            if process.exitcode:
+                print((copy / "output.txt").read_text()[-4000:])
+                raise SystemExit(f"the tests fail without a mutant: {' '.join(files)}")
+            recorded: dict[str, Any] = json.loads((copy / "reach.json").read_text())
+            return recorded
+        finally:
+            self._copies.put(copy)
+
+    def passes(self, mutant: Mutant, tests: list[str], limit: float) -> bool | None:
+        """Return whether the tests pass with a mutant, or None after ``limit`` seconds."""
+        copy = self._copies.get()
+        path = copy / PACKAGE / mutant.module
+        source = path.read_bytes()
+        files = sorted({name.partition("::")[0] for name in tests})
+        try:
+            path.write_bytes(mutant.applied_to(source))
+            process = self._context.Process(target=_run_tests, args=(str(copy), files, tests))
+            process.start()
+            assert process.pid is not None
+            started = time.monotonic()
+            while process.exitcode is None:
+                process.join(1)
+                if time.monotonic() - started - _waited_for_cpu(process.pid) > limit:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.join()
+                    return None
             return process.exitcode == 0
         finally:
-            if path is not None:
-                path.write_bytes(source)
+            path.write_bytes(source)
             self._copies.put(copy)
 
 
-def _run_tests(copy: str, tests: list[str]) -> None:
-    """Run pytest in this process, and end it with pytest's status."""
+def _waited_for_cpu(pid: int) -> float:
+    """Return the seconds for which a process was ready to run, but the machine ran others.
+
+    A busy machine must not make a slow run look like an endless one.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except OSError:  # The process has ended, or this is not Linux.
+        return 0.0
+
+
+class _Order:
+    """A plugin of pytest that runs the named tests only, in the order of the names."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._places = {name: place for place, name in enumerate(names)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        chosen = [item for item in items if item.nodeid in self._places]
+        items[:] = sorted(chosen, key=lambda item: self._places[item.nodeid])
+
+
+class _Recorder:
+    """A plugin of pytest that records the lines that each test reaches, and its duration."""
+
+    def __init__(self, copy: str) -> None:
+        self._copy = copy
+        self._test = ""
+        self._seconds: dict[str, float] = {}
+        self._lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        self._elsewhere: set[str] = set()
+        monitoring: Any = sys.monitoring  # type: ignore[attr-defined, unused-ignore]
+        self._monitoring = monitoring
+        monitoring.use_tool_id(monitoring.COVERAGE_ID, "mutants")
+        monitoring.register_callback(monitoring.COVERAGE_ID, monitoring.events.LINE, self._on_line)
+        monitoring.set_events(monitoring.COVERAGE_ID, monitoring.events.LINE)
+        sys.addaudithook(self._on_audit)
+
+    def _on_line(self, code: Any, line: int) -> Any:
+        if code.co_filename.startswith(self._copy) and self._test:
+            module = code.co_filename.removeprefix(f"{self._copy}/{PACKAGE}/")
+            self._lines[module][line].add(self._test)
+        return self._monitoring.DISABLE
+
+    def _on_audit(self, event: str, _: Any) -> None:
+        if event in ("subprocess.Popen", "os.fork", "os.posix_spawn") and self._test:
+            self._elsewhere.add(self._test)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self._test = item.nodeid
+        self._monitoring.restart_events()
+        started = time.monotonic()
+        result = yield
+        self._seconds[item.nodeid] = time.monotonic() - started
+        return result
+
+    def pytest_sessionfinish(self) -> None:
+        lines = {
+            module: {line: sorted(tests) for line, tests in found.items()}
+            for module, found in self._lines.items()
+        }
+        recorded = {"seconds": self._seconds, "lines": lines, "elsewhere": sorted(self._elsewhere)}
+        Path(self._copy, "reach.json").write_text(json.dumps(recorded))
+
+
+def _run_tests(copy: str, files: list[str], tests: list[str] | None) -> None:
+    """Run pytest in this process, and end it with pytest's status.
+
+    Without ``tests``, run all of the files, and record the lines that they reach.
+    """
     os.setsid()
     output = os.open(Path(copy) / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(ROOT)
-    sys.dont_write_bytecode = True
+    # A changed module must not be written, and compiled tests are read again by each run.
+    sys.dont_write_bytecode = tests is not None
     sys.path.insert(0, copy)
     os.environ.update(PYTHONPATH=copy, PYTHONDONTWRITEBYTECODE="1", TRACED_RETRY_BACKENDS="none")
-    options = ["-q", "-x", "-p", "no:randomly", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options = [
+        "-q",
+        "-x",
+        "--show-capture=no",
+        "-p",
+        "no:randomly",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # pytest is imported already
-    os._exit(pytest.main([*options, *tests]))
+    # A test on the wall clock could fail because the machine is busy.
+    options += ["-m", "not packages and not real_time"]
+    plugin = _Recorder(copy) if tests is None else _Order(tests)
+    os._exit(pytest.main([*options, *files], plugins=[plugin]))
 
 
-def _ordered(module: str) -> list[list[str]]:
-    """Return the test files of a module in steps: a later step runs if the mutant still lives."""
-    name = Path(module).stem
-    core = sorted(ROOT.glob("tests/core/test_*.py"), key=lambda p: (name not in p.stem, p.name))
-    files = [str(path.relative_to(ROOT)) for path in core if path.stem != "test_package"]
+def _steps(module: str, quick: bool) -> list[list[str]]:
+    """Return the test files of a module. A later step runs if the mutant is still alive."""
     if module.startswith("core/"):
-        return [files, LIVEKIT_TESTS]
-    return [sorted(LIVEKIT_TESTS, key=lambda path: name not in path)]
+        return [CORE_TESTS] if quick else [CORE_TESTS, LIVEKIT_TESTS]
+    return [LIVEKIT_TESTS[:3], LIVEKIT_TESTS[3:]]
 
 
 def run(
     runner: Runner, mutants: list[Mutant], jobs: int, *, quick: bool = False
 ) -> Iterator[Result]:
     """Run the tests against each mutant, and yield the results as they come."""
-
-    def steps_of(mutant: Mutant) -> list[list[str]]:
-        return _ordered(mutant.module)[: 1 if quick else None]
-
-    steps = {tuple(step) for mutant in mutants for step in steps_of(mutant)}
-    limits = {}
-    for step in sorted(steps):
-        started = time.monotonic()
-        if not runner.passes(list(step), 900):
-            raise SystemExit(f"the tests fail without a mutant: {' '.join(step)}")
-        limits[step] = 3 * (time.monotonic() - started) + 10
+    modules = {mutant.module for mutant in mutants}
+    files = sorted({file for m in modules for step in _steps(m, quick) for file in step})
 
     def one(mutant: Mutant) -> Result:
-        started = time.monotonic()
-        outcome = "survived"
-        for step in steps_of(mutant):
-            passed = runner.passes(step, limits[tuple(step)], mutant)
+        for step in _steps(mutant.module, quick):
+            tests = [name for name in reach.tests_of(mutant) if name.partition("::")[0] in step]
+            passed = not tests or runner.passes(mutant, tests, reach.limit(tests))
             if not passed:
-                outcome = "timeout" if passed is None else "killed"
-                break
-        return Result(mutant, outcome, time.monotonic() - started)
+                return Result(mutant, "timed out" if passed is None else "killed")
+        return Result(mutant, "survived")
 
     with ThreadPoolExecutor(jobs) as pool:
+        parts = [files[first::jobs] for first in range(jobs)]
+        reach = Reach(list(pool.map(runner.reach, filter(None, parts))))
         yield from pool.map(one, mutants)
 
 
@@ -332,13 +493,15 @@ def equivalents() -> dict[str, str]:
 
 
 def draw(modules: list[str], number: int, seed: int) -> list[Mutant]:
-    """Draw mutants evenly from all mutants of the modules."""
-    known = equivalents()
+    """Draw mutants evenly from all mutants of the modules, or return all if ``number`` is 0."""
     every = [mutant for module in modules for mutant in mutants_of(module)]
-    alive = [mutant for mutant in every if mutant.key not in known]
-    rng = random.Random(seed)
-    drawn = rng.sample(alive, min(number, len(alive))) if number else alive
-    print(f"{len(every)} mutants, {len(every) - len(alive)} equivalent, {len(drawn)} drawn")
+    seen: Counter[str] = Counter()
+    places = {}
+    for mutant in every:
+        name = f"{seed} {mutant.key} {seen[mutant.key]}"
+        seen[mutant.key] += 1
+        places[mutant] = hashlib.sha256(name.encode()).digest()
+    drawn = sorted(every, key=lambda mutant: places[mutant])[: number or None]
     return sorted(drawn, key=lambda mutant: (mutant.module, mutant.start))
 
 
@@ -354,7 +517,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=60, help="mutants to draw; 0: all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--at-least", type=float, default=0.0, help="percent to be killed")
+    parser.add_argument("--at-least", type=float, default=0.0, help="percent to be noticed")
     parser.add_argument(
         "--quick", action="store_true", help="run only the tests of the same package"
     )
@@ -365,27 +528,46 @@ def main() -> int:
     if given.list:
         print("\n".join(f"{mutant.line:>5}  {mutant.key}" for mutant in drawn))
         return 0
+    known = equivalents()
+    results = [Result(mutant, "equivalent") for mutant in drawn if mutant.key in known]
     runner = Runner(given.jobs)
-    counts: Counter[tuple[str, str]] = Counter()
     try:
-        for result in run(runner, drawn, given.jobs, quick=given.quick):
-            counts[result.mutant.module, result.outcome] += 1
-            if result.outcome == "survived":
-                print(f"survived  {result.mutant.line:>4}  {result.mutant.key}", flush=True)
+        tested = [mutant for mutant in drawn if mutant.key not in known]
+        for result in run(runner, tested, given.jobs, quick=given.quick):
+            results.append(result)
+            print(f"{len(results)}/{len(drawn)}  {_line(result)}", flush=True)
     finally:
         runner.close()
-    for module in sorted({module for module, _ in counts}):
-        killed, all_ = _score(counts, module)
-        print(f"{module:<24} {killed:>4} of {all_:>4} killed  {killed / all_:>6.1%}")
-    killed, all_ = _score(counts)
-    print(f"{'all':<24} {killed:>4} of {all_:>4} killed  {killed / all_:>6.1%}  seed {given.seed}")
-    return int(killed / all_ * 100 < given.at_least)
+    score = summarize(results, given.seed)
+    return int(score < given.at_least)
 
 
-def _score(counts: Counter[tuple[str, str]], module: str | None = None) -> tuple[int, int]:
-    of = {key: count for key, count in counts.items() if module in (None, key[0])}
-    killed = sum(count for (_, outcome), count in of.items() if outcome != "survived")
-    return killed, sum(of.values())
+def _line(result: Result) -> str:
+    return f"{result.outcome:<10} {result.mutant.line:>4}  {result.mutant.key}"
+
+
+def summarize(results: list[Result], seed: int) -> float:
+    """Print the score of each module and the mutants that no test noticed, and return the score.
+
+    The score is the percentage of the mutants that were killed or timed out. Equivalent mutants are
+    no part of it.
+    """
+    for outcome in ("timed out", "survived"):
+        for result in results:
+            if result.outcome == outcome:
+                print(_line(result))
+    columns = ("killed", "timed out", "survived", "equivalent")
+    print(f"{'':<24}" + "".join(f"{column:>12}" for column in columns) + f"{'score':>9}")
+    score = 0.0
+    for module in [*sorted({result.mutant.module for result in results}), "all"]:
+        of = [result for result in results if module in (result.mutant.module, "all")]
+        counts = Counter(result.outcome for result in of)
+        noticed = counts["killed"] + counts["timed out"]
+        score = 100 * noticed / ((noticed + counts["survived"]) or 1)
+        row = "".join(f"{counts[column]:>12}" for column in columns)
+        print(f"{module:<24}{row}{score:>8.1f}%")
+    print(f"{len(results)} mutants drawn with seed {seed}")
+    return score
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from traced_retry.errors import (
 if TYPE_CHECKING:
     from traced_retry.export.enable import Tracing, enable
     from traced_retry.livekit import instrument, uninstrument, wrap
+    from traced_retry.livekit.filler import Filler
 
 __all__ = [
     "CircuitOpenError",
@@ -39,6 +40,7 @@ __all__ = [
     "ExportError",
     "FailedReply",
     "Failure",
+    "Filler",
     "MissingExtraError",
     "PolicyError",
     "RetryBudget",
@@ -58,6 +60,7 @@ __all__ = [
 
 
 _LATE = {
+    "Filler": "traced_retry.livekit.filler",
     "Tracing": "traced_retry.export.enable",
     "enable": "traced_retry.export.enable",
     "instrument": "traced_retry.livekit",

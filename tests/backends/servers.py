@@ -280,6 +280,8 @@ class Prometheus(_Server):
         program: the command, ``prometheus`` or ``prometheus3``.
         vmagent: the port of a vmagent, if it is scraped.
         evaluation: seconds between two evaluations of the rules; 15 in the file we ship.
+        otlp: whether its own OTLP receiver is on.
+        config: changes of the shipped configuration, each (text, its replacement).
     """
 
     def __init__(
@@ -292,10 +294,12 @@ class Prometheus(_Server):
         program="prometheus",
         vmagent=None,
         evaluation=SCRAPE,
+        otlp=False,
+        config=(),
     ):
         port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
-        self._folder = folder
+        self.otlp = f"{self.url}/api/v1/otlp/v1/metrics"
         text = (EXPORTERS / "prometheus/prometheus.yaml").read_text()
         for shipped, ours in (
             ("127.0.0.1:8889", f"127.0.0.1:{counts}"),
@@ -309,6 +313,12 @@ class Prometheus(_Server):
             commented = re.search(r"( *# .*vmagent\n)(?: *# .*\n){2}", text)[0]
             used = commented.replace("# ", "", 3).replace("8429", str(vmagent))
             text = text.replace(commented, used)
+        if otlp:
+            commented = re.search(r"# otlp:\n(?:#  .*\n)+", text)[0]
+            text = text.replace(commented, re.sub(r"(?m)^# ", "", commented))
+        for before, after in config:
+            assert before in text
+            text = text.replace(before, after)
         (folder / "prometheus.yaml").write_text(text)
         shutil.copytree(DASHBOARDS / "prometheus", folder / "rules")
         self._process = Process(
@@ -319,6 +329,7 @@ class Prometheus(_Server):
                 f"--web.listen-address=127.0.0.1:{port}",
                 "--web.enable-remote-write-receiver",
                 "--enable-feature=exemplar-storage",
+                *(["--web.enable-otlp-receiver"] if otlp else []),
             ],
             f"{self.url}/-/ready",
             folder,

@@ -13,6 +13,7 @@ from backends import servers
 from backends.servers import DASHBOARDS, EXPORTERS, command
 
 from traced_retry import semconv
+from traced_retry.doctor.exporters import run_checks
 
 FOLDERS = ("jaeger", "collector", "prometheus", "alertmanager", "grafana", "vmagent", "kubernetes")
 SERVER_SIDE = [
@@ -66,6 +67,24 @@ def test_alertmanager_takes_the_receivers_of_a_service(service, tmp_path):
 
     assert examples == {receiver["name"] for receiver in config["receivers"]}
     check("amtool", "check-config", tmp_path / "alertmanager.yaml")
+
+
+def test_check_passes_once_every_receiver_is_replaced(tmp_path):
+    """`exporters check` fails for each example, and passes for a file that amtool accepts."""
+    path = tmp_path / "alertmanager.yaml"
+    config = yaml.safe_load((EXPORTERS / "alertmanager/alertmanager.yaml").read_text())
+    path.write_text(json.dumps(config))
+    assert ["fail"] * 3 == [found.status for found in run_checks(path)]
+
+    slack = yaml.safe_load((EXPORTERS / "alertmanager/receivers/slack.yaml").read_text())
+    config.update(slack)
+    path.write_text(json.dumps(config))
+    assert ["ok", "ok", "fail"] == [found.status for found in run_checks(path)]
+
+    config["receivers"][-1]["webhook_configs"][0]["url"] = "https://hooks.example.org/mine"
+    path.write_text(json.dumps(config))
+    assert ["ok"] * 3 == [found.status for found in run_checks(path)]
+    check("amtool", "check-config", path)
 
 
 def test_alertmanager_starts_with_its_configuration(tmp_path):

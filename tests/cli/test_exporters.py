@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry exporters list | show | write``."""
+"""``traced-retry exporters list | show | write | check``."""
 
 from __future__ import annotations
 
@@ -137,4 +137,65 @@ class TestWrite:
 
         assert 2 == done.returncode
         assert "cannot be written" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestCheck:
+    def test_folder_as_written_fails(self, tmp_path):
+        """Each example receiver and the missing rules fail, with a fix each."""
+        run("write", tmp_path)
+        done = run("check", tmp_path)
+
+        assert (1, "") == (done.returncode, done.stderr)
+        assert "there are no rules, so no alert can fire" in done.stdout
+        for receiver in ("page", "ticket", "watchdog"):
+            url = f"http://127.0.0.1:9099/{receiver}"
+            assert f"receiver {receiver} is still the example: it sends to {url}" in done.stdout
+        assert f"fix: traced-retry dashboards write {tmp_path / 'dashboards'}" in done.stdout
+        assert 4 == done.stdout.count("      fix: ")
+
+    def test_own_receivers_and_rules_pass(self, tmp_path):
+        """An example that no route names does not count."""
+        file = tmp_path / "alertmanager" / "alertmanager.yaml"
+        file.parent.mkdir()
+        file.write_text(
+            "route: {receiver: mine}\n"
+            "receivers:\n"
+            "  - {name: mine, webhook_configs: [{url: 'https://hooks.example.org'}]}\n"
+            "  - {name: page, webhook_configs: [{url: 'http://127.0.0.1:9099/page'}]}\n"
+        )
+        rules = tmp_path / "dashboards" / "prometheus"
+        rules.mkdir(parents=True)
+        (rules / "alerts.yaml").touch()
+
+        assert 0 == run("check", tmp_path).returncode
+        assert 0 == run("check", file).returncode
+
+    def test_receiver_without_a_service_fails(self, tmp_path):
+        """Alertmanager accepts such a receiver and notifies no one."""
+        file = tmp_path / "alertmanager.yaml"
+        file.write_text("route: {receiver: mine}\nreceivers: [{name: mine}]\n")
+        done = run("check", file)
+
+        assert 1 == done.returncode
+        assert "receiver mine notifies no service" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            (None, "cannot be read as YAML (FileNotFoundError)"),
+            ("[1", "cannot be read as YAML (ParserError)"),
+            ("- a", "has no route"),
+            ("a: 1", "has no route"),
+        ],
+    )
+    def test_other_file_is_refused(self, text, says, tmp_path):
+        """One line names the file and the remedy, with status 2."""
+        file = tmp_path / "alertmanager.yaml"
+        if text is not None:
+            file.write_text(text)
+        done = run("check", file)
+
+        assert (2, "") == (done.returncode, done.stdout)
+        assert f"{file} {says}" in done.stderr
         assert "Traceback" not in done.stderr

@@ -35,6 +35,9 @@ class Sleeper(Driver):
     def _on_timer(self):
         self._resume()
 
+    def _on_loop_closed(self):
+        raise AssertionError
+
     def _on_error(self, error):
         self.errors.append(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 
 import pytest
 from support.scripted import HANG, ProviderError, Scripted
@@ -390,6 +391,26 @@ class TestNews:
 
         with pytest.raises(ProviderError):
             await asked.start()
+
+    async def test_reply_that_is_interrupted_by_its_own_log_record_ends_once(self, reply, recorder):
+        """A log handler may close the session, while the failure is recorded."""
+
+        class Closing(logging.Handler):
+            def emit(self, record):
+                asked.interrupt()
+
+        asked = reply(Request(Scripted(ProviderError("insufficient_quota"))))
+        handler = Closing()
+        logging.getLogger("traced_retry").addHandler(handler)
+        try:
+            with pytest.raises(ProviderError):
+                await asked.start()
+        finally:
+            logging.getLogger("traced_retry").removeHandler(handler)
+
+        assert {"not_recoverable": 1} == recorder.counted(
+            "traced_retry.replies", "traced_retry.outcome"
+        )
 
     async def test_failure_reported_after_end_is_ignored(self, reply):
         """A failure that is reported after the reply has ended changes nothing."""

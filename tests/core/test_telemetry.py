@@ -421,7 +421,7 @@ class TestMetrics:
         """Every instrument has its name, unit, kind and a description."""
         await ask(recorder, RATE_LIMIT, "hello")
         trace = Telemetry(**recorder.providers).reply(TARGET)
-        trace.begin()
+        trace.begin(0.0, 0.0)
         trace.late()
         (resource,) = recorder._reader.get_metrics_data().resource_metrics
         (scope,) = resource.scope_metrics
@@ -552,22 +552,24 @@ class TestLog:
     async def test_only_a_sampled_trace_has_an_id(self, sampled, recorder, caplog):
         """No backend has an unsampled trace, so its id is in no note, log or callback."""
         provider = TracerProvider(sampler=ALWAYS_ON if sampled else ALWAYS_OFF)
+        reply_trace = Telemetry(provider, recorder.meter_provider).reply(TARGET)
         failed_replies = []
-        with caplog.at_level(logging.WARNING, logger="traced_retry"):
+        with caplog.at_level(logging.INFO, logger="traced_retry"):
             reply = Reply(
-                CallRequest(Scripted(ProviderError("invalid_api_key")).future),
+                CallRequest(Scripted(RATE_LIMIT, ProviderError("invalid_api_key")).future),
                 RetryPolicy(),
-                Telemetry(provider, recorder.meter_provider).reply(TARGET),
+                reply_trace,
                 on_failed=failed_replies.append,
             ).start()
             await ended(reply)
+            reply_trace.late()
 
-        (record,) = caplog.records
         (failed_reply,) = failed_replies
         found = failed_reply.trace_id
         assert sampled == (found is not None)
-        assert (found or "") == record.trace_id
-        assert record.getMessage().endswith(f"trace {found or 'none'}")
+        assert [found or ""] * 3 == [record.trace_id for record in caplog.records]
+        for record in caplog.records[1:]:
+            assert record.getMessage().endswith(f"trace {found or 'none'}")
         assert reply.exception().__notes__[0].endswith(f"trace id {found or 'none'}")
 
     async def test_failed_reply_logs_one_warning(self, recorder, caplog):
@@ -628,7 +630,7 @@ class TestLog:
     async def test_late_reply_is_counted_and_logged(self, recorder, caplog):
         """The record names the trace of the reply that was reported as failed."""
         trace = Telemetry(**recorder.providers).reply(Target("x_ai", say=True))
-        trace.begin()
+        trace.begin(0.0, 0.0)
         trace.late()
         (record,) = caplog.records
 
@@ -713,7 +715,7 @@ class TestHarmless:
         """The suppression of the reply applies to what follows it."""
         with suppress_instrumentation():
             trace = Telemetry(**recorder.providers).reply(TARGET)
-        trace.begin()
+        trace.begin(0.0, 0.0)
         trace.late()
 
         assert "traced_retry.late_replies" not in recorder.metric_names()

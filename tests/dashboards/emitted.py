@@ -35,7 +35,7 @@ def emitted():
         telemetry = Telemetry(meter_provider=provider)
         bucket = budget.RetryBudget(5.0)
         bucket.open("openai", time.monotonic)
-        _play(telemetry)
+        play(telemetry)
         BoundedSpanProcessor(_Nowhere(), "otlp", meter_provider=provider).shutdown()
         found = {}
         for family in REGISTRY.collect():
@@ -48,12 +48,13 @@ def emitted():
         provider.shutdown()
 
 
-def _play(telemetry):
+def play(telemetry):
+    """Record one reply of every kind."""
     target = Target("openai", "gpt-realtime")
     telemetry.initialize_counters("openai", semconv.ACTIONS)
     failed = failure(RuntimeError(), "timeout")
     said = telemetry.reply(Target("openai", say=True))
-    said.begin()
+    said.begin(0.0, 0.0)
     record_attempt(said, "failed", 0.1, failed)
     said.waited(0.1)
     said.end("deadline", 0.2, failed)
@@ -62,7 +63,7 @@ def _play(telemetry):
         for action in semconv.ACTIONS:
             for result in semconv.RESULTS:
                 reply = telemetry.reply(target)
-                reply.begin()
+                reply.begin(0.0, 0.0)
                 failure_of = failed if result == "failed" else None
                 record_attempt(reply, result, 0.1, failure_of, action=action)
                 reply.waited(0.1)

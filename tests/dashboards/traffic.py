@@ -39,7 +39,7 @@ class Traffic:
         while not self._closed.wait(self._every):
             for provider, (stop, seconds) in self._replies.items():
                 reply = self._telemetry.reply(Target(provider))
-                reply.begin()
+                reply.begin(0.0, 0.0)
                 result, why = ("failed", failed) if stop else ("succeeded", None)
                 record_attempt(reply, result, seconds, why)
                 reply.end(stop, seconds, why)

@@ -81,6 +81,7 @@ RUN_ELSEWHERE = {
     "docs/simulate.md": "tests/packages",
     "docs/recipes.md": "this module",
     "docs/testing.md": "tests/testing/test_plugin.py",
+    "docs/waiting.md": "tests/examples/test_waiting_page.py",
 }
 """The pages whose blocks a test runs."""
 

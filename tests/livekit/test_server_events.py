@@ -395,7 +395,7 @@ class TestResponseThatNeverEnds:
         assert raised is None
         assert ["reply 2"] == talk.heard
         assert seconds <= took <= seconds + 0.1
-        assert (seconds == 8.0) == bool(talk.server.cancels)
+        assert (1 if seconds == 8.0 else 0) == len(talk.server.cancels)
         assert None not in talk.server.cancels
 
     async def test_reply_follows_if_the_cancel_is_not_answered(self, start_conversation, recorder):

@@ -26,7 +26,7 @@ def said(store):
     for stop in (None, None, "unsafe_to_resend"):
         failed = None if stop is None else failure(TimeoutError(), "timeout")
         told = telemetry.reply(Target("x_ai", "grok", say=True))
-        told.begin()
+        told.begin(0.0, 0.0)
         record_attempt(told, "succeeded" if failed is None else "failed", 0.1, failed)
         told.end(stop, 0.1, failed)
     return store

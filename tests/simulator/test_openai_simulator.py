@@ -7,6 +7,7 @@ Durations are on the loop's clock: the tests pass on the wall clock and on a vir
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -227,6 +228,23 @@ async def test_order_of_events() -> None:
         assert done["metadata"] == {"a": "b"}
         assert done["output"][0]["content"] == [{"type": "output_text", "text": "reply 1"}]
         assert done["usage"]["total_tokens"] == 12
+
+
+async def test_sound() -> None:
+    """A reply with sound has its words as a transcript, and as many seconds as the server says."""
+    events: list[dict[str, Any]] = []
+    server = OpenAISimulator(
+        on_event=lambda direction, event: events.append(event) if direction == "sent" else None
+    )
+    server.sound = 0.5
+    async with server, socket_for(server) as socket:
+        await socket.send("response.create")
+        done = (await socket.next("response.done"))["response"]
+        sound = [e["delta"] for e in events if e["type"] == "response.output_audio.delta"]
+        words = [e["delta"] for e in events if e["type"].endswith("audio_transcript.delta")]
+        assert sum(len(base64.b64decode(part)) for part in sound) == 2 * 24_000 * 0.5
+        assert "".join(words) == "reply 1"
+        assert done["output"][0]["content"] == [{"type": "output_audio", "transcript": "reply 1"}]
 
 
 async def test_tool() -> None:

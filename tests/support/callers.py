@@ -37,13 +37,14 @@ class Asked:
 class Callers:
     """Job processes that request replies from a server all the time.
 
-    Use it as an async context manager. All processes are killed at the end.
+    Use it as an async context manager. All processes are killed at the end. ``breaker`` is the path
+    of the breaker's file, or None.
     """
 
-    def __init__(self, number, url, breaker):
+    def __init__(self, number, url, breaker, *, pause=PAUSE):
         self.replies = []
         """Every reply that has ended."""
-        self._arguments = url, str(breaker)
+        self._arguments = url, None if breaker is None else str(breaker), pause
         self._number = number
         self._processes = []
         self._changed = asyncio.Event()
@@ -86,12 +87,12 @@ class Callers:
         self._changed.set()
 
 
-def _run(number, there, url, breaker):
+def _run(number, there, url, breaker, pause):
     logging.disable(logging.CRITICAL)
-    asyncio.run(_talk(number, there.fileno(), url, breaker))
+    asyncio.run(_talk(number, there.fileno(), url, breaker, pause))
 
 
-async def _talk(number, pipe, url, breaker):
+async def _talk(number, pipe, url, breaker, pause):
     now = asyncio.get_running_loop().time
     failed = []
     async with aiohttp.ClientSession() as http:
@@ -115,7 +116,7 @@ async def _talk(number, pipe, url, breaker):
                 asked.stop_reason, at = failed.pop()
                 asked.notified = at - asked.began
             os.write(pipe, json.dumps(asdict(asked)).encode() + b"\n")
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(pause)
 
 
 async def _hear(generation):

@@ -116,7 +116,7 @@ def _record(telemetry: Telemetry, target: Target) -> None:
     ):
         reply = telemetry.reply(target)
         reply.speech_id = "speech_1" if target.model else None
-        reply.begin()
+        reply.begin(0.0, 0.0)
         attempt = Attempt(1, "send", 0.0, 0.0, 0.0)
         reply.attempt_began(attempt)
         attempt.result, attempt.next_action, attempt.next_delay = result, then, 0.1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry exporters`` and ``traced-retry dashboards``: list, show and write files."""
+"""``traced-retry exporters`` and ``traced-retry dashboards``: list, show, write, check files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from traced_retry import shipped_files
+from traced_retry.core.sanitize import printable
 from traced_retry.shipped_files import ShippedFile
 
 exporters = typer.Typer(
@@ -66,6 +67,30 @@ def show_exporter(
 def write_exporters(directory: _Directory, *, force: _Force = False) -> None:
     """Copy all files into a folder, so that you can edit and use them there."""
     _write(directory, shipped_files.exporters(), force=force)
+
+
+@exporters.command("check")
+def check_exporters(
+    path: Annotated[
+        Path,
+        typer.Argument(help="The folder that you wrote and edited, or your alertmanager.yaml."),
+    ],
+) -> None:
+    """Check that Alertmanager notifies you: fail while an example receiver is active.
+
+    In a folder, also check that Prometheus has rules. The exit status is 0 if every check is ok,
+    and 1 otherwise.
+    """
+    # The import needs PyYAML, which only these commands use.
+    from traced_retry.doctor.exporters import run_checks  # noqa: PLC0415
+
+    checks = list(run_checks(path))
+    for check in checks:
+        typer.echo(printable(f"{check.status:<4}  {check.check}: {check.message}", None))
+        if check.fix:
+            typer.echo(printable(f"      fix: {check.fix}", None))
+    if any(check.status != "ok" for check in checks):
+        raise typer.Exit(1)
 
 
 @dashboards.command("list")

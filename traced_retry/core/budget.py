@@ -79,6 +79,9 @@ class RetryBudget:
 
     def earn(self, provider: str, clock: Clock) -> None:
         """Add the tokens that a reply of ``provider`` earns."""
+        full = self._buckets.get(provider)
+        if full is not None and full.tokens >= self.capacity:
+            return
         with self._lock:
             bucket = self._bucket(provider, clock)
             if bucket.tokens < self.capacity:

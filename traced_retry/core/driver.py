@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 
 Steps = Generator["float | None", None, None]
 """Yields the event loop's time until which it can sleep, or None to sleep until it is woken."""
 
 
-class Driver:
+class Driver(ABC):
     """Runs the generator that :meth:`_run` returns.
 
     The generator is resumed at the time that it yields, and whenever :meth:`_resume` is called.
@@ -37,25 +38,25 @@ class Driver:
         self._running = False
         """Whether a step runs now."""
 
+    @abstractmethod
     def _run(self) -> Steps:
         """Return the generator to run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _on_timer(self) -> None:
         """Resume the generator, because the time that it yielded has come."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _on_loop_closed(self) -> None:
         """Clean up, because the event loop was closed while the generator slept."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _on_error(self, error: BaseException) -> None:
         """Handle an exception that escapes from the generator.
 
         An exception that is not an ``Exception``, such as ``KeyboardInterrupt``, is raised again
         afterwards.
         """
-        raise NotImplementedError
 
     def _step(self) -> None:
         """Run until the generator sleeps, and set a timer for the time that it yields."""
@@ -99,7 +100,6 @@ class Driver:
             # the context variables of the code that asked for the reply.
             self._context = contextvars.copy_context()
         self._cancel_timer()
-        self._timer = None
         if when is not None:
             self._timer = weakref.ref(self._loop.call_at(when, _Alarm(self)))
 

@@ -196,7 +196,7 @@ class Reply(Driver, Generic[T]):
     def fail_unsent(self, failure: Failure, stop: semconv.StopReason) -> None:
         """Record a reply that failed before :meth:`start` was called."""
         self._began = self._loop.time()
-        self._trace.begin(self._began)
+        self._trace.begin(self._began, 0.0)
         self._give_up(failure, stop)
         self._future.exception()  # Mark it as retrieved, because no caller has the future.
 
@@ -276,9 +276,7 @@ class Reply(Driver, Generic[T]):
         while True:
             attempt = self._attempt
             assert attempt is not None
-            failure = yield from self._await_attempt(attempt)
-            if failure is None and not self._ended:
-                failure = yield from self._await_delivery(attempt)
+            failure = yield from self._follow(attempt)
             if failure is None or self._ended:
                 return
             if self._future.cancelled():  # The policy's classify did so.
@@ -353,8 +351,22 @@ class Reply(Driver, Generic[T]):
         if not future.done():
             future.add_done_callback(self._on_attempt_done)
 
+    def _follow(self, attempt: Attempt[T]) -> Generator[float | None, None, Failure | None]:
+        """Wait until the attempt is over. Return its failure if it was not heard."""
+        assert attempt.future is not None
+        failure = None
+        if not attempt.future.done():
+            failure = yield from self._await_attempt(attempt)
+        if failure is None and not self._ended:
+            failure = self._take_result(attempt)
+        delivery = attempt.delivery
+        if delivery is None or failure is not None or self._ended:
+            return failure
+        yield from self._await_end(attempt, delivery)
+        return None if self._ended else self._finish(attempt, delivery)
+
     def _await_attempt(self, attempt: Attempt[T]) -> Generator[float | None, None, Failure | None]:
-        """Wait for the end of the attempt. Return its failure, or None if there is a result."""
+        """Wait for the end of the attempt. Return the failure that ends it before its result."""
         future = attempt.future
         assert future is not None
         while not future.done():
@@ -374,18 +386,22 @@ class Reply(Driver, Generic[T]):
                 if self._may_repeat(failure):
                     self._paid_for = "hedge"
                     return failure
-        if future.cancelled():
-            if not self._ended:
-                self._close(attempt, "superseded")
-                self._end("superseded")
-            return None
-        error = future.exception()
-        return None if error is None else self._classify(self._request.explain(error))
+        return None
 
-    def _await_delivery(self, attempt: Attempt[T]) -> Generator[float | None, None, Failure | None]:
-        """Resolve the caller's future. Return the failure of a reply that was not heard."""
-        assert attempt.future is not None
-        result = attempt.future.result()
+    def _take_result(self, attempt: Attempt[T]) -> Failure | None:
+        """Resolve the caller's future with the result of an attempt, or return its failure.
+
+        The reply ends here if the attempt was cancelled or if its delivery is not observable.
+        """
+        future = attempt.future
+        assert future is not None
+        if future.cancelled():
+            self._close(attempt, "superseded")
+            self._end("superseded")
+            return None
+        if (reason := future.exception()) is not None:
+            return self._classify(self._request.explain(reason))
+        result = future.result()
         delivery = None
         try:
             delivery = self._request.delivery(result)
@@ -406,8 +422,7 @@ class Reply(Driver, Generic[T]):
             delivery.on_output = self._note_output
             if delivery.first_output:
                 self._note_output()
-        yield from self._await_end(attempt, delivery)
-        return None if self._ended else self._finish(attempt, delivery)
+        return None
 
     def _await_end(self, attempt: Attempt[T], delivery: Delivery) -> Steps:
         """Wait for the end of a reply that has started. Cut it off if its time is up."""
@@ -700,8 +715,7 @@ class Reply(Driver, Generic[T]):
     def _finish_up(self, failure: Failure | None) -> None:
         """Stop the timer, and report the end of the reply to the hook."""
         self._ended = True
-        if self._timer is not None:
-            self._cancel_timer()
+        self._cancel_timer()
         if self._on_ended is not None:
             self._on_ended(self, None if failure is None else failure.error)
 

@@ -302,7 +302,7 @@ class ReplyTrace:
         return trace.format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
     @_suppress_and_log
-    def begin(self, began: float = 0.0, ago: float = 0.0) -> None:
+    def begin(self, began: float, ago: float) -> None:
         """Start the span of the reply, which began ``ago`` seconds ago.
 
         ``began`` is the event loop's time at that moment.
@@ -390,7 +390,8 @@ class ReplyTrace:
                 labels = {**labels, semconv.RECOVERABLE: failure.recoverable}
             telemetry.attempts.add(1, labels, context)
         finally:
-            attempt.span.end(self._unix(attempt.began + seconds))
+            if self._live:
+                attempt.span.end(self._unix(attempt.began + seconds))
 
     @_suppress_and_log
     def waited(self, seconds: float) -> None:
@@ -431,11 +432,12 @@ class ReplyTrace:
                 labels = {**labels, semconv.STOP_REASON: stop}
             telemetry.replies.add(1, labels, context)
         finally:
-            self._span.end(self._unix(self._began + seconds))
+            if self._live:
+                self._span.end(self._unix(self._began + seconds))
 
-    def _unix(self, at: float) -> int | None:
-        """Return the Unix time in ns of the event loop's time ``at``, or None without a span."""
-        return self._started + round((at - self._began) * 1e9) if self._live else None
+    def _unix(self, at: float) -> int:
+        """Return the Unix time in ns of the event loop's time ``at``."""
+        return self._started + round((at - self._began) * 1e9)
 
     def _end_attributes(
         self,

@@ -120,7 +120,7 @@ def check_arguments(policy: object, on_exhausted: object, on_waiting: object) ->
     if on_waiting is not None and not callable(on_waiting):
         raise ArgumentError(
             f"on_waiting is {shown(on_waiting)}; it must be a function of one WaitingReply, "
-            "async or not"
+            "async or not, or a Filler"
         )
     warn_about_misspelt()
     supported.choice()
@@ -552,7 +552,8 @@ def wrap(
             block. Its exceptions are logged once and suppressed.
         on_waiting: called (or awaited) once with a :class:`WaitingReply` for a reply that has no
             output ``policy.waiting_after`` seconds after its request, but not for a ``say()``. A
-            coroutine is cancelled at the first output or at the end of the reply.
+            coroutine is cancelled at the first output or at the end of the reply. A
+            :class:`Filler` plays a sound.
 
     Raises:
         PolicyError: if an environment variable is invalid.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI's Realtime protocol, text only, without faults."""
+"""OpenAI's Realtime protocol without faults, in text or with silence as sound."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import uuid
 from abc import abstractmethod
@@ -17,6 +18,9 @@ from traced_retry.simulator.script import Fault
 from traced_retry.simulator.server import Connection, Request, Simulator
 
 Event = dict[str, Any]
+
+SAMPLE_RATE = 24_000
+"""Samples per second of the sound, 16-bit PCM."""
 
 USAGE = {
     "input_tokens": 10,
@@ -38,6 +42,9 @@ class Response:
 
 class OpenAIConnection(Connection):
     """A client with its conversation and active response. Subclasses answer its requests."""
+
+    sound = 0.0
+    """Seconds of sound in each reply. With 0 a reply is text."""
 
     def __init__(self, server: Simulator, ws: web.WebSocketResponse, model: str) -> None:
         super().__init__(ws)
@@ -228,23 +235,35 @@ class OpenAIConnection(Connection):
 
     async def begin_words(self, request: Request, response: Response) -> None:
         await self.begin_message(response)
-        await self.send(
-            "response.output_text.delta",
-            **output_position(response),
-            delta=request.answer.split()[0],
-        )
+        await self.send_words(response, request.answer.split()[0])
 
     async def begin_message(self, response: Response) -> None:
         await self.add_output(response, type="message", role="assistant", content=[])
-        part = {"type": "text", "text": ""}
+        part = {"type": "audio", "transcript": ""} if self.sound else {"type": "text", "text": ""}
         await self.send("response.content_part.added", **output_position(response), part=part)
+
+    async def send_words(self, response: Response, words: str) -> None:
+        """Send one of the two parts of a reply, with half of its sound if there is any."""
+        where = output_position(response)
+        kind = "output_audio_transcript" if self.sound else "output_text"
+        await self.send(f"response.{kind}.delta", **where, delta=words)
+        if self.sound:
+            silence = base64.b64encode(bytes(2 * int(SAMPLE_RATE * self.sound / 2))).decode()
+            await self.send("response.output_audio.delta", **where, delta=silence)
 
     async def end_reply(self, request: Request, response: Response) -> None:
         text, where = request.answer, output_position(response)
-        await self.send("response.output_text.delta", **where, delta=f" {request.number}")
-        await self.send("response.output_text.done", **where, text=text)
-        await self.send("response.content_part.done", **where, part={"type": "text", "text": text})
-        await self.end_output(response, content=[{"type": "output_text", "text": text}])
+        await self.send_words(response, f" {request.number}")
+        if self.sound:
+            await self.send("response.output_audio.done", **where)
+            await self.send("response.output_audio_transcript.done", **where, transcript=text)
+            part, content = {"type": "audio", "transcript": text}, {"type": "output_audio"}
+            content["transcript"] = text
+        else:
+            await self.send("response.output_text.done", **where, text=text)
+            part, content = {"type": "text", "text": text}, {"type": "output_text", "text": text}
+        await self.send("response.content_part.done", **where, part=part)
+        await self.end_output(response, content=[content])
         await self.finish(response, "completed")
         self.server.completed.append(text)
         self.server.wake()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An OpenAI Realtime server, text only, that fails on a script."""
+"""An OpenAI Realtime server that fails on a script."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class OpenAISimulator(Simulator):
     """
 
     path = "/v1/realtime"
+    sound = 0.0
+    """Seconds of silence that each reply has as its sound. With 0 the server answers in text."""
 
     @property
     def url(self) -> str:
@@ -42,7 +44,9 @@ class OpenAISimulator(Simulator):
 
     def connect(self, ws: web.WebSocketResponse, http: web.Request) -> Connection:
         """Create the server's side of a new connection."""
-        return _ScriptedConnection(self, ws, http.query.get("model", "gpt-realtime"))
+        connection = _ScriptedConnection(self, ws, http.query.get("model", "gpt-realtime"))
+        connection.sound = self.sound
+        return connection
 
 
 class _ScriptedConnection(OpenAIConnection):
