@@ -47,7 +47,8 @@ def plan():
     provider sends no code, so that the 95th percentile is a lost reply). One reply is refused. The
     caller then speaks as often as the agent requested, so that the provider starts half of the
     replies. Some jobs also speak given texts, which no panel shows. All of this happens twice, in
-    no environment and in one, and each has jobs of two services.
+    no environment and in one, and each has jobs of two services. The jobs with most replies start
+    last, because replies before the first count of spans are counted twice for a while.
     """
     planned = []
     for provider in PROVIDER:
@@ -66,6 +67,7 @@ def plan():
     planned += [(Job("openai"), "error:invalid_request_error")]
     there = {"OTEL_RESOURCE_ATTRIBUTES": f"deployment.environment.name={ENVIRONMENT}"}
     planned += [(replace(job, environment=there), script) for job, script in planned]
+    planned.sort(key=lambda one: (one[0].turns > 0, one[0].provider in CODED))
     for place, (job, script) in enumerate(planned):
         service = {"OTEL_SERVICE_NAME": SERVICES[place % 2]}
         planned[place] = (replace(job, environment={**job.environment, **service}), script)
