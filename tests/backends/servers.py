@@ -300,6 +300,7 @@ class Prometheus(_Server):
         port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         self.otlp = f"{self.url}/api/v1/otlp/v1/metrics"
+        self._folder = folder
         text = (EXPORTERS / "prometheus/prometheus.yaml").read_text()
         for shipped, ours in (
             ("127.0.0.1:8889", f"127.0.0.1:{counts}"),
@@ -375,17 +376,20 @@ class Collector(_Server):
         traces: the address of Jaeger.
         prometheus: the URL of the server that it writes the agents' own metrics to.
         others: the URLs of more such servers.
+        config: another configuration.
+        environment: more variables.
     """
 
-    def __init__(self, folder, *, traces, prometheus, others=()):
+    def __init__(self, folder, *, traces, prometheus, others=(), config=None, environment=None):
         names = ("OTLP_GRPC", "OTLP_HTTP", "HEALTH", "INTERNAL")
         *ports, self.counts = free_ports(len(names) + 1)
         ports = dict(zip(names, ports, strict=True))
         self.endpoint = f"http://127.0.0.1:{ports['OTLP_HTTP']}"
         self.itself = ports["INTERNAL"]
-        arguments = ["--config", str(EXPORTERS / "collector/collector.yaml")]
+        config = config or EXPORTERS / "collector/collector.yaml"
+        arguments = ["--config", str(config)]
         if others:
-            shipped = yaml.safe_load((EXPORTERS / "collector/collector.yaml").read_text())
+            shipped = yaml.safe_load(config.read_text())
             write = shipped["exporters"]["prometheus_remote_write"]
             more = {
                 f"prometheus_remote_write/{n}": {**write, "endpoint": f"{url}/api/v1/write"}
@@ -406,8 +410,10 @@ class Collector(_Server):
                 "SPANMETRICS_FLUSH": f"{FLUSH}s",
                 "DECISION_WAIT": "1s",
                 "KEEP_PERCENT": "0",
+                "COLLECTOR_QUEUE": str(folder / f"queue-{self.itself}"),
                 "TRACES_ENDPOINT": traces,
                 "PROMETHEUS_URL": prometheus,
+                **(environment or {}),
             },
         )
 
