@@ -74,10 +74,11 @@ svg { display: block; }
   .row { clear: both; }
   .title { white-space: normal; }
   .stat { font-size: 24px; padding: 8px 0; }
-  .legend { font-size: 12px; line-height: 18px; }
+  .legend { font-size: 12px; line-height: 18px; margin-top: 10px; }
   svg { width: 100%; height: auto; overflow: visible; margin-top: 12px; }
   svg text { font-size: var(--narrow); }
   svg .zero { display: none; }
+  svg .time { transform: translateY(calc(var(--narrow) * .6)); }
   .none { padding: 12px 0; }
 }
 """
@@ -188,7 +189,8 @@ def _axis(times, left, width, y):
     for part, anchor in marks if last > first else marks[:1]:
         at = datetime.fromtimestamp(first + part * (last - first), UTC)
         x = left + part * (width - left)
-        yield f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{at:%H:%M:%S}</text>'
+        where = f'x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"'
+        yield f'<text class="time" {where}>{at:%H:%M:%S}</text>'
 
 
 def _name(target, labels):
