@@ -338,7 +338,10 @@ def test_query_shows_only_chosen_environment(measured, path):
     others = {pair: value for pair, value in counted.items() if pair not in there}
 
     assert dict.fromkeys(others, 0) == others
-    assert dict(there) == pytest.approx({p: counted.get(p, 0) for p in there}, rel=0.2, abs=0.5)
+    # With the tolerance of the panels: their counts come from the same series.
+    for pair, number in there.items():
+        _, _, low, high = expected.count(number)
+        assert low <= counted.get(pair, 0) <= high, (pair, number, counted)
 
 
 @pytest.mark.parametrize("path", PATHS)
