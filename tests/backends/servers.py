@@ -268,13 +268,25 @@ class Prometheus(_Server):
         port: its own.
         program: the command, ``prometheus`` or ``prometheus3``.
         vmagent: the port of a vmagent, if it is scraped.
+        otlp: whether its own OTLP receiver is on.
+        config: changes of the shipped configuration, each (text, its replacement).
     """
 
     def __init__(
-        self, folder, *, counts, itself=None, port=None, program="prometheus", vmagent=None
+        self,
+        folder,
+        *,
+        counts,
+        itself=None,
+        port=None,
+        program="prometheus",
+        vmagent=None,
+        otlp=False,
+        config=(),
     ):
         port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
+        self.otlp = f"{self.url}/api/v1/otlp/v1/metrics"
         self._folder = folder
         text = (EXPORTERS / "prometheus/prometheus.yaml").read_text()
         for shipped, ours in (
@@ -289,6 +301,12 @@ class Prometheus(_Server):
             commented = re.search(r"( *# .*vmagent\n)(?: *# .*\n){2}", text)[0]
             used = commented.replace("# ", "", 3).replace("8429", str(vmagent))
             text = text.replace(commented, used)
+        if otlp:
+            commented = re.search(r"# otlp:\n(?:#  .*\n)+", text)[0]
+            text = text.replace(commented, re.sub(r"(?m)^# ", "", commented))
+        for before, after in config:
+            assert before in text
+            text = text.replace(before, after)
         (folder / "prometheus.yaml").write_text(text)
         shutil.copytree(DASHBOARDS / "prometheus", folder / "rules")
         self._process = Process(
@@ -299,6 +317,7 @@ class Prometheus(_Server):
                 f"--web.listen-address=127.0.0.1:{port}",
                 "--web.enable-remote-write-receiver",
                 "--enable-feature=exemplar-storage",
+                *(["--web.enable-otlp-receiver"] if otlp else []),
             ],
             f"{self.url}/-/ready",
             folder,
@@ -330,7 +349,7 @@ class Prometheus(_Server):
 class Collector(_Server):
     """The Collector for a fleet with the shipped configuration; clean calls are not kept."""
 
-    def __init__(self, folder, *, traces, prometheus):
+    def __init__(self, folder, *, traces, prometheus, config=None, environment=None):
         names = ("OTLP_GRPC", "OTLP_HTTP", "HEALTH", "INTERNAL")
         *ports, self.counts = free_ports(len(names) + 1)
         ports = dict(zip(names, ports, strict=True))
@@ -338,7 +357,7 @@ class Collector(_Server):
         self.itself = ports["INTERNAL"]
         self._process = Process(
             "otelcol",
-            ["--config", str(EXPORTERS / "collector/collector.yaml")],
+            ["--config", str(config or EXPORTERS / "collector/collector.yaml")],
             f"http://127.0.0.1:{ports['HEALTH']}/status",
             folder,
             {
@@ -347,8 +366,10 @@ class Collector(_Server):
                 "SPANMETRICS_FLUSH": f"{FLUSH}s",
                 "DECISION_WAIT": "1s",
                 "KEEP_PERCENT": "0",
+                "COLLECTOR_QUEUE": str(folder / f"queue-{self.itself}"),
                 "TRACES_ENDPOINT": traces,
                 "PROMETHEUS_URL": prometheus,
+                **(environment or {}),
             },
         )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 
@@ -38,10 +39,17 @@ def test_jaeger_takes_its_configuration(overlay):
     check("jaeger", "validate", *(f"--config={file}" for file in files))
 
 
+@pytest.mark.parametrize("secured", [False, True])
 @pytest.mark.parametrize("name", ["collector.yaml", "load-balancer.yaml"])
-def test_the_collector_takes_its_configuration(name):
-    """``otelcol validate``."""
-    check("otelcol", "validate", f"--config={EXPORTERS / 'collector' / name}")
+def test_the_collector_takes_its_configuration(name, secured, tmp_path, monkeypatch):
+    """``otelcol validate``, also with the lines for TLS, a token and headers."""
+    text = (EXPORTERS / "collector" / name).read_text()
+    if secured:
+        text = text.replace("#: ", "")
+        for variable in re.findall(r'"\$\{env:(\w+)\}', text):
+            monkeypatch.setenv(variable, "set")
+    (tmp_path / name).write_text(text)
+    check("otelcol", "validate", f"--config={tmp_path / name}")
 
 
 def test_prometheus_takes_its_configuration_and_rules(tmp_path):
@@ -202,6 +210,23 @@ def test_compose_restarts_and_limits_every_service():
 
     assert {"unless-stopped"} == {service["restart"] for service in services.values()}
     assert all(service["mem_limit"] for service in services.values())
+
+
+def test_compose_keeps_data_and_checks_health():
+    """Each service has a volume, and a health check if its image has a program for it."""
+    compose = yaml.safe_load((EXPORTERS / "compose.yaml").read_text())
+    kept = {
+        name
+        for name, service in compose["services"].items()
+        for volume in service["volumes"]
+        if isinstance(volume, str) and volume.startswith(f"{name}:/")
+    }
+    checked = {name for name, service in compose["services"].items() if "healthcheck" in service}
+    retention = "--storage.tsdb.retention.time=40d"
+
+    assert {*compose["services"]} == kept == {*compose["volumes"]}
+    assert {*compose["services"]} - {"collector", "jaeger"} == checked
+    assert retention in compose["services"]["prometheus"]["command"]
 
 
 def test_the_rules_arithmetic(tmp_path):

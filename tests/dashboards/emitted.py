@@ -35,7 +35,7 @@ def emitted():
         telemetry = Telemetry(meter_provider=provider)
         bucket = budget.RetryBudget(5.0)
         bucket.open("openai", time.monotonic)
-        _play(telemetry)
+        play(telemetry)
         BoundedSpanProcessor(_Nowhere(), "otlp", meter_provider=provider).shutdown()
         found = {}
         for family in REGISTRY.collect():
@@ -48,7 +48,8 @@ def emitted():
         provider.shutdown()
 
 
-def _play(telemetry):
+def play(telemetry):
+    """Record one reply of every kind."""
     target = Target("openai", "gpt-realtime")
     telemetry.initialize_counters("openai", semconv.ACTIONS)
     failed = failure(RuntimeError(), "timeout")
