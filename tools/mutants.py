@@ -36,6 +36,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -454,6 +455,14 @@ def _run_tests(copy: str, files: list[str], tests: list[str] | None) -> None:
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # pytest is imported already
     # A test on the wall clock could fail because the machine is busy.
     options += ["-m", "not packages and not real_time"]
+    # So could a test with a deadline, or another draw of its examples.
+    hypothesis.settings.register_profile(
+        "mutants",
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("mutants")
     plugin = _Recorder(copy) if tests is None else _Order(tests)
     os._exit(pytest.main([*options, *files], plugins=[plugin]))
 
