@@ -74,7 +74,6 @@ LIVEKIT_TESTS = [
         "filler",
         "breaker",
         "generations",
-        "duplex",
     )
 ]
 """The files that use the OpenAI adapter."""

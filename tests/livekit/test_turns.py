@@ -20,7 +20,6 @@ from support.providers import (
 
 import traced_retry
 from traced_retry import semconv
-from traced_retry.simulator import OpenAISimulator
 
 RECOVERING = {"openai": OPENAI, **SHARED_ENGINE}
 OBSERVED = {
@@ -146,27 +145,6 @@ class TestAnswer:
         await speak(talk)
 
         assert ([], []) == (recorder.replies, failures)
-
-    @pytest.mark.parametrize("first", ["created", None])
-    async def test_server_that_confirms_no_update(self, first, start_conversation, recorder):
-        """Its first event describes the session, or its first event belongs to a reply."""
-
-        class Terse(OpenAISimulator):
-            def connect(self, ws, http):
-                connection = super().connect(ws, http)
-                connection.handlers["session.update"] = connection.ignore
-                connection.session["turn_detection"] = {"type": "server_vad"}
-                if first is None:
-                    connection.greet = lambda: asyncio.sleep(0)
-                return connection
-
-        talk = await start_conversation("ok,turn:ok", simulator=Terse, ready=first is not None)
-        assert None is await talk.reply()
-        if first is not None:
-            await speak(talk)
-
-        assert [("succeeded", None)] * (1 if first is None else 2) == ended(recorder, None)
-        assert ["agent", "provider"][: len(recorder.replies)] == initiators(recorder)
 
     @pytest.mark.parametrize("fault", ["silence", "stalled"])
     async def test_caller_speaks_again(self, fault, start_conversation, recorder, failures):
