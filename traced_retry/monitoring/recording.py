@@ -8,11 +8,12 @@ dashboards and alerts do not depend on the path. ``docs/exactness.md`` has the a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from textwrap import indent
 from typing import Any, Final
 
 from traced_retry import semconv
-from traced_retry.monitoring.alerts import ENVIRONMENT, Record, label
+from traced_retry.monitoring.alerts import ENVIRONMENT, SERVICE, Record, label
 
 WINDOW: Final = "5m"
 SECONDS: Final = 300
@@ -89,6 +90,15 @@ or
 increase({series}[{WINDOW}]) / {SECONDS}"""
 
 
+def by_service(rate: str) -> str:
+    """Return the rate with the label ``service_name``, which pushed series have as ``job``."""
+    joined = f'label_join(\n{indent(rate, "  ")},\n  "{SERVICE}", ";", "{SERVICE}", "job"\n)'
+    return (
+        f"label_replace(\n{indent(joined, '  ')},\n"
+        f'  "{SERVICE}", "$1$2", "{SERVICE}", "([^;]+);.*|;(.*)"\n)'
+    )
+
+
 def either(spans: str, own: str, *names: str) -> str:
     """Return the summed rate per second over five minutes, from spans or else from the agents.
 
@@ -98,6 +108,9 @@ def either(spans: str, own: str, *names: str) -> str:
         names: the attributes kept besides provider and environment.
     """
     by = ", ".join(label(name) for name in (semconv.PROVIDER, ENVIRONMENT, *names))
+    counted = per_second(own)
+    if SERVICE in names:
+        counted = by_service(counted)
     provider, environment = label(semconv.PROVIDER), label(ENVIRONMENT)
     return f"""\
 sum by ({by}) (
@@ -105,10 +118,24 @@ sum by ({by}) (
 )
 or
 sum by ({by}) (
-{indent(per_second(own), "  ")}
+{indent(counted, "  ")}
 )
 unless on ({provider}, {environment})
 ({spans} or sum by ({provider}) ({spans}))"""
+
+
+def service_replies(labels: Iterable[str]) -> str:
+    """Return the summed rate of replies per second, by service and by these attributes."""
+    spans, own_replies = _replies()
+    return either(spans, own_replies, SERVICE, *labels, semconv.OUTCOME, semconv.STOP_REASON)
+
+
+def _replies() -> tuple[str, str]:
+    """Return the series of replies, counted from spans and by the agents."""
+    return (
+        f'traces_span_metrics_calls_total{{span_name="{semconv.SPAN_REPLY}"}}',
+        own(semconv.METRIC_REPLIES, "total"),
+    )
 
 
 def recording() -> dict[str, Any]:
@@ -131,8 +158,7 @@ def _records() -> list[Record]:
     return [
         _record(
             "traced_retry_replies",
-            f"traces_span_metrics_calls_total{{{reply}}}",
-            own(semconv.METRIC_REPLIES, "total"),
+            *_replies(),
             semconv.INITIATOR,
             semconv.OUTCOME,
             semconv.STOP_REASON,
