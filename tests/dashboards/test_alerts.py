@@ -147,7 +147,7 @@ class TestServices:
     SERIES = "provider:traced_retry_service_replies:increase1m"
     LOST = (
         "round(sum by (service_name, service_version) "
-        f'(sum_over_time({SERIES}{{traced_retry_outcome="exhausted"}}[30m])))'
+        f'(sum_over_time({SERIES}{{traced_retry_outcome="exhausted"}}[29m30s])))'
     )
 
     def _lost(self, count, **labels):
@@ -180,23 +180,19 @@ class TestServices:
 
     def test_agents_counts_take_the_service_from_job(self, promtool):
         """A pushed process has its service as job; vmagent's series have a label for it."""
+        vmagent = {"job": "vmagent", "instance": "here:8429"}
         labels = {
             "gen_ai_provider_name": P,
             "traced_retry_outcome": "exhausted",
             "traced_retry_stop_reason": "deadline",
+            "service_name": "sales",
+            **vmagent,
         }
-        vmagent = {"job": "vmagent", "instance": "here:8429"}
         promtool(
             [
                 own_calls("exhausted", "0+1x60", "p1"),
                 own_calls("exhausted", "0+1x60", "p2"),
-                _series(
-                    "traced_retry_replies_total",
-                    "0+4x60",
-                    **vmagent,
-                    service_name="sales",
-                    **labels,
-                ),
+                _series("traced_retry_replies_total", "0+4x60", **labels),
                 _series("up", "1x60", **vmagent),
             ],
             expressions=[
@@ -214,7 +210,6 @@ class TestServices:
         for path in RULES:
             limited = path.read_text().replace("limit: 2000", "limit: 1")
             (folder / path.name).write_text(limited)
-        services = ("support", "sales")
         test = {
             "rule_files": [str(path) for path in folder.iterdir()],
             "evaluation_interval": "1m",
@@ -224,7 +219,10 @@ class TestServices:
                     "interval": "1m",
                     "input_series": [
                         calls("exhausted", "0+1x20", "deadline", service_name=name)
-                        for name in services
+                        for name in ("support", "sales")
+                    ],
+                    "promql_expr_test": [
+                        {"expr": f"count({self.SERIES})", "eval_time": "20m", "exp_samples": []}
                     ],
                 }
             ],
