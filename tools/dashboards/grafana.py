@@ -204,11 +204,12 @@ def budget_left() -> Panel:
     return Panel(
         "Error budget left",
         "Share of the error budget of the last 30 days that is not used up. At 0 as many replies "
-        "were lost in 30 days as the objective allows. A line that falls fast reaches 0 early.",
+        "were lost in 30 days as the objective allows. Below -100 % it is drawn as -100 %.",
         (
             Query(
-                f"1 - max by ({PROVIDER}) ({alerts.ratio(alerts.BUDGET_WINDOW)}{{{OF_PROVIDER}}}) "
-                f"/ scalar(1 - max({alerts.OBJECTIVE}))",
+                f"clamp_min(1 - max by ({PROVIDER}) "
+                f"({alerts.ratio(alerts.BUDGET_WINDOW)}{{{OF_PROVIDER}}}) "
+                f"/ scalar(1 - max({alerts.OBJECTIVE})), -1)",
                 f"{{{{{PROVIDER}}}}}",
             ),
         ),

@@ -15,6 +15,11 @@ from typing import Any, Final
 from traced_retry import semconv
 from traced_retry.monitoring.alerts import ENVIRONMENT, SERVICE, Record, label
 
+_TARGET: Final = f"{label(semconv.PROVIDER)}, {label(ENVIRONMENT)}"
+FROM_SPANS: Final = "provider:traced_retry_counted_from_spans:group"
+"""A series for each provider and environment whose replies are counted from spans.
+
+It also has each such provider without an environment, for agents that name none."""
 WINDOW: Final = "5m"
 SECONDS: Final = 300
 
@@ -29,8 +34,8 @@ HEAD: Final = """\
 # itself, and pushed. A process's own series begins at 0 and lives for minutes. Of such a one `rate`
 # makes too much at its end (of n samples by 1/(2(n-1)), half as much again where n is 2), and
 # nothing if its first sample is above 0; so it is the last value less the one before the window.
-# Which it is is settled per provider and environment: what is counted from spans is counted from
-# spans alone. So is, of that provider, what its agents count without naming an environment.
+# The first rule decides for each provider and environment: if its replies are counted from spans,
+# its agents' own counts are left out. So are those of that provider that name no environment.
 # All is of generate_reply; what a plugin is told to `say` is another operation.
 groups:
   - name: traced_retry_recording
@@ -60,12 +65,9 @@ def per_second(series: str) -> str:
 or
 (
   (
+    last_over_time({series}[{WINDOW}]) - last_over_time({series}[{WINDOW}] offset {WINDOW})
+    or
     last_over_time({series}[{WINDOW}])
-    - (
-      last_over_time({series}[{WINDOW}] offset {WINDOW})
-      or
-      0 * last_over_time({series}[{WINDOW}])
-    )
   ) / {SECONDS}
   unless on (job, instance) up
 )"""
@@ -107,11 +109,10 @@ def either(spans: str, own: str, *names: str) -> str:
         own: the series counted by the agents.
         names: the attributes kept besides provider and environment.
     """
-    by = ", ".join(label(name) for name in (semconv.PROVIDER, ENVIRONMENT, *names))
+    by = ", ".join((_TARGET, *map(label, names)))
     counted = per_second(own)
     if SERVICE in names:
         counted = by_service(counted)
-    provider, environment = label(semconv.PROVIDER), label(ENVIRONMENT)
     return f"""\
 sum by ({by}) (
 {indent(_from_spans(spans), "  ")}
@@ -120,8 +121,8 @@ or
 sum by ({by}) (
 {indent(counted, "  ")}
 )
-unless on ({provider}, {environment})
-({spans} or sum by ({provider}) ({spans}))"""
+unless on ({_TARGET})
+{FROM_SPANS}"""
 
 
 def service_replies(labels: Iterable[str]) -> str:
@@ -155,7 +156,11 @@ def as_text() -> str:
 def _records() -> list[Record]:
     reply = f'span_name="{semconv.SPAN_REPLY}"'
     attempt = f'span_name="{semconv.SPAN_ATTEMPT}"'
+    spans = _replies()[0]
+    provider = label(semconv.PROVIDER)
     return [
+        # First, because the rules below read it.
+        Record(FROM_SPANS, f"group by ({_TARGET}) ({spans}) or group by ({provider}) ({spans})"),
         _record(
             "traced_retry_replies",
             *_replies(),
