@@ -408,8 +408,9 @@ class TestSimulate:
         done = run("simulate", "openai", "--script", "rate_limt")
 
         assert 2 == done.returncode
-        assert "unknown fault 'rate_limt'" in done.stderr
-        assert "rate_limit[:SECONDS]" in done.stderr
+        lines = done.stderr.splitlines()
+        assert "traced-retry: unknown fault 'rate_limt'" == lines[0]
+        assert [] != [line for line in lines if line.startswith("  rate_limit[:SECONDS]  ")]
         assert "Traceback" not in done.stderr
 
     def test_unknown_provider(self):

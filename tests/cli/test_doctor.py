@@ -8,6 +8,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -151,6 +153,32 @@ class TestWell:
         assert f"and Jaeger at {jaeger.url} has it" in done["export"]["message"]
         (trace,) = jaeger.traces("examined").values()
         assert [semconv.SPAN_DOCTOR] == [span["name"] for span in trace]
+
+    def test_output_of_the_page(self, doctor, jaeger):
+        """The doctor prints each line of docs/doctor.md, with this Jaeger's ports."""
+        page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+        (block,) = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        installed = importlib.metadata.version("livekit-agents")
+        for shown, actual in (
+            ("http://127.0.0.1:4318", jaeger.endpoint),
+            ("127.0.0.1:4318", jaeger.endpoint.removeprefix("http://")),
+            ("http://127.0.0.1:16686", jaeger.url),
+            ("1.8.9", installed),
+        ):
+            block = block.replace(shown, actual)
+        lines = block.splitlines()
+        exports = [line for line in lines if line.startswith("$ export ")]
+        variables = dict(
+            word.split("=", 1)
+            for line in exports
+            for word in shlex.split(line.removeprefix("$ export "))
+        )
+        done = doctor("--jaeger", jaeger.url, text=True, **variables)
+
+        assert 1 == done.status
+        expected = [line for line in lines if not line.startswith("$ ")]
+        assert 11 == len(expected)
+        assert [] == [line for line in expected if line not in done.printed.splitlines()]
 
     def test_preset(self, doctor):
         """What the agent gives to enable(); whoever may listen on the port that it names."""

@@ -185,6 +185,12 @@ class TestProbe:
 
         assert [True] * 3 == [each.admits(now) for each in processes]
 
+    def test_machine_that_has_run_for_a_decade_refuses_no_reply(self, processes):
+        """A time that needs more bits than its field leaves the circuit closed."""
+        now = outage(processes, began=2**38 / 1e3)
+
+        assert [True] * 3 == [each.admits(now) for each in processes]
+
     @pytest.mark.parametrize("later", [-900.0, SPAN, SPAN + WINDOW + INTERVAL + 1])
     def test_outage_opens_it_again(self, processes, later):
         """Old successes and an old open state do not prevent a new one."""
@@ -545,7 +551,7 @@ ASK = """
 class TestDeath:
     def test_stopped_or_killed_process_does_not_keep_the_lock(self, path, processes):
         """Others send the probe although the lock is held, without waiting."""
-        now = outage(processes) + INTERVAL
+        now = outage(processes) + INTERVAL + 0.25
         with python(HOLD, path) as holder:
             os.waitpid(holder.pid, os.WUNTRACED)
             assert not processes[0]._file.try_lock()
@@ -555,7 +561,7 @@ class TestDeath:
             holder.kill()
 
         assert [False, False, True, False, False] == asked
-        assert took < 0.1
+        assert took < 1.0
         assert [False] * 3 == [each.admits(now + 1) for each in processes]
         assert processes[0]._file.try_lock()
         processes[0]._file.unlock()

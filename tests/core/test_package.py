@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import traced_retry
+import traced_retry.testing
 
 
 def test_tests_run_against_installed_package():
@@ -58,6 +59,16 @@ def test_data_folders_ship_without_code(folder):
 def test_package_is_marked_as_typed():
     """Type checkers use the package's annotations."""
     assert (files("traced_retry") / "py.typed").is_file()
+
+
+def test_each_public_name_is_on_the_page_of_the_api():
+    """The page has all names of the package and of its testing tools."""
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    documented = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith(":::")}
+
+    assert set() == {*traced_retry.__all__, *traced_retry.testing.__all__} - documented - {
+        "__version__"
+    }
 
 
 def test_public_names_are_listed_and_importable():

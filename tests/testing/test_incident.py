@@ -19,7 +19,7 @@ from traced_retry.report.read import order, replies_of
 from traced_retry.simulator import PROVIDERS as SIMULATED
 from traced_retry.simulator import Script
 from traced_retry.simulator.reach import _LINES
-from traced_retry.testing.incident import SIMULATOR_OF, incident_script
+from traced_retry.testing.incident import SIMULATOR_OF, incident_script, simulator_name
 from traced_retry.testing.spans import _as_stored
 
 INCIDENTS = [
@@ -110,6 +110,13 @@ def test_several_providers_are_refused():
 
     with pytest.raises(traced_retry.UsageError, match="for one provider, and there are openai, x_"):
         incident_script(replies)
+
+
+def test_duplex_model_has_its_own_simulator():
+    """GPT-Live's spans name OpenAI as their provider, and its protocol differs."""
+    reply = Reply("t", "s", "openai", 0.0, 1.0, outcome="exhausted", model="gpt-live-1")
+
+    assert "gpt-live" == simulator_name([reply])
 
 
 def test_provider_without_a_simulator_is_refused():

@@ -45,7 +45,7 @@ app.add_typer(dashboards, name="dashboards")
 
 
 def main() -> None:
-    """Run the command line. A usage error is one line on stderr and exit status 2."""
+    """Run the command line. A usage error is a message on stderr and exit status 2."""
     try:
         app()
     except UsageError as error:
@@ -54,7 +54,8 @@ def main() -> None:
         problem = str(missing_extra("this command", error))
     else:
         return
-    print(f"traced-retry: {printable(problem, None)}", file=sys.stderr)  # noqa: T201
+    lines = [printable(line, None) for line in problem.split("\n")]
+    print("traced-retry: " + "\n".join(lines), file=sys.stderr)  # noqa: T201
     raise SystemExit(2)
 
 

@@ -29,7 +29,7 @@ def script(
     ] = None,
 ) -> None:
     """Print a script with which a simulator repeats the provider's faults in one call."""
-    from traced_retry.testing.incident import SIMULATOR_OF, incident_script  # noqa: PLC0415
+    from traced_retry.testing.incident import incident_script, simulator_name  # noqa: PLC0415
 
     selection = Selection(trace=trace)
     replies = _incident(sorted(ReplyStream(files, selection), key=order))
@@ -37,7 +37,7 @@ def script(
         wanted = f"trace {trace}" if trace else "reply that was retried or failed"
         raise ReportError(f"no {wanted} in the spans")
     found = incident_script(replies)
-    provider = SIMULATOR_OF[replies[0].provider]
+    provider = simulator_name(replies)
     typer.echo(str(found))
     typer.echo(f"Run it with: traced-retry simulate {provider} --script '{found}'", err=True)
 

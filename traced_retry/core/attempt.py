@@ -57,7 +57,8 @@ class Attempt(Generic[T]):
         self.failure: Failure | None = None
         self.next_action: semconv.Action | None = None
         """The action that follows a failed attempt. None if no attempt follows."""
-        self.next_delay = 0.0
+        self.next_delay: float
+        """The seconds until that action, set together with it."""
         self.span: trace.Span = trace.INVALID_SPAN
         self.context: otel_context.Context | None = None
         """The context of the attempt's span. None if the reply is not traced."""

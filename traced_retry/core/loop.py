@@ -276,26 +276,41 @@ class Reply(Driver, Generic[T]):
         while True:
             attempt = self._attempt
             assert attempt is not None
-            failure = yield from self._follow(attempt)
+            assert attempt.future is not None
+            failure = None
+            if not attempt.future.done():
+                failure = yield from self._await_attempt(attempt)
+            if failure is None and not self._ended:
+                failure = self._take_result(attempt)
+            if failure is None and not self._ended and attempt.delivery is not None:
+                yield from self._await_end(attempt, attempt.delivery)
+                if not self._ended:
+                    failure = self._finish(attempt, attempt.delivery)
             if failure is None or self._ended:
                 return
-            if self._future.cancelled():  # The policy's classify did so.
-                self.interrupt()
+            yield from self._try_again(attempt, failure)
+            if self._ended:
                 return
-            stop, action, delay = self._decide(failure)
-            if action is None or stop is not None:
-                self._give_up(failure, stop or "unsafe_to_resend")
-                return
-            self._fail_attempt(attempt, failure, action, delay)
-            stop = yield from self._wait_until_ready(action, delay)
-            if stop is None and self._request.has_answer():
-                action = "listen"
-            if stop is None and self._is_circuit_open(action):
-                stop = "circuit_open"
-            if stop is not None:
-                self._give_up(self._forced_failure(failure), stop)
-                return
-            self._send(action, self._end_wait())
+
+    def _try_again(self, attempt: Attempt[T], failure: Failure) -> Steps:
+        """Make another attempt after a failed one, or end the reply."""
+        if self._future.cancelled():  # The policy's classify did so.
+            self.interrupt()
+            return
+        stop, action, delay = self._decide(failure)
+        if action is None or stop is not None:
+            self._give_up(failure, stop or "unsafe_to_resend")
+            return
+        self._fail_attempt(attempt, failure, action, delay)
+        stop = yield from self._wait_until_ready(action, delay)
+        if stop is None and self._request.has_answer():
+            action = "listen"
+        if stop is None and self._is_circuit_open(action):
+            stop = "circuit_open"
+        if stop is not None:
+            self._give_up(self._forced_failure(failure), stop)
+            return
+        self._send(action, self._end_wait())
 
     def _await_cooldown(self) -> Generator[float | None, None, bool]:
         """Wait until the provider accepts requests again. Return False if the reply ended."""
@@ -350,20 +365,6 @@ class Reply(Driver, Generic[T]):
         self._attempt = attempt
         if not future.done():
             future.add_done_callback(self._on_attempt_done)
-
-    def _follow(self, attempt: Attempt[T]) -> Generator[float | None, None, Failure | None]:
-        """Wait until the attempt is over. Return its failure if it was not heard."""
-        assert attempt.future is not None
-        failure = None
-        if not attempt.future.done():
-            failure = yield from self._await_attempt(attempt)
-        if failure is None and not self._ended:
-            failure = self._take_result(attempt)
-        delivery = attempt.delivery
-        if delivery is None or failure is not None or self._ended:
-            return failure
-        yield from self._await_end(attempt, delivery)
-        return None if self._ended else self._finish(attempt, delivery)
 
     def _await_attempt(self, attempt: Attempt[T]) -> Generator[float | None, None, Failure | None]:
         """Wait for the end of the attempt. Return the failure that ends it before its result."""

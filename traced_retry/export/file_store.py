@@ -31,9 +31,9 @@ from traced_retry.core.sanitize import file_name
 from traced_retry.export.processor import BoundedSpanProcessor
 
 FILE_BYTES: Final = 16 * 2**20
-"""The largest size of a file: some 10,000 replies, which a report reads in 1 to 2 s."""
+"""The largest size of a file: some 4,000 replies with LiveKit's spans."""
 TOTAL_BYTES: Final = 256 * 2**20
-"""The largest size of all files: some 150,000 replies, and little on a laptop's disk."""
+"""The largest size of all files: some 60,000 replies, and little on a laptop's disk."""
 
 _WITHIN: Final = 1.0
 """Seconds that the local store may take at exit."""

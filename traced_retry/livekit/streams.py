@@ -12,6 +12,7 @@ Only documented parts of the event are used: two streams, and two more in each m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
@@ -118,10 +119,8 @@ class _Relay(Generic[T]):
     async def __anext__(self) -> T:
         while True:
             if self._source is not None:
-                try:
+                with contextlib.suppress(StopAsyncIteration):
                     return await self._source.__anext__()
-                except StopAsyncIteration:
-                    self._source = None
             turn = await asyncio.shield(self._turn.following)
             if turn is None:
                 raise StopAsyncIteration

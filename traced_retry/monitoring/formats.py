@@ -41,6 +41,7 @@ def files(thresholds: Thresholds) -> dict[str, str]:
         "kubernetes/prometheus-rule.yaml": _file(
             _prometheus_rule([*recorded, *rolled_up, *groups]),
             "All rules, for the Prometheus operator: kubectl apply -f prometheus-rule.yaml",
+            "Set `release` to the name of your Helm release of kube-prometheus-stack.",
         ),
         "grafana-alerting/alerts.yaml": _file(
             grafana_alerts(thresholds),
@@ -122,7 +123,11 @@ def _prometheus_rule(groups: list[dict[str, Any]]) -> dict[str, Any]:
         "kind": "PrometheusRule",
         "metadata": {
             "name": "traced-retry",
-            "labels": {"app.kubernetes.io/name": "traced-retry"},
+            "labels": {
+                "app.kubernetes.io/name": "traced-retry",
+                # kube-prometheus-stack selects rules by the name of its Helm release.
+                "release": "kube-prometheus-stack",
+            },
         },
         "spec": {"groups": groups},
     }

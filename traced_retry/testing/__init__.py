@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from traced_retry.testing.clock import VirtualClockLoop, run
     from traced_retry.testing.server import realtime_server
     from traced_retry.testing.spans import RetrySpans
-    from traced_retry.testing.verdict import Finding, Verdict, check_agent
+    from traced_retry.testing.verdict import CASES, Case, Finding, Verdict, check_agent
 
 __all__ = [
+    "CASES",
+    "Case",
     "Finding",
     "RetrySpans",
     "Verdict",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CASES": "verdict",
+    "Case": "verdict",
     "Finding": "verdict",
     "RetrySpans": "spans",
     "Verdict": "verdict",

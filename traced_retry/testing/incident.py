@@ -52,14 +52,7 @@ def incident_script(replies: Iterable[Reply]) -> Script:
             without a simulator.
     """
     asked = [reply for reply in replies if not reply.say]
-    providers = sorted({reply.provider for reply in asked})
-    if len(providers) != 1:
-        found = ", ".join(providers) or "no replies"
-        raise UsageError(f"a script is for one provider, and there are {found}: give a trace id")
-    if providers[0] not in SIMULATOR_OF:
-        raise UsageError(f"provider {providers[0]!r} has no simulator")
-    is_duplex = any("gpt-live" in (reply.model or "") for reply in asked)
-    known = simulator("gpt-live" if is_duplex else SIMULATOR_OF[providers[0]]).faults
+    known = simulator(simulator_name(asked)).faults
     faults: list[Fault] = []
     turns: list[Fault] = []
     for reply in asked:
@@ -72,6 +65,23 @@ def incident_script(replies: Iterable[Reply]) -> Script:
         raise UsageError("no request was sent: there is no attempt in the spans")
     ok = (Fault("ok"),)
     return Script(tuple(faults) or ok, tuple(turns) or ok)
+
+
+def simulator_name(replies: Iterable[Reply]) -> str:
+    """Return the name of the simulator that can repeat the faults of these replies.
+
+    Raises:
+        UsageError: if the replies are of several providers or of one without a simulator.
+    """
+    asked = [reply for reply in replies if not reply.say]
+    providers = sorted({reply.provider for reply in asked})
+    if len(providers) != 1:
+        found = ", ".join(providers) or "no replies"
+        raise UsageError(f"a script is for one provider, and there are {found}: give a trace id")
+    if providers[0] not in SIMULATOR_OF:
+        raise UsageError(f"provider {providers[0]!r} has no simulator")
+    is_duplex = any("gpt-live" in (reply.model or "") for reply in asked)
+    return "gpt-live" if is_duplex else SIMULATOR_OF[providers[0]]
 
 
 def _of_turn(fault: Fault, known: frozenset[str]) -> Fault:
