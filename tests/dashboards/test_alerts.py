@@ -12,20 +12,10 @@ import subprocess
 
 import pytest
 from backends.servers import command
-from dashboards.reading import ENGINES, RULES, dashboards, panels, run_rule_test
+from dashboards.reading import ENGINES, GROUPS, RULES, dashboards, panels, run_rule_test
 
 GRAFANA = "http://127.0.0.1:3000"
 P = "openai"
-GROUPS = [
-    "traced_retry_recording",
-    "traced_retry_rollup",
-    "traced_retry_rollup_10m",
-    "traced_retry_services",
-    "traced_retry_services_10m",
-    "traced_retry_ratios",
-    "traced_retry_alerts",
-]
-"""Each reads what those before it record. promtool would take them in any order."""
 
 
 def calls(outcome, values, stop=None, provider=P, **labels):
