@@ -44,7 +44,7 @@ HOW = {
     "prometheus-alertmanager": _APT,
     "amtool": _APT,
 }
-"""How each command is had."""
+"""The command that installs each program."""
 
 SCRAPE = 1.0
 """Seconds between two scrapes in the tests; 15 in the file we ship."""
@@ -89,7 +89,7 @@ def free_ports(count):
 
 
 def until(condition, seconds=20.0, what="it"):
-    """What ``condition`` returns once that is true; fails if it is not within ``seconds``."""
+    """Return the first true result of ``condition``. Fail after ``seconds`` without one."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
@@ -99,7 +99,7 @@ def until(condition, seconds=20.0, what="it"):
 
 
 def get(url, **parameters):
-    """The JSON that a GET is answered with; None for 404."""
+    """Return the JSON that answers a GET, or None for 404."""
     if parameters:
         url += "?" + urllib.parse.urlencode(parameters)
     try:
@@ -121,7 +121,7 @@ def _answers(url):
 
 @dataclass
 class Process:
-    """One server that runs; ended by its process id."""
+    """A running server, which is ended by its process id."""
 
     name: str
     arguments: list[str]
@@ -183,7 +183,7 @@ class _Server:
 
 
 class Jaeger(_Server):
-    """Jaeger, with the shipped configuration; traces in memory, or on disk where ``badger``."""
+    """Jaeger with the shipped configuration. Traces are in memory, or on disk with ``badger``."""
 
     def __init__(self, folder, *, badger=None, prometheus="http://127.0.0.1:9"):
         names = ("OTLP_GRPC", "OTLP_HTTP", "UI", "GRPC", "HEALTH", "INTERNAL")
@@ -210,11 +210,10 @@ class Jaeger(_Server):
         )
 
     def traces(self, service, operation=""):
-        """Every trace of the service (that has a span named ``operation``), by trace id, each a
-        list of OTLP-JSON spans in the order of their start.
+        """Return the traces of the service with a span named ``operation``, by trace id.
 
-        The attributes of a search are of Jaeger after 2.13's /api/v3; here they are looked at by
-        the one who asks.
+        A trace is a list of OTLP-JSON spans in the order of their start. The search by attributes
+        needs the /api/v3 of a newer Jaeger than 2.13, so the caller filters by them.
         """
         now = time.time()
         answer = get(
@@ -236,11 +235,11 @@ class Jaeger(_Server):
         }
 
     def trace(self, trace_id):
-        """The spans of one trace; [] where Jaeger does not have it."""
+        """Return the spans of one trace, or [] if Jaeger does not have it."""
         return _spans(get(f"{self.url}/api/v3/traces/{trace_id}"))
 
     def search(self, service, **tags):
-        """Ids of the service's traces with a span that has all these tags, as the UI finds them."""
+        """Return ids of traces with a span that has all these tags, as the UI finds them."""
         answer = get(f"{self.url}/api/traces", service=service, tags=json.dumps(tags), limit=10000)
         return {trace["traceID"] for trace in (answer or {}).get("data", [])}
 
@@ -260,7 +259,7 @@ def _spans(answer):
 
 
 def attributes(span):
-    """A span's attributes as plain data."""
+    """Return the attributes of a span as plain data."""
     return {a["key"]: _plain(a["value"]) for a in span.get("attributes", [])}
 
 
@@ -274,9 +273,9 @@ class Prometheus(_Server):
 
     Args:
         folder: for its files.
-        counts: the port of what counts spans.
-        itself: the port on which a Collector tells of itself, where there is one.
-        port: its own.
+        counts: the port of the server that counts spans.
+        itself: the port of the Collector's own metrics, if there is a Collector.
+        port: the port of Prometheus.
         program: the command, ``prometheus`` or ``prometheus3``.
         vmagent: the port of a vmagent, if it is scraped.
         evaluation: seconds between two evaluations of the rules; 15 in the file we ship.
@@ -346,7 +345,7 @@ class Prometheus(_Server):
         until(lambda: not get(rules)["data"]["groups"], what="the rules being stopped")
 
     def query(self, expression, at=None):
-        """The vector that the expression gives: {labels as a frozenset of pairs: value}."""
+        """Return the result of the expression: {labels as a frozenset of pairs: value}."""
         parameters = {"query": expression, **({} if at is None else {"time": f"{at:.3f}"})}
         answer = get(f"{self.url}/api/v1/query", **parameters)
         assert answer["status"] == "success"
@@ -356,7 +355,7 @@ class Prometheus(_Server):
         }
 
     def exemplars(self, expression, seconds=3600):
-        """The exemplars of the series, each (labels of the series, exemplar)."""
+        """Return the exemplars of the series, each as (labels of the series, exemplar)."""
         now = time.time()
         answer = get(
             f"{self.url}/api/v1/query_exemplars", query=expression, start=now - seconds, end=now

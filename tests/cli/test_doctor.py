@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry doctor``, as a process of its own, with real servers."""
+"""Test ``traced-retry doctor`` as a process, with real servers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = ("OTEL_", "TRACED_RETRY_", "LIVEKIT_", "REQUESTS_CA_BUNDLE")
 
 @dataclass
 class Examined:
-    """What the doctor said of itself."""
+    """The result of one run of the doctor."""
 
     status: int
     printed: str
@@ -42,17 +42,17 @@ class Examined:
 
     @property
     def answer(self):
-        """The JSON."""
+        """The printed JSON."""
         return json.loads(self.printed)
 
     def __getitem__(self, check):
-        """The one check of that name."""
+        """Return the one check of that name."""
         (found,) = [c for c in self.answer["checks"] if c["check"] == check]
         return found
 
     @property
     def bad(self):
-        """Names of the checks that are not ok, with their status."""
+        """The status of each check that is not ok, by its name."""
         return {c["check"]: c["status"] for c in self.answer["checks"] if c["status"] != "ok"}
 
 
@@ -60,7 +60,7 @@ class Examined:
 def doctor(tmp_path):
     """Run it as JSON, or as text: ``doctor("--jaeger", url, text=True, VARIABLE=...)``.
 
-    With ``before``, a command that starts it, it is an interpreter of its own, else a fork.
+    ``before`` is a command that starts it in an interpreter of its own. Without it, it is a fork.
     """
 
     def run(*arguments, text=False, before=None, **environ):
@@ -94,7 +94,7 @@ def doctor(tmp_path):
 
 @pytest.fixture
 def examined(tmp_path):
-    """The same without the command line, in a process forked from one that has all imported."""
+    """Run the checks without the command line, in a process forked from a warm one."""
 
     def run(**environ):
         code = """
@@ -112,7 +112,7 @@ def examined(tmp_path):
 
 @pytest.fixture(scope="module")
 def jaeger(tmp_path_factory):
-    """A real one."""
+    """Start a real Jaeger."""
     command("jaeger")
     with Jaeger(tmp_path_factory.mktemp("jaeger")) as jaeger:
         yield jaeger
@@ -123,7 +123,7 @@ NAMED = "correct the value that the message names"
 
 class TestWell:
     def test_local_store(self, doctor, tmp_path):
-        """Nothing set: status 0, the test span is read back, and its file is gone again."""
+        """Without variables, the test span is read back, and the store's file is deleted."""
         done = doctor(before=[])
 
         assert (0, True, {}) == (done.status, done.answer["ok"], done.bad)
@@ -132,7 +132,7 @@ class TestWell:
         assert [] == [p for p in (tmp_path / "state").rglob("*") if p.is_file()]
 
     def test_text(self, doctor):
-        """One line a check, its status first."""
+        """Each check has one line, which starts with its status."""
         done = doctor(text=True)
 
         assert 0 == done.status
@@ -140,7 +140,7 @@ class TestWell:
         assert "ok    sampler: every reply is traced\n" in done.printed
 
     def test_jaeger_has_the_span(self, doctor, jaeger):
-        """It is asked; metrics are left out, for it takes none."""
+        """The doctor finds its test span in Jaeger."""
         done = doctor(
             "--jaeger",
             jaeger.url,
@@ -181,14 +181,14 @@ class TestWell:
         assert [] == [line for line in expected if line not in done.printed.splitlines()]
 
     def test_preset(self, doctor):
-        """What the agent gives to enable(); whoever may listen on the port that it names."""
+        """The spans go where the preset sends them."""
         done = doctor("--preset", "jaeger")
 
         assert done["provider"]["message"].endswith("spans go to preset jaeger")
         assert done["export"]["message"].startswith("otlp to http://127.0.0.1:4318: ")
 
     def test_configuration_file(self, doctor, jaeger, tmp_path):
-        """The SDK's own processors and exporter."""
+        """The exporter of a configuration file is tested too."""
         text = shipped_files.presets()["jaeger"].read_text()
         file = tmp_path / "otel.yaml"
         shipped = "${OTEL_EXPORTER_OTLP_ENDPOINT:-http://127.0.0.1:4318}"
@@ -200,7 +200,7 @@ class TestWell:
         assert f"and Jaeger at {jaeger.url} has it" in done["export"]["message"]
 
     def test_another_endpoint(self, doctor):
-        """Its 2xx is all there is to know, for spans and for metrics."""
+        """A server that is not a Jaeger passes if it accepts spans and metrics."""
         with receiver() as server:
             done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url)
             names = [span.name for _, span in server.spans]
@@ -210,7 +210,7 @@ class TestWell:
         assert [semconv.SPAN_DOCTOR] == names
 
     def test_a_sampler_does_not_hide_a_dead_endpoint(self, doctor):
-        """The test span goes past it."""
+        """The test span is exported although the sampler drops all spans."""
         with receiver() as server:
             doctor(OTEL_EXPORTER_OTLP_ENDPOINT=server.url, OTEL_TRACES_SAMPLER="always_off")
             assert 1 == len(server.spans)
@@ -218,7 +218,7 @@ class TestWell:
 
 class TestProvider:
     def test_given_to_livekit(self, tmp_path):
-        """Inside an agent: the one that LiveKit's tracer uses, not the global one."""
+        """The doctor examines the provider that LiveKit's tracer uses, and not the global one."""
         code = f"""
             from livekit.agents import telemetry
             from opentelemetry.sdk.trace import TracerProvider
@@ -272,7 +272,7 @@ class TestProvider:
         assert fix == done[check]["fix"]
 
     def test_file_that_says_disabled(self, examined, tmp_path):
-        """The remedy is in the file."""
+        """The fix is to change the file."""
         (tmp_path / "otel.yaml").write_text('file_format: "1.0"\ndisabled: true\n')
         done = examined(OTEL_CONFIG_FILE=str(tmp_path / "otel.yaml"))
 
@@ -280,14 +280,14 @@ class TestProvider:
         assert "set disabled to false in the file" == done["provider"]["fix"]
 
     def test_disk_full(self, doctor):
-        """The store is made, and what it is handed is lost."""
+        """A store that cannot be written fails although its file could be created."""
         done = doctor(before=["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"])
 
         assert (1, {"export": "fail"}) == (done.status, done.bad)
         assert done["export"]["message"].endswith("a test span was lost, the disk is full")
 
     def test_no_such_preset(self, doctor):
-        """Those there are, are named."""
+        """The message lists the presets that exist."""
         done = doctor("--preset", "jager")
 
         assert (1, {"provider": "fail"}) == (done.status, done.bad)
@@ -296,7 +296,7 @@ class TestProvider:
 
 class TestEndpoint:
     def test_refused(self, doctor):
-        """Nothing listens: said within ten seconds, for spans and metrics."""
+        """A refused connection is reported for spans and for metrics."""
         (port,) = free_ports(1)
         done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}")
 
@@ -306,7 +306,7 @@ class TestEndpoint:
         )
 
     def test_hanging(self, doctor):
-        """It takes connections and says nothing: ten seconds, and the start of the process."""
+        """A server that does not answer is reported within 10 s plus the start of the process."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             url = f"http://127.0.0.1:{server.getsockname()[1]}"
             done = doctor(OTEL_EXPORTER_OTLP_ENDPOINT=url)
@@ -316,7 +316,7 @@ class TestEndpoint:
         assert done.seconds < 12
 
     def test_grpc_port(self, doctor, jaeger):
-        """OTLP/HTTP to where gRPC is spoken: the port is named."""
+        """The fix names the port of OTLP/HTTP if the endpoint speaks gRPC."""
         done = doctor(
             OTEL_EXPORTER_OTLP_ENDPOINT=f"http://{jaeger.grpc}", OTEL_METRICS_EXPORTER="none"
         )
@@ -325,7 +325,7 @@ class TestEndpoint:
         assert "4318 is OTLP/HTTP's" in done["export"]["fix"]
 
     def test_wrong_path(self, doctor, jaeger):
-        """Jaeger's 404, and what a path looks like."""
+        """The fix of a 404 names the path that is expected."""
         done = doctor(
             OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=f"{jaeger.endpoint}/api/traces",
             OTEL_METRICS_EXPORTER="none",
@@ -336,7 +336,7 @@ class TestEndpoint:
         assert "/v1/traces" in done["export"]["fix"]
 
     def test_metrics_to_jaeger(self, doctor, jaeger):
-        """Which an endpoint for all signals asks for, and Jaeger does not take."""
+        """Metrics fail if one endpoint is set for all signals and is a Jaeger."""
         done = doctor("--jaeger", jaeger.url, OTEL_EXPORTER_OTLP_ENDPOINT=jaeger.endpoint)
 
         assert (1, {"metrics": "fail"}) == (done.status, done.bad)
@@ -344,7 +344,7 @@ class TestEndpoint:
         assert "OTEL_METRICS_EXPORTER=none" in done["metrics"]["fix"]
 
     def test_another_jaeger(self, doctor, jaeger):
-        """The span is accepted somewhere, and is not in the Jaeger that is asked."""
+        """A span that another server accepted is missing in the Jaeger that the user named."""
         with receiver() as server:
             done = doctor("--jaeger", jaeger.url, OTEL_EXPORTER_OTLP_ENDPOINT=server.url)
 
@@ -363,11 +363,11 @@ class TestEndpoint:
         ],
     )
     def test_where_a_jaeger_may_be(self, endpoint, query):
-        """On the endpoint's host; not where it takes a password, for that is a vendor's."""
+        """A Jaeger may be on the endpoint's host, unless the endpoint has a password."""
         assert query == jaeger_query_url(endpoint)
 
     def test_no_jaeger(self, doctor, jaeger):
-        """The URL given is the one that takes spans."""
+        """A --jaeger with a port that refuses connections is a failed check."""
         done = doctor(
             "--jaeger",
             f"http://127.0.0.1:{free_ports(1)[0]}",
@@ -391,7 +391,7 @@ class TestSettings:
         ],
     )
     def test_sampler(self, examined, sampler, argument, well):
-        """Any that may drop a reply fails."""
+        """A sampler that may drop a reply fails."""
         done = examined(OTEL_TRACES_SAMPLER=sampler, OTEL_TRACES_SAMPLER_ARG=argument)
 
         assert ({} if well else {"sampler": "fail"}) == done.bad
@@ -408,7 +408,7 @@ class TestSettings:
         ],
     )
     def test_policy(self, examined, environ, said):
-        """Every value that cannot be, and what is allowed."""
+        """The message names each invalid value and the allowed values."""
         done = examined(**environ)
         found = [c["message"] for c in done.answer["checks"] if c["check"] == "policy"]
 
@@ -424,7 +424,7 @@ class TestSettings:
         assert ({} if well else {"breaker": "fail"}) == done.bad
 
     def test_text(self, doctor):
-        """A value that cannot be, its fix below it, and status 1."""
+        """An invalid value has its fix in the next line, and the status is 1."""
         done = doctor(text=True, TRACED_RETRY_DEADLINE="soon")
 
         assert 1 == done.status
@@ -432,7 +432,7 @@ class TestSettings:
         assert "\n      fix: correct the variable, or unset it\n" in done.printed
 
     def test_mistyped_variable(self, doctor):
-        """Nobody reads it."""
+        """A misspelt variable is reported with the right name."""
         done = doctor(TRACED_RETRY_BUDGTE="3")
 
         assert (1, {"TRACED_RETRY_BUDGTE": "warn"}) == (done.status, done.bad)
@@ -445,7 +445,7 @@ class TestSettings:
         assert "OTEL_SERVICE_NAME: a?[2Jb?ok    c\n" in done.printed
 
     def test_values(self, doctor):
-        """Shown as they are, where no secret belongs."""
+        """Values of variables without secrets are shown as they are."""
         done = doctor(TRACED_RETRY_BUDGET="25", OTEL_SERVICE_NAME="support")
 
         assert ("25", "support") == (
@@ -455,7 +455,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("text", [False, True])
     def test_secrets(self, doctor, text):
-        """In headers, URLs, attributes, certificates, odd variables; ``doctor`` looks for it."""
+        """No secret of any variable is printed. The fixture ``doctor`` looks for it."""
         with receiver() as server:
             done = doctor(
                 text=text,
@@ -480,17 +480,17 @@ class TestSettings:
 
     @pytest.mark.parametrize("endpoint", [MARKER, f"http://{MARKER}@", f"{MARKER}:no-port"])
     def test_an_endpoint_that_is_a_key(self, doctor, endpoint):
-        """It is not even echoed as a host's name."""
+        """A key in place of an endpoint is not printed as the name of a host."""
         assert 1 == doctor(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint).status
 
     def test_jaeger_is_no_url(self, doctor):
-        """A mistake on the command line, status 2."""
+        """A --jaeger that is not a URL is a usage error with status 2."""
         assert 2 == doctor("--jaeger", MARKER).status
 
 
 class TestPlugins:
     def test_each_is_active(self, doctor):
-        """With the versions installed here, which the other tests run against."""
+        """Each adapter is active with the installed versions."""
         done = doctor()
         found = {
             c["check"]: c["message"]
@@ -511,7 +511,7 @@ class TestPlugins:
 
     @pytest.mark.parametrize("home", ADAPTERS)
     def test_what_is_read_of_the_source_is_so(self, home):
-        """Every method of the class is among the names that the source was read for."""
+        """The names read from the source include every method of the imported class."""
         try:
             module = importlib.import_module(home)
         except ModuleNotFoundError as error:
@@ -524,7 +524,7 @@ class TestPlugins:
         assert set() == {n for n in methods if not n.startswith("__")} - session_names(home)
 
     def test_observe_only(self, doctor, tmp_path):
-        """A plugin that has moved what the adapter needs, as a later version might."""
+        """A plugin without an attribute that its adapter needs is reported as observe-only."""
         spec = importlib.util.find_spec("livekit.plugins.phonic")
         copy = tmp_path / "livekit/plugins/phonic"
         shutil.copytree(spec.submodule_search_locations[0], copy)

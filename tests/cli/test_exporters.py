@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``traced-retry exporters list | show | write | check``."""
+"""Test ``traced-retry exporters list | show | write | check``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_f
 
 
 def run(*arguments):
-    """Run the command; stdout and stderr as text."""
+    """Run the command, and return its status and its output as text."""
     return program(
         COMMAND,
         "traced-retry",
@@ -29,14 +29,14 @@ def run(*arguments):
 
 class TestList:
     def test_every_file_is_there(self):
-        """As many lines as there are files, each with its name."""
+        """The list has one line per file, with its name."""
         done = run("list")
 
         assert (0, "") == (done.returncode, done.stderr)
         assert FILES == sorted(line.split()[0] for line in done.stdout.splitlines())
 
     def test_each_configuration_says_what_it_is(self):
-        """In its first comment."""
+        """Each YAML file has a description in its first comment."""
         lines = run("list").stdout.splitlines()
 
         assert [] == [line for line in lines if ".yaml" in line and len(line.split()) < 4]
@@ -54,13 +54,13 @@ class TestList:
 
 class TestShow:
     def test_the_file_as_it_is(self):
-        """So that it can be redirected into a file."""
+        """The file is printed without a change, so that it can be redirected into a file."""
         assert (ROOT / "presets/jaeger.yaml").read_text() == run(
             "show", "presets/jaeger.yaml"
         ).stdout
 
     def test_no_such_file(self):
-        """The error lists those there are."""
+        """The error lists the files that exist."""
         done = run("show", "jaeger")
 
         assert 2 == done.returncode
@@ -71,7 +71,7 @@ class TestShow:
 
 class TestWrite:
     def test_all_files(self, tmp_path):
-        """Byte for byte, and each is printed."""
+        """All files are copied byte for byte, and each name is printed."""
         done = run("write", tmp_path / "new" / "folder")
         written = [Path(line) for line in done.stdout.splitlines()]
 
@@ -81,7 +81,7 @@ class TestWrite:
         ]
 
     def test_what_was_edited_is_kept(self, tmp_path):
-        """Unless --force is given; and again is harmless where nothing was edited."""
+        """Edited files are kept without --force, and a second run without edits succeeds."""
         run("write", tmp_path)
         assert 0 == run("write", tmp_path).returncode
         edited, missing = tmp_path / "presets" / "jaeger.yaml", tmp_path / "README.md"
@@ -131,7 +131,7 @@ class TestWrite:
 
     @pytest.mark.parametrize("folder", ["file", "file/below", "x" * 300])
     def test_where_it_cannot(self, folder, tmp_path):
-        """The error says so in a line."""
+        """The error is one line if the folder cannot be written."""
         (tmp_path / "file").touch()
         done = run("write", tmp_path / folder)
 

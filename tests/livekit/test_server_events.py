@@ -14,7 +14,8 @@ from support.conversation import codes, ended
 from support.frames import OURS, FramesServer
 from support.steered import SteeredServer
 
-from traced_retry.livekit.openai import OpenAIAdapter, OpenAIRequest
+from traced_retry.livekit.openai import OpenAIAdapter
+from traced_retry.livekit.openai_request import OpenAIRequest
 
 BEGIN = FramesServer.BEGIN
 

@@ -8,6 +8,7 @@ copied into the site. The site then needs no address of a repository.
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 import re
 from pathlib import Path
@@ -32,7 +33,14 @@ PAGES: Final = (
 """Pages from outside ``docs/``, with the same path in the site."""
 _LINK: Final = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")
 
-_ROLE: Final = re.compile(r":(?:class|data|func|meth|mod):<code>~?([^<]+)</code>")
+_ROLE: Final = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?([^<]+)</code>")
+_TABLE: Final = re.compile(r"<table>.*?</table>", re.DOTALL)
+_HEADING: Final = re.compile(r"<th[^>]*>(.*?)</th>", re.DOTALL)
+_CELL: Final = re.compile(r"<td[^>]*>(.*?)</td>", re.DOTALL)
+_CODE: Final = re.compile(r"<code>([^<]+)</code>")
+_TAG: Final = re.compile(r"<[^>]+>")
+_NARROW: Final = 40
+"""The characters of a row that fit into a narrow screen."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -62,8 +70,26 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Show the names that docstrings mark for Sphinx as code."""
-    return _ROLE.sub(r"<code>\1</code>", html)
+    """Show the names that docstrings mark for Sphinx as code, and prepare wide tables."""
+    return _TABLE.sub(_stackable, _ROLE.sub(r"<code>\1</code>", html))
+
+
+def _stackable(match: re.Match[str]) -> str:
+    """Return the table. If it is too wide for a narrow screen, each cell gets its heading.
+
+    ``docs/extra.css`` then shows the cells of a row below each other.
+    """
+    table = match[0]
+    headings = [_TAG.sub("", text).replace('"', "&quot;") for text in _HEADING.findall(table)]
+    cells = _CELL.findall(table)
+    columns = len(headings)
+    widths = [max(len(_TAG.sub("", cell)) for cell in cells[n::columns]) for n in range(columns)]
+    if columns < 3 or sum(widths) <= _NARROW:
+        return table
+    has_long_names = any(len(name) > _NARROW for name in _CODE.findall("".join(cells[::columns])))
+    kind = "stacked long" if has_long_names else "stacked"
+    labels = itertools.cycle(f'<td data-label="{text}"' for text in headings)
+    return f'<div class="{kind}">{re.sub("<td", lambda _: next(labels), table)}</div>'
 
 
 def _home(uri: str) -> str:

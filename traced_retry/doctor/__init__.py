@@ -38,7 +38,7 @@ def run_checks(
         preset: as for ``enable``.
         jaeger: URL of a Jaeger's query API. Default: port 16686 of the endpoint's host, if a
             Jaeger answers there.
-        within: seconds that it takes at most; what imports leave of them is the servers'.
+        within: the longest duration of all checks in seconds, including imports.
 
     Raises:
         DoctorError: if ``jaeger`` is not a URL.

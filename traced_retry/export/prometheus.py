@@ -38,9 +38,9 @@ def set_up(*providers: str) -> Callable[[object], None]:
     """Return a ``setup_fnc`` for ``AgentServer`` that calls :func:`install` in every job process.
 
     Args:
-        providers: those to be used, as in ``gen_ai.provider.name``. Their counters start at 0
-            there and then. Prometheus sees no increase in a series that it first sees above 0,
-            and a job process that waits for its call is scraped before.
+        providers: the providers of your agents, as in ``gen_ai.provider.name``. Each process starts
+            with their counters at 0, because Prometheus sees no increase in a series that it first
+            sees above 0.
     """
     return functools.partial(_set_up, providers)
 

@@ -28,7 +28,8 @@ from traced_retry import semconv
 from traced_retry.core.failure import Failure, failure
 from traced_retry.core.sanitize import host_and_port
 from traced_retry.core.telemetry import Target
-from traced_retry.livekit.openai import OpenAIAdapter, OpenAIRequest
+from traced_retry.livekit.openai import OpenAIAdapter
+from traced_retry.livekit.openai_request import OpenAIRequest
 from traced_retry.livekit.request import Call
 
 PROVIDER: Final = "azure_voicelive"
