@@ -93,7 +93,9 @@ async def _call(job, caller):
                 answer = asyncio.get_running_loop().create_future()
                 session.once("speech_created", lambda event, to=answer: to.set_result(event))
                 caller.release()
-                await (await answer).speech_handle
+                speech = (await answer).speech_handle
+                with contextlib.suppress(Exception):
+                    await speech
             await session.aclose()
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from backends.agent import PRELOAD, Job, run
 from backends.reading import settle
@@ -38,6 +38,8 @@ CODED = ("openai", "azure-openai", "azure-voicelive", "xai")
 """Those that tell a code; of the others nothing is heard."""
 
 NOT_RECOVERABLE = "invalid_request_error"
+INCOMPLETE = "incomplete"
+"""The fault of a turn whose answer ends before its first word. No request may follow it."""
 
 
 @dataclass
@@ -51,13 +53,16 @@ class Played:
     """``time.monotonic()`` of the SIGKILL."""
     texts: int = 0
     """How many texts its simulator was told to speak as they are."""
-    turns: int = 0
-    """How many turns of the caller its simulator answered by itself."""
+    turns: list = field(default_factory=list)
+    """The turns of the caller, which its simulator answered by itself."""
 
     def truth(self, until=float("inf")):
         """Return {outcome: replies} of the simulator, for replies requested before ``until``."""
         found = Counter(outcome for at, outcome in _outcomes(self.requests) if at < until)
-        return found + Counter(succeeded=self.turns)
+        return found + Counter(
+            "not_recoverable" if turn.fault.name == INCOMPLETE else "succeeded"
+            for turn in self.turns
+        )
 
 
 def _outcomes(requests):
@@ -160,7 +165,7 @@ def play(jobs, *, at_once=8, kill=()):
                 del running[place]
             time.sleep(0.02)
         return [
-            Played(job, list(server.requests), killed.get(place), _told(server), len(server.turns))
+            Played(job, list(server.requests), killed.get(place), _told(server), list(server.turns))
             for place, ((job, _), server) in enumerate(zip(jobs, servers, strict=True))
         ]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from backends.fleet import NOT_RECOVERABLE, PROVIDER
+from backends.fleet import INCOMPLETE, NOT_RECOVERABLE, PROVIDER
 
 from traced_retry.semconv import ACTIONS, DURATION_BUCKETS
 
@@ -19,6 +19,8 @@ BUSY = 0.6
 """Seconds that a busy machine may add to what takes no time."""
 OVERVIEW, ONE = "overview.json", "provider.json"
 LOST = ("exhausted", "not_recoverable")
+NEVER = (NOT_RECOVERABLE, "content_filter")
+"""The codes after which no request may follow."""
 
 UNTOLD = {
     (OVERVIEW, "Alerts"): "`test_alerts.py` and `test_end_to_end.py` test which alerts fire",
@@ -62,7 +64,7 @@ class Reply:
         last = self.attempts[-1].code
         if not last:
             return "succeeded" if len(self.attempts) == 1 else "recovered"
-        return "not_recoverable" if last == NOT_RECOVERABLE else "exhausted"
+        return "not_recoverable" if last in NEVER else "exhausted"
 
     @property
     def seconds(self):
@@ -100,8 +102,9 @@ def replies(played):
         yield Reply(provider, tuple(Attempt(action, "timeout", patience) for action in actions))
     elif failed:
         yield Reply(provider, tuple(failed))
-    for _ in range(played.turns):
-        yield Reply(provider, (Attempt("listen", "", 0.0),), "provider")
+    for turn in played.turns:
+        code = "content_filter" if turn.fault.name == INCOMPLETE else ""
+        yield Reply(provider, (Attempt("listen", code, 0.0),), "provider")
 
 
 @dataclass(frozen=True)
@@ -411,7 +414,7 @@ class Panels:
         panel = "Failed attempts by recoverability"
         found = self.ask.total(OVERVIEW, panel, "traced_retry_recoverable")
         failed = self.every.failed
-        never = sum(attempt.code == NOT_RECOVERABLE for attempt in failed)
+        never = sum(attempt.code in NEVER for attempt in failed)
         for value, number in (("true", len(failed) - never), ("false", never)):
             yield _row(OVERVIEW, panel, value, found[value], count(number))
         panel = "Failed attempts: providers and codes"
@@ -454,7 +457,7 @@ class Panels:
             ONE, "Failed attempts by code and recoverability", *labels, provider=provider
         )
         for code, number in sorted(Counter(attempt.code for attempt in of.failed).items()):
-            series = f"{code} {'false' if code == NOT_RECOVERABLE else 'true'}"
+            series = f"{code} {'false' if code in NEVER else 'true'}"
             yield _row(
                 ONE,
                 "Failed attempts by code and recoverability",

@@ -920,6 +920,17 @@ class TestTelemetryAbsent:
             ],
         )
 
+    def test_replies_of_the_provider_alone_do_not_page(self, promtool):
+        """Jobs run, and the provider starts all replies of the fleet, because callers speak."""
+        promtool(
+            [
+                self._up(),
+                self._jobs("4x120"),
+                calls("succeeded", "0+4x120", traced_retry_initiator="provider"),
+            ],
+            alerts=[(f"{minute}m", self.NAME, []) for minute in (20, 40, 90)],
+        )
+
     def test_agents_without_series_page(self, promtool):
         """Jobs run, and there is no counter at all."""
         promtool([self._up(), self._jobs("4x120")], alerts=[("40m", self.NAME, [self._silent()])])
