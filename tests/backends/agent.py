@@ -36,6 +36,7 @@ class Job:
         provider: a name of ``traced_retry.simulator.PROVIDERS``.
         replies: how many it asks for, one after the other.
         texts: how many it has spoken as they are, before that, by a plugin that can.
+        turns: how many turns of the caller the provider answers by itself, after that.
         pause: seconds between two of them.
         patience: seconds that an attempt may take. No less than a busy machine needs, for an answer
             that comes later is another outcome.
@@ -48,6 +49,7 @@ class Job:
     provider: str
     replies: int = 1
     texts: int = 0
+    turns: int = 0
     pause: float = 0.0
     patience: float = 8.0
     budget: float | None = None
@@ -56,13 +58,18 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def run(job):
-    """The process's main function."""
+def run(job, caller=None):
+    """The process's main function.
+
+    Args:
+        job: as above.
+        caller: a semaphore that is released each time the caller should speak.
+    """
     os.environ.update(job.environment)
-    asyncio.run(_call(job))
+    asyncio.run(_call(job, caller))
 
 
-async def _call(job):
+async def _call(job, caller):
     import aiohttp
     from livekit.agents import Agent, AgentSession
 
@@ -82,6 +89,13 @@ async def _call(job):
                 with contextlib.suppress(Exception):  # what fails is counted, not raised
                     await session.generate_reply(instructions="Say hello.")
                 await asyncio.sleep(job.pause)
+            for _ in range(job.turns):
+                answer = asyncio.get_running_loop().create_future()
+                session.once("speech_created", lambda event, to=answer: to.set_result(event))
+                caller.release()
+                speech = (await answer).speech_handle
+                with contextlib.suppress(Exception):
+                    await speech
             await session.aclose()
 
 

@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from backends.agent import PRELOAD, Job, run
 from backends.reading import settle
-from backends.servers import Collector, Jaeger, Prometheus, free_ports
+from backends.servers import SCRAPE, Collector, Jaeger, Prometheus, free_ports
 
 from traced_retry.simulator import simulator
 
@@ -38,6 +38,8 @@ CODED = ("openai", "azure-openai", "azure-voicelive", "xai")
 """Those that tell a code; of the others nothing is heard."""
 
 NOT_RECOVERABLE = "invalid_request_error"
+INCOMPLETE = "incomplete"
+"""The fault of a turn whose answer ends before its first word. No request may follow it."""
 
 
 @dataclass
@@ -51,10 +53,16 @@ class Played:
     """``time.monotonic()`` of the SIGKILL."""
     texts: int = 0
     """How many texts its simulator was told to speak as they are."""
+    turns: list = field(default_factory=list)
+    """The turns of the caller, which its simulator answered by itself."""
 
     def truth(self, until=float("inf")):
         """Return {outcome: replies} of the simulator, for replies requested before ``until``."""
-        return Counter(outcome for at, outcome in _outcomes(self.requests) if at < until)
+        found = Counter(outcome for at, outcome in _outcomes(self.requests) if at < until)
+        return found + Counter(
+            "not_recoverable" if turn.fault.name == INCOMPLETE else "succeeded"
+            for turn in self.turns
+        )
 
 
 def _outcomes(requests):
@@ -112,6 +120,10 @@ class Simulators(threading.Thread):
         self._servers.append(server)
         return server
 
+    def speak(self, server):
+        """Have the caller speak once."""
+        self._do(server.caller_speaks())
+
     def _do(self, work):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
@@ -134,10 +146,13 @@ def play(jobs, *, at_once=8, kill=()):
         while waiting or running:
             while waiting and len(running) < at_once:
                 place, job, server = waiting.pop(0)
-                process = context.Process(target=run, args=(job,))
+                caller = context.Semaphore(0)
+                process = context.Process(target=run, args=(job, caller))
                 process.start()
-                running[place] = (process, server)
-            for place, (process, server) in list(running.items()):
+                running[place] = (process, server, caller)
+            for place, (process, server, caller) in list(running.items()):
+                if caller.acquire(block=False):
+                    simulators.speak(server)
                 wanted = dict(kill).get(place)
                 if wanted is not None and len(server.requests) >= wanted:
                     process.kill()
@@ -150,7 +165,7 @@ def play(jobs, *, at_once=8, kill=()):
                 del running[place]
             time.sleep(0.02)
         return [
-            Played(job, list(server.requests), killed.get(place), _told(server))
+            Played(job, list(server.requests), killed.get(place), _told(server), list(server.turns))
             for place, ((job, _), server) in enumerate(zip(jobs, servers, strict=True))
         ]
 
@@ -161,16 +176,23 @@ def _told(server):
 
 EXPORT = 1.0
 """Seconds between two exports of a process, of spans and of metrics."""
-ENDED, KILLED = "fleet", "fleet-killed"
+SERVICES, KILLED = ("fleet", "fleet-2"), "fleet-killed"
 """``service.name`` of the jobs that end by themselves, and of those that are killed."""
+ENDED = "|".join(SERVICES)
+"""Selects both services of the jobs that end by themselves."""
+ENVIRONMENTS = ("production", "staging")
+ENGINES = ("prometheus", "prometheus3")
+"""Each version of Prometheus that counts."""
 
 
 def plan():
     """Return 66 jobs with their scripts, and {position: requests} of the jobs to kill.
 
-    Most have one reply. Each provider has five jobs that request once and hear it, one that
-    requests three times and hears the second late, and one with a second reply that is lost. Two
-    jobs get a permanent error. The last eight are killed in the middle of a long call.
+    Each provider has five jobs that request one reply and hear it, and then hear the answers to two
+    turns of the caller. One job requests three times and hears the second late, and one has a
+    second reply that is lost. Two jobs get a permanent error, and hear the answer to one turn. So
+    the provider starts half of the replies of these jobs, which belong to two services in two
+    environments. The last eight are killed in the middle of a long call.
     """
     slow, quick = [], []
     for provider in PROVIDER:
@@ -180,12 +202,16 @@ def plan():
             late, lost, patience = "late:4", "silence", 3.0
         slow.append((Job(provider, 2, patience=patience), f"ok,{lost}"))
         slow.append((Job(provider, 3, pause=0.1, patience=patience), f"ok,{late},ok"))
-        quick += [(Job(provider), "ok")] * 5
-    quick += [(Job("openai"), f"error:{NOT_RECOVERABLE}")] * 2
+        quick += [(Job(provider, turns=2), "ok")] * 5
+    quick += [(Job("openai", turns=1), f"error:{NOT_RECOVERABLE}")] * 2
     killed = [(Job(provider, 1000, pause=0.15), "ok") for provider in PROVIDER]
-    first = len(slow) + len(quick)
-    kill = {first + n: 10 + n for n in range(len(killed))}
-    return slow + quick + killed, kill
+    ended = []
+    for place, (job, script) in enumerate(slow + quick):
+        environment = f"deployment.environment.name={ENVIRONMENTS[place // 2 % 2]}"
+        of = {"OTEL_SERVICE_NAME": SERVICES[place % 2], "OTEL_RESOURCE_ATTRIBUTES": environment}
+        ended.append((replace(job, environment=of), script))
+    kill = {len(ended) + n: 10 + n for n in range(len(killed))}
+    return ended + killed, kill
 
 
 @dataclass
@@ -195,6 +221,8 @@ class Fleet:
     jaeger: Jaeger
     prometheus: Prometheus
     played: list[Played]
+    engines: dict[str, Prometheus]
+    """Every Prometheus, by its command."""
 
     @property
     def ended(self):
@@ -208,19 +236,27 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def measure(folder, plan=plan, idle=0.0):
+def measure(folder, plan=plan, idle=0.0, programs=("prometheus",), evaluation=SCRAPE):
     """Run the plan with real servers: processes -> Collector -> Jaeger and Prometheus.
 
-    Prometheus scrapes for ``idle`` seconds before the first job.
+    Prometheus scrapes for ``idle`` seconds before the first job. Each of ``programs`` is a command
+    of Prometheus, and all of them count the same jobs. They evaluate the rules every ``evaluation``
+    seconds.
     """
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
+    ports = free_ports(len(programs))
+    url, *others = (f"http://127.0.0.1:{port}" for port in ports)
     with contextlib.ExitStack() as stack:
         jaeger = stack.enter_context(Jaeger(folder))
-        collector = stack.enter_context(Collector(folder, traces=jaeger.grpc, prometheus=url))
-        prometheus = stack.enter_context(
-            Prometheus(folder, counts=collector.counts, itself=collector.itself, port=port)
+        collector = stack.enter_context(
+            Collector(folder, traces=jaeger.grpc, prometheus=url, others=others)
         )
+        same = {"counts": collector.counts, "itself": collector.itself, "evaluation": evaluation}
+        engines = {}
+        for program, port in zip(programs, ports, strict=True):
+            (folder / program).mkdir()
+            server = Prometheus(folder / program, port=port, program=program, **same)
+            engines[program] = stack.enter_context(server)
+        prometheus = engines[programs[0]]
         environment = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
             "OTEL_BSP_SCHEDULE_DELAY": f"{EXPORT * 1000:.0f}",
@@ -230,12 +266,13 @@ def measure(folder, plan=plan, idle=0.0):
         planned, kill = plan()
         jobs = []
         for place, (job, script) in enumerate(planned):
-            service = {"OTEL_SERVICE_NAME": KILLED if place in kill else ENDED}
+            service = {"OTEL_SERVICE_NAME": KILLED if place in kill else SERVICES[0]}
             all_of_it = {**environment, **service, **job.environment}
             jobs.append((replace(job, environment=all_of_it), script))
         played = play(jobs, kill=kill)
-        settle(prometheus, ENDED)
-        yield Fleet(jaeger, prometheus, played)
+        for each in engines.values():
+            settle(each, ENDED)
+        yield Fleet(jaeger, prometheus, played, engines)
 
 
 def truth(jobs, before=None):

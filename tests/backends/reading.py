@@ -12,13 +12,15 @@ LABELS = "gen_ai_provider_name, traced_retry_outcome"
 
 
 def spans(service):
-    """The series that a spanmetrics connector counts."""
-    return f'traces_span_metrics_calls_total{{span_name="generate_reply",service_name="{service}"}}'
+    """Return the series that a spanmetrics connector counts, for a regular expression."""
+    return (
+        f'traces_span_metrics_calls_total{{span_name="generate_reply",service_name=~"{service}"}}'
+    )
 
 
 def own(service):
-    """The series that the agents count themselves."""
-    return f'traced_retry_replies_total{{job="{service}"}}'
+    """Return the series that the agents count themselves, for a regular expression."""
+    return f'traced_retry_replies_total{{job=~"{service}"}}'
 
 
 def increase(series):
@@ -32,7 +34,7 @@ def last_less_first(series):
         f"last_over_time({series}[{WINDOW}])",
         f"last_over_time({series}[5m] offset {WINDOW})",
     )
-    return f"sum by ({LABELS}) ({last} - ({first} or 0 * {last}))"
+    return f"sum by ({LABELS}) ({last} - {first} or {last})"
 
 
 def counted(prometheus, expression, at=None):
@@ -59,7 +61,7 @@ def settle(prometheus, service):
     over = time.time()
     until(
         lambda: (last_scrape(prometheus, spans(service)) or 0) > over + 2 * FLUSH + 2 * SCRAPE,
-        seconds=4 * FLUSH + 4 * SCRAPE,
+        seconds=60.0,
         what=f"a scrape after the last flush of {service}",
     )
 

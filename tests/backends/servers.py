@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 EXPORTERS = ROOT / "exporters"
@@ -55,13 +57,18 @@ def command(name):
 
     If there is none, skip the test, or fail it if TRACED_RETRY_REQUIRE_BACKENDS is 1.
     """
-    path = f"{CACHE / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    if BACKENDS != "none" and (found := shutil.which(name, path=path)):
+    if found := found_command(name):
         return found
     message = f"there is no {name} here; get it with: {HOW[name]}"
     if os.environ.get("TRACED_RETRY_REQUIRE_BACKENDS") == "1":
         pytest.fail(message, pytrace=False)
     return pytest.skip(message)
+
+
+def found_command(name):
+    """Return the path of a server's command, or None."""
+    path = f"{CACHE / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return None if BACKENDS == "none" else shutil.which(name, path=path)
 
 
 def free_ports(count):
@@ -152,6 +159,10 @@ class Process:
         """End the server with a SIGKILL. It can be started again."""
         self._process.kill()
         self._process.wait()
+
+    def reload(self):
+        """Have the server read its configuration again."""
+        self._process.send_signal(signal.SIGHUP)
 
     def _is_ready(self):
         if self._process.poll() is not None:
@@ -267,6 +278,7 @@ class Prometheus(_Server):
         port: the port of Prometheus.
         program: the command, ``prometheus`` or ``prometheus3``.
         vmagent: the port of a vmagent, if it is scraped.
+        evaluation: seconds between two evaluations of the rules; 15 in the file we ship.
         otlp: whether its own OTLP receiver is on.
         config: changes of the shipped configuration, each (text, its replacement).
     """
@@ -280,6 +292,7 @@ class Prometheus(_Server):
         port=None,
         program="prometheus",
         vmagent=None,
+        evaluation=SCRAPE,
         otlp=False,
         config=(),
     ):
@@ -292,7 +305,7 @@ class Prometheus(_Server):
             ("127.0.0.1:8889", f"127.0.0.1:{counts}"),
             ("127.0.0.1:8887", f"127.0.0.1:{itself or 8887}"),
             ("scrape_interval: 15s", f"scrape_interval: {SCRAPE:.0f}s"),
-            ("evaluation_interval: 15s", f"evaluation_interval: {SCRAPE:.0f}s"),
+            ("evaluation_interval: 15s", f"evaluation_interval: {evaluation * 1000:.0f}ms"),
         ):
             assert shipped in text
             text = text.replace(shipped, ours)
@@ -306,12 +319,13 @@ class Prometheus(_Server):
         for before, after in config:
             assert before in text
             text = text.replace(before, after)
-        (folder / "prometheus.yaml").write_text(text)
+        self._config = folder / "prometheus.yaml"
+        self._config.write_text(text)
         shutil.copytree(DASHBOARDS / "prometheus", folder / "rules")
         self._process = Process(
             program,
             [
-                f"--config.file={folder / 'prometheus.yaml'}",
+                f"--config.file={self._config}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{port}",
                 "--web.enable-remote-write-receiver",
@@ -321,6 +335,14 @@ class Prometheus(_Server):
             f"{self.url}/-/ready",
             folder,
         )
+
+    def stop_rules(self):
+        """Evaluate no rule from now on, so that queries of the past have the whole machine."""
+        text = self._config.read_text()
+        self._config.write_text(text.replace("rules/*.yaml", "no-rules/*.yaml"))
+        self._process.reload()
+        rules = f"{self.url}/api/v1/rules"
+        until(lambda: not get(rules)["data"]["groups"], what="the rules being stopped")
 
     def query(self, expression, at=None):
         """Return the result of the expression: {labels as a frozenset of pairs: value}."""
@@ -346,17 +368,39 @@ class Prometheus(_Server):
 
 
 class Collector(_Server):
-    """The Collector for a fleet with the shipped configuration; clean calls are not kept."""
+    """The Collector for a fleet with the shipped configuration; clean calls are not kept.
 
-    def __init__(self, folder, *, traces, prometheus, config=None, environment=None):
+    Args:
+        folder: for its files.
+        traces: the address of Jaeger.
+        prometheus: the URL of the server that it writes the agents' own metrics to.
+        others: the URLs of more such servers.
+        config: another configuration.
+        environment: more variables.
+    """
+
+    def __init__(self, folder, *, traces, prometheus, others=(), config=None, environment=None):
         names = ("OTLP_GRPC", "OTLP_HTTP", "HEALTH", "INTERNAL")
         *ports, self.counts = free_ports(len(names) + 1)
         ports = dict(zip(names, ports, strict=True))
         self.endpoint = f"http://127.0.0.1:{ports['OTLP_HTTP']}"
         self.itself = ports["INTERNAL"]
+        config = config or EXPORTERS / "collector/collector.yaml"
+        arguments = ["--config", str(config)]
+        if others:
+            shipped = yaml.safe_load(config.read_text())
+            write = shipped["exporters"]["prometheus_remote_write"]
+            more = {
+                f"prometheus_remote_write/{n}": {**write, "endpoint": f"{url}/api/v1/write"}
+                for n, url in enumerate(others)
+            }
+            metrics = {"exporters": ["prometheus_remote_write", *more]}
+            overlay = {"exporters": more, "service": {"pipelines": {"metrics": metrics}}}
+            (folder / "others.json").write_text(json.dumps(overlay))
+            arguments += ["--config", str(folder / "others.json")]
         self._process = Process(
             "otelcol",
-            ["--config", str(config or EXPORTERS / "collector/collector.yaml")],
+            arguments,
             f"http://127.0.0.1:{ports['HEALTH']}/status",
             folder,
             {

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from backends.fleet import ENDED, KILLED, PROVIDER, truth
+from backends.fleet import KILLED, PROVIDER, SERVICES, truth
 from backends.servers import attributes
 
 from traced_retry import semconv
@@ -15,7 +15,8 @@ from traced_retry import semconv
 @pytest.fixture(scope="module")
 def kept(fleet):
     """Every span in Jaeger of the jobs that ended."""
-    return [span for spans in fleet.jaeger.traces(ENDED).values() for span in spans]
+    traces = [trace for name in SERVICES for trace in fleet.jaeger.traces(name).values()]
+    return [span for spans in traces for span in spans]
 
 
 def test_every_reply_that_was_not_a_clean_success_is_kept(fleet, kept):

@@ -16,7 +16,7 @@ from backends.servers import DASHBOARDS, EXPORTERS, command
 from traced_retry import semconv
 from traced_retry.doctor.exporters import run_checks
 
-FOLDERS = ("jaeger", "collector", "prometheus", "alertmanager", "grafana", "vmagent")
+FOLDERS = ("jaeger", "collector", "prometheus", "alertmanager", "grafana", "vmagent", "kubernetes")
 SERVER_SIDE = [
     *sorted(path for folder in FOLDERS for path in (EXPORTERS / folder).rglob("*.yaml")),
     EXPORTERS / "compose.yaml",
@@ -147,7 +147,8 @@ def test_dimensions_and_buckets_are_ours(file, name):
     on_counts = [d["name"] for d in settings["calls_dimensions"]]
     buckets = settings["histogram"]["explicit"]["buckets"]
 
-    assert own | {semconv.MODEL, "deployment.environment.name"} == {*dimensions, *on_counts}
+    resource = {"deployment.environment.name", "service.version"}
+    assert own | {semconv.MODEL} | resource == {*dimensions, *on_counts}
     assert list(semconv.DURATION_BUCKETS) == [seconds(bucket) for bucket in buckets]
 
 
@@ -210,6 +211,25 @@ def test_compose_restarts_and_limits_every_service():
 
     assert {"unless-stopped"} == {service["restart"] for service in services.values()}
     assert all(service["mem_limit"] for service in services.values())
+
+
+def test_service_monitor_scrapes_as_prometheus_yaml():
+    """The operator's jobs and ports are those of the configuration without Kubernetes."""
+    path = EXPORTERS / "kubernetes/service-monitor.yaml"
+    service, monitor = yaml.safe_load_all(path.read_text())
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    scraped = {
+        endpoint["relabelings"][0]["replacement"]: ports[endpoint["port"]]
+        for endpoint in monitor["spec"]["endpoints"]
+    }
+    shipped = yaml.safe_load((EXPORTERS / "prometheus/prometheus.yaml").read_text())
+    known = {
+        job["job_name"]: int(job["static_configs"][0]["targets"][0].rpartition(":")[2])
+        for job in shipped["scrape_configs"]
+    }
+
+    assert service["metadata"]["labels"] == monitor["spec"]["selector"]["matchLabels"]
+    assert known == scraped
 
 
 def test_compose_keeps_data_and_checks_health():

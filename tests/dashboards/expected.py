@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from backends.fleet import NOT_RECOVERABLE, PROVIDER
+from backends.fleet import INCOMPLETE, NOT_RECOVERABLE, PROVIDER
 
 from traced_retry.semconv import ACTIONS, DURATION_BUCKETS
 
@@ -19,6 +19,8 @@ BUSY = 0.6
 """Seconds that a busy machine may add to what takes no time."""
 OVERVIEW, ONE = "overview.json", "provider.json"
 LOST = ("exhausted", "not_recoverable")
+NEVER = (NOT_RECOVERABLE, "content_filter")
+"""The codes after which no request may follow."""
 
 UNTOLD = {
     (OVERVIEW, "Alerts"): "`test_alerts.py` and `test_end_to_end.py` test which alerts fire",
@@ -54,6 +56,7 @@ class Reply:
 
     provider: str
     attempts: tuple[Attempt, ...]
+    initiator: str = "agent"
 
     @property
     def outcome(self):
@@ -61,7 +64,7 @@ class Reply:
         last = self.attempts[-1].code
         if not last:
             return "succeeded" if len(self.attempts) == 1 else "recovered"
-        return "not_recoverable" if last == NOT_RECOVERABLE else "exhausted"
+        return "not_recoverable" if last in NEVER else "exhausted"
 
     @property
     def seconds(self):
@@ -99,6 +102,9 @@ def replies(played):
         yield Reply(provider, tuple(Attempt(action, "timeout", patience) for action in actions))
     elif failed:
         yield Reply(provider, tuple(failed))
+    for turn in played.turns:
+        code = "content_filter" if turn.fault.name == INCOMPLETE else ""
+        yield Reply(provider, (Attempt("listen", code, 0.0),), "provider")
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,10 @@ class Panels:
     def __init__(self, ask, jobs, shipped, path):
         self.ask, self.shipped, self.path = ask, shipped, path
         self.jobs = len(jobs)
+        self.lost = Counter()
+        for played in jobs:
+            lost = sum(reply.outcome in LOST for reply in replies(played))
+            self.lost[played.job.environment["OTEL_SERVICE_NAME"]] += lost
         self.every = Fleet(jobs)
         names = sorted({reply.provider for reply in self.every.replies})
         self.each = {name: Fleet(jobs, name) for name in names}
@@ -220,6 +230,7 @@ class Panels:
             yield from self._outcomes(OVERVIEW, "$provider", of, provider=name)
         yield from self._exhausted(OVERVIEW)
         yield from self._initiators()
+        yield from self._services()
         yield from self._ratios()
         yield from self._why(OVERVIEW, self.every)
         yield from self._codes()
@@ -269,15 +280,29 @@ class Panels:
             yield _row(board, panel, series, found.get(outcome, 0), count(of.of(outcome)))
 
     def _initiators(self):
-        """Yield the rows by initiator: the agent requests each reply of this fleet."""
-        of = self.every
-        for panel, known in (
-            ("Replies by initiator", len(of.replies)),
-            ("Lost replies by initiator", of.of(*LOST)),
+        """Yield the rows by initiator: the provider starts half of the replies of this fleet."""
+        for panel, some in (
+            ("Replies by initiator", self.every.replies),
+            ("Lost replies by initiator", [r for r in self.every.replies if r.outcome in LOST]),
         ):
             found = self.ask.total(OVERVIEW, panel, "traced_retry_initiator")
-            for initiator, number in (("agent", known), ("provider", 0)):
+            for initiator in ("agent", "provider"):
+                number = sum(reply.initiator == initiator for reply in some)
                 yield _row(OVERVIEW, panel, initiator, found.get(initiator, 0), count(number))
+
+    def _services(self):
+        """Yield the rows by service, and the error budget, which this fleet overdraws."""
+        panel = "Lost by service"
+        found = self.ask.total(OVERVIEW, panel, "service_name")
+        for name, number in self.lost.items():
+            yield _row(OVERVIEW, panel, name, found.get(name, 0), count(number))
+        panel = "Lost by version"
+        found = self.ask.total(OVERVIEW, panel, "service_version")
+        yield _row(OVERVIEW, panel, "no version", found[""], count(self.lost.total()))
+        panel = "Error budget left"
+        for name in self.each:
+            value = self.ask.one(OVERVIEW, panel, provider=name)
+            yield _row(OVERVIEW, panel, name, value, exactly(-1))
 
     def _exhausted(self, board):
         panel = "Lost in the last hour"
@@ -389,7 +414,7 @@ class Panels:
         panel = "Failed attempts by recoverability"
         found = self.ask.total(OVERVIEW, panel, "traced_retry_recoverable")
         failed = self.every.failed
-        never = sum(attempt.code == NOT_RECOVERABLE for attempt in failed)
+        never = sum(attempt.code in NEVER for attempt in failed)
         for value, number in (("true", len(failed) - never), ("false", never)):
             yield _row(OVERVIEW, panel, value, found[value], count(number))
         panel = "Failed attempts: providers and codes"
@@ -432,7 +457,7 @@ class Panels:
             ONE, "Failed attempts by code and recoverability", *labels, provider=provider
         )
         for code, number in sorted(Counter(attempt.code for attempt in of.failed).items()):
-            series = f"{code} {'false' if code == NOT_RECOVERABLE else 'true'}"
+            series = f"{code} {'false' if code in NEVER else 'true'}"
             yield _row(
                 ONE,
                 "Failed attempts by code and recoverability",
@@ -453,10 +478,11 @@ HEAD = """\
 Generated by `make preview` (`tests/dashboards/test_fleet.py`). Do not edit.
 
 This page shows that each panel of the dashboards displays the right number. A test runs job
-processes with the real plugins of eight providers against simulators that fail on a script. Spans
-and metrics go through a real Collector into a real Jaeger and Prometheus. The test then sends each
-panel's own query and compares the value with the simulators' records. It fails if a value is
-outside its tolerance.
+processes with the real plugins of eight providers against simulators that fail on a script. The
+agents request half of the replies. The providers start the other half, because the caller speaks.
+Spans and metrics go through a real Collector into a real Jaeger, Prometheus 2.42 and Prometheus
+3.16. The test then sends each panel's own query to both and compares the value with the simulators'
+records. It fails if a value is outside its tolerance. The values here are those of one Prometheus.
 
 | column | meaning |
 |---|---|

@@ -25,7 +25,7 @@ AXIS, LEGEND = 16, 15
 COLOURS = [
     *("#6ed0e0", "#3274d9", "#e0559f", "#ff9830", "#0f9d8f", "#e8e8e8", "#9a7be0", "#b07a4a"),
     *("#7fa8a8", "#c4a484", "#5195ce", "#e0a0a0", "#64b0c8", "#8a9ba8", "#4f8fa8", "#a86a3d"),
-    *("#9ec5d6", "#ffa6b0", "#2f575e", "#f9ba8f", "#614d93", "#70dbed", "#99440a", "#dedaf7"),
+    *("#9ec5d6", "#ffa6b0", "#b59ce0", "#f9ba8f", "#7d8fd6", "#70dbed", "#c98a5e", "#dedaf7"),
 ]
 """The colours of names that the dashboards leave to Grafana. They have no red, yellow or green,
 which mean outcomes and limits."""
@@ -74,10 +74,11 @@ svg { display: block; }
   .row { clear: both; }
   .title { white-space: normal; }
   .stat { font-size: 24px; padding: 8px 0; }
-  .legend { font-size: 12px; line-height: 18px; }
+  .legend { font-size: 12px; line-height: 18px; margin-top: 10px; }
   svg { width: 100%; height: auto; overflow: visible; margin-top: 12px; }
-  svg.wide text { font-size: 16px; }
-  svg.whole text { font-size: 26px; }
+  svg text { font-size: var(--narrow); }
+  svg .zero { display: none; }
+  svg .time { transform: translateY(calc(var(--narrow) * .6)); }
   .none { padding: 12px 0; }
 }
 """
@@ -106,13 +107,28 @@ def page(boards, answers):
     )
 
 
+def unfolded(board):
+    """Return the dashboard with the panels of each folded row below it."""
+    made, down = [], 0
+    for row in board["panels"]:
+        inner = row.get("panels", [])
+        drawn = any("expr" in target for panel in inner for target in panel["targets"])
+        for panel in ({**row, "panels": []}, *(inner if drawn else ())):
+            at = panel["gridPos"]
+            made.append({**panel, "gridPos": {**at, "y": at["y"] + down}})
+        if drawn:
+            bottom = max(each["gridPos"]["y"] + each["gridPos"]["h"] for each in inner)
+            down += bottom - row["gridPos"]["y"] - 1
+    return {**board, "panels": made}
+
+
 def repeated(board, names):
     """Return the dashboard as Grafana shows it, with a repeated panel once per name.
 
     The panels below a repeated panel are moved down.
     """
     made, down = [], 0
-    for panel in board["panels"]:
+    for panel in unfolded(board)["panels"]:
         at = panel["gridPos"]
         if not panel.get("repeat"):
             made.append({**panel, "gridPos": {**at, "y": at["y"] + down}})
@@ -174,9 +190,9 @@ def draw(panel, answers, width, height, colours=None):
 
 def _svg(width, height, parts):
     """Return a drawing that a narrow screen scales."""
-    kind = "whole" if width > 700 else "wide" if width > 350 else "small"
+    letters = 12 * width / 360  # a narrow screen shows 360 pixels, and so letters of 12
     return (
-        f'<svg class="{kind}" width="{width}" height="{height:.0f}" '
+        f'<svg style="--narrow:{letters:.0f}px" width="{width}" height="{height:.0f}" '
         f'viewBox="0 0 {width} {height:.0f}">{"".join(parts)}</svg>'
     )
 
@@ -188,7 +204,8 @@ def _axis(times, left, width, y):
     for part, anchor in marks if last > first else marks[:1]:
         at = datetime.fromtimestamp(first + part * (last - first), UTC)
         x = left + part * (width - left)
-        yield f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{at:%H:%M:%S}</text>'
+        where = f'x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"'
+        yield f'<text class="time" {where}>{at:%H:%M:%S}</text>'
 
 
 def _name(target, labels):
@@ -269,7 +286,7 @@ def _timeseries(panel, series, width, height, colours):
         return f"{x:.1f},{y:.1f}"
 
     svg = [
-        f'<text x="0" y="{plot[1] - part * (plot[1] - 8):.0f}">'
+        f'<text class="{"" if part else "zero"}" x="0" y="{plot[1] - part * (plot[1] - 8):.0f}">'
         f"{_value(top * part, settings['unit'])}</text>"
         for part in (0, 0.5, 1)
     ]
@@ -303,12 +320,13 @@ def _heatmap(_panel, series, width, height, _colours):
     svg = []
     for place, (name, here) in enumerate(cells):
         y = height - 34 - (place + 1) * high
-        svg.append(f'<text x="0" y="{y + high - 2:.0f}">{escape(name)}</text>')
+        bound = f"{float(name):g}".replace("inf", "+Inf")
+        svg.append(f'<text x="0" y="{y + high - 2:.0f}">{bound}</text>')
         svg += [
             f'<rect x="{46 + n * wide:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{high - 1:.1f}" '
             f'fill="#ff9830" opacity="{0.1 + 0.9 * here[at] / most:.2f}"/>'
             for n, at in enumerate(times)
-            if here[at] > 0
+            if here[at] > most / 1e6  # less is an error of rounding
         ]
     svg += _axis(times, 46, width, height - 34 + AXIS - 4)
     return _svg(width, height - 34 + AXIS, svg)

@@ -26,7 +26,7 @@ def files(thresholds: Thresholds) -> dict[str, str]:
     """Return all rules and alerts in each of their forms: {path below ``dashboards``: text}."""
     groups = _groups(thresholds)
     recorded = recording.recording()["groups"]
-    rolled_up = rollup.rollup()["groups"]
+    rolled_up = rollup.rollup(thresholds)["groups"]
     return {
         "prometheus/recording.yaml": recording.as_text(),
         "prometheus/rollup.yaml": as_yaml({"groups": rolled_up}, *_ROLLUP_COMMENT),
@@ -42,6 +42,7 @@ def files(thresholds: Thresholds) -> dict[str, str]:
         "kubernetes/prometheus-rule.yaml": _file(
             _prometheus_rule([*recorded, *rolled_up, *groups]),
             "All rules, for the Prometheus operator: kubectl apply -f prometheus-rule.yaml",
+            "Set `release` to the name of your Helm release of kube-prometheus-stack.",
         ),
         "grafana-alerting/alerts.yaml": _file(
             grafana_alerts(thresholds),
@@ -123,7 +124,11 @@ def _prometheus_rule(groups: list[dict[str, Any]]) -> dict[str, Any]:
         "kind": "PrometheusRule",
         "metadata": {
             "name": "traced-retry",
-            "labels": {"app.kubernetes.io/name": "traced-retry"},
+            "labels": {
+                "app.kubernetes.io/name": "traced-retry",
+                # kube-prometheus-stack selects rules by the name of its Helm release.
+                "release": "kube-prometheus-stack",
+            },
         },
         "spec": {"groups": groups},
     }
