@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import compileall
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -35,6 +36,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +74,6 @@ LIVEKIT_TESTS = [
         "filler",
         "breaker",
         "generations",
-        "duplex",
     )
 ]
 """The files that use the OpenAI adapter."""
@@ -342,11 +343,14 @@ class Runner:
             process = self._context.Process(target=_run_tests, args=(str(copy), files, tests))
             process.start()
             assert process.pid is not None
-            started = time.monotonic()
+            started, waited = time.monotonic(), 0.0
             while process.exitcode is None:
                 process.join(1)
-                if time.monotonic() - started - _waited_for_cpu(process.pid) > limit:
-                    os.killpg(process.pid, signal.SIGKILL)
+                waited = max(waited, _waited_for_cpu(process.pid))  # 0 if it has just ended
+                if time.monotonic() - started - waited > limit:
+                    with contextlib.suppress(ProcessLookupError):  # It may have ended by now.
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.join()
                     return None
             return process.exitcode == 0
@@ -362,7 +366,7 @@ def _waited_for_cpu(pid: int) -> float:
     """
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-    except OSError:  # The process has ended, or this is not Linux.
+    except OSError:  # The process has ended, or the system is not Linux.
         return 0.0
 
 
@@ -450,6 +454,14 @@ def _run_tests(copy: str, files: list[str], tests: list[str] | None) -> None:
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # pytest is imported already
     # A test on the wall clock could fail because the machine is busy.
     options += ["-m", "not packages and not real_time"]
+    # So could a test with a deadline, or another draw of its examples.
+    hypothesis.settings.register_profile(
+        "mutants",
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("mutants")
     plugin = _Recorder(copy) if tests is None else _Order(tests)
     os._exit(pytest.main([*options, *files], plugins=[plugin]))
 

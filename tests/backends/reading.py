@@ -34,7 +34,7 @@ def last_less_first(series):
         f"last_over_time({series}[{WINDOW}])",
         f"last_over_time({series}[5m] offset {WINDOW})",
     )
-    return f"sum by ({LABELS}) ({last} - ({first} or 0 * {last}))"
+    return f"sum by ({LABELS}) ({last} - {first} or {last})"
 
 
 def counted(prometheus, expression, at=None):

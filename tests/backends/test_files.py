@@ -147,7 +147,8 @@ def test_dimensions_and_buckets_are_ours(file, name):
     on_counts = [d["name"] for d in settings["calls_dimensions"]]
     buckets = settings["histogram"]["explicit"]["buckets"]
 
-    assert own | {semconv.MODEL, "deployment.environment.name"} == {*dimensions, *on_counts}
+    resource = {"deployment.environment.name", "service.version"}
+    assert own | {semconv.MODEL} | resource == {*dimensions, *on_counts}
     assert list(semconv.DURATION_BUCKETS) == [seconds(bucket) for bucket in buckets]
 
 

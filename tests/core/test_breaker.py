@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 
@@ -565,6 +566,17 @@ class TestDeath:
         assert [False] * 3 == [each.admits(now + 1) for each in processes]
         assert processes[0]._file.try_lock()
         processes[0]._file.unlock()
+
+    def test_thread_does_not_wait_for_another_thread_with_the_lock(self, processes):
+        """A thread that waited would stop all calls of its event loop."""
+        file, found = processes[0]._file, []
+        assert file.try_lock()
+        thread = threading.Thread(target=lambda: found.append(file.try_lock()), daemon=True)
+        thread.start()
+        thread.join(10)
+        file.unlock()
+
+        assert [False] == found
 
     def test_killed_and_stopped_processes_leave_a_valid_state(self, path, processes, monkeypatch):
         """Six processes ask all the time, and one after the other is killed or stopped."""

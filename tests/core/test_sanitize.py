@@ -89,6 +89,7 @@ class TestRedactUrl:
         ("http://[::1]:8080/v1", ("::1", 8080)),
         (f"wss://user:{KEY}@[2001:db8::1]/v1", ("2001:db8::1", 443)),
         ("http://host:99999/v1", (None, None)),
+        ("http://host:0/v1", (None, None)),
         ("nonsense", (None, None)),
         ("", (None, None)),
         (None, (None, None)),

@@ -107,6 +107,12 @@ class TestVersions:
 
         assert (inside, newer) == (installed in versions, versions.newer(installed))
 
+    def test_missing_number_is_zero(self):
+        """A version may leave out its last numbers."""
+        versions = supported.Versions("1.8.0", "1.9.0")
+
+        assert (True, False) == ("1.8" in versions, versions.newer("1.9"))
+
     def test_frozen(self):
         """No caller can change the supported versions."""
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -370,6 +371,29 @@ def exactly(initiator="agent", **attributes):
         "stop_reason": semconv.STOP_REASON,
     }
     return frozenset((names[k], v) for k, v in attributes.items() if v is not None)
+
+
+class TestTimes:
+    @pytest.mark.parametrize("ago", [None, 3.0])
+    async def test_span_covers_the_time_since_the_beginning(self, ago, recorder):
+        """A reply of the provider began before it is seen. The span has the system's time."""
+        await asyncio.sleep(100)
+        loop, failed_replies = asyncio.get_running_loop(), []
+        opened = time.time_ns()
+        reply = Reply(
+            CallRequest(Scripted((2.0, ProviderError("invalid_api_key"))).future),
+            RetryPolicy(),
+            Telemetry(**recorder.providers).reply(TARGET),
+            on_failed=failed_replies.append,
+        ).start(began=None if ago is None else loop.time() - ago)
+        await ended(reply)
+        span = recorder.spans()[0]
+        seconds = 2.0 + (ago or 0.0)
+
+        assert -(ago or 0.0) == pytest.approx((span.start_time - opened) / 1e9, abs=1.0)
+        assert seconds == pytest.approx((span.end_time - span.start_time) / 1e9, abs=1e-6)
+        assert [seconds] == [failed.seconds for failed in failed_replies]
+        assert [(1, seconds)] == list(recorder.points("traced_retry.reply.duration").values())
 
 
 class TestMetrics:

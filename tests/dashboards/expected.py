@@ -215,6 +215,10 @@ class Panels:
     def __init__(self, ask, jobs, shipped, path):
         self.ask, self.shipped, self.path = ask, shipped, path
         self.jobs = len(jobs)
+        self.lost = Counter()
+        for played in jobs:
+            lost = sum(reply.outcome in LOST for reply in replies(played))
+            self.lost[played.job.environment["OTEL_SERVICE_NAME"]] += lost
         self.every = Fleet(jobs)
         names = sorted({reply.provider for reply in self.every.replies})
         self.each = {name: Fleet(jobs, name) for name in names}
@@ -226,6 +230,7 @@ class Panels:
             yield from self._outcomes(OVERVIEW, "$provider", of, provider=name)
         yield from self._exhausted(OVERVIEW)
         yield from self._initiators()
+        yield from self._services()
         yield from self._ratios()
         yield from self._why(OVERVIEW, self.every)
         yield from self._codes()
@@ -284,6 +289,20 @@ class Panels:
             for initiator in ("agent", "provider"):
                 number = sum(reply.initiator == initiator for reply in some)
                 yield _row(OVERVIEW, panel, initiator, found.get(initiator, 0), count(number))
+
+    def _services(self):
+        """Yield the rows by service, and the error budget, which this fleet overdraws."""
+        panel = "Lost by service"
+        found = self.ask.total(OVERVIEW, panel, "service_name")
+        for name, number in self.lost.items():
+            yield _row(OVERVIEW, panel, name, found.get(name, 0), count(number))
+        panel = "Lost by version"
+        found = self.ask.total(OVERVIEW, panel, "service_version")
+        yield _row(OVERVIEW, panel, "no version", found[""], count(self.lost.total()))
+        panel = "Error budget left"
+        for name in self.each:
+            value = self.ask.one(OVERVIEW, panel, provider=name)
+            yield _row(OVERVIEW, panel, name, value, exactly(-1))
 
     def _exhausted(self, board):
         panel = "Lost in the last hour"

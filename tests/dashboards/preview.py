@@ -107,13 +107,28 @@ def page(boards, answers):
     )
 
 
+def unfolded(board):
+    """Return the dashboard with the panels of each folded row below it."""
+    made, down = [], 0
+    for row in board["panels"]:
+        inner = row.get("panels", [])
+        drawn = any("expr" in target for panel in inner for target in panel["targets"])
+        for panel in ({**row, "panels": []}, *(inner if drawn else ())):
+            at = panel["gridPos"]
+            made.append({**panel, "gridPos": {**at, "y": at["y"] + down}})
+        if drawn:
+            bottom = max(each["gridPos"]["y"] + each["gridPos"]["h"] for each in inner)
+            down += bottom - row["gridPos"]["y"] - 1
+    return {**board, "panels": made}
+
+
 def repeated(board, names):
     """Return the dashboard as Grafana shows it, with a repeated panel once per name.
 
     The panels below a repeated panel are moved down.
     """
     made, down = [], 0
-    for panel in board["panels"]:
+    for panel in unfolded(board)["panels"]:
         at = panel["gridPos"]
         if not panel.get("repeat"):
             made.append({**panel, "gridPos": {**at, "y": at["y"] + down}})

@@ -12,6 +12,8 @@ from dashboards.reading import ROOT
 
 ENVIRONMENT = "deployment_environment_name"
 """A deployment may set it; no query needs it, and none fails without it."""
+SERVICE = {"service_name", "service_version"}
+"""Labels of the agents' own series by the service, which their path to Prometheus adds."""
 TARGET = {"job", "instance"}
 """Prometheus gives these to whatever it scrapes or takes by OTLP."""
 
@@ -115,7 +117,7 @@ def wrong_labels(node, known):
         for each in nodes(node)
         if type(each).__name__ == "AggregateExpr" and each.modifier
         for label in each.modifier.labels
-        if label not in result_labels(each.expr, known) | {ENVIRONMENT}
+        if label not in result_labels(each.expr, known) | {ENVIRONMENT} | SERVICE
     ]
 
 

@@ -63,6 +63,16 @@ def panels(dashboard):
             yield panel
 
 
+GROUPS = [
+    "traced_retry_recording",
+    "traced_retry_rollup",
+    "traced_retry_rollup_10m",
+    "traced_retry_services",
+    "traced_retry_services_10m",
+    "traced_retry_ratios",
+    "traced_retry_alerts",
+]
+"""Each reads what those before it record. promtool would take them in any order."""
 ENGINES = {
     "promtool": ["promtool", "test", "rules"],
     "promtool3": ["promtool3", "test", "rules"],

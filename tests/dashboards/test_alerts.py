@@ -12,18 +12,10 @@ import subprocess
 
 import pytest
 from backends.servers import command
-from dashboards.reading import ENGINES, RULES, run_rule_test
+from dashboards.reading import ENGINES, GROUPS, RULES, dashboards, panels, run_rule_test
 
 GRAFANA = "http://127.0.0.1:3000"
 P = "openai"
-GROUPS = [
-    "traced_retry_recording",
-    "traced_retry_rollup",
-    "traced_retry_rollup_10m",
-    "traced_retry_ratios",
-    "traced_retry_alerts",
-]
-"""Each reads what those before it record. promtool would take them in any order."""
 
 
 def calls(outcome, values, stop=None, provider=P, **labels):
@@ -139,6 +131,115 @@ def alerts_of(*severities_and_windows):
 
 
 OUTAGE, HOUR, SIX_HOURS = ("critical", "5m"), ("critical", "1h"), ("critical", "6h")
+
+
+class TestServices:
+    SERIES = "provider:traced_retry_service_replies:increase1m"
+    LOST = (
+        "round(sum by (service_name, service_version) "
+        f'(sum_over_time({SERIES}{{traced_retry_outcome="exhausted"}}[29m30s])))'
+    )
+
+    def _lost(self, count, **labels):
+        inner = ", ".join(f'{name}="{value}"' for name, value in labels.items())
+        return {"labels": f"{{{inner}}}", "value": count}
+
+    def test_spans_are_counted_by_service_and_version(self, promtool):
+        """Each version of each service has its own lost replies."""
+        one = {"service_name": "support", "service_version": "1"}
+        two = {"service_name": "support", "service_version": "2"}
+        promtool(
+            [
+                calls("exhausted", "0+1x60", "deadline", **one),
+                calls("exhausted", "0+3x60", "deadline", **two),
+                calls("exhausted", "0+2x60", "deadline", service_name="sales"),
+                calls("succeeded", "0+9x60", **one),
+            ],
+            expressions=[
+                (
+                    "45m",
+                    self.LOST,
+                    [
+                        self._lost(30, **one),
+                        self._lost(90, **two),
+                        self._lost(60, service_name="sales"),
+                    ],
+                )
+            ],
+        )
+
+    def test_agents_counts_take_the_service_from_job(self, promtool):
+        """A pushed process has its service as job; vmagent's series have a label for it."""
+        vmagent = {"job": "vmagent", "instance": "here:8429"}
+        labels = {
+            "gen_ai_provider_name": P,
+            "traced_retry_outcome": "exhausted",
+            "traced_retry_stop_reason": "deadline",
+            "service_name": "sales",
+            **vmagent,
+        }
+        promtool(
+            [
+                own_calls("exhausted", "0+1x60", "p1"),
+                own_calls("exhausted", "0+1x60", "p2"),
+                _series("traced_retry_replies_total", "0+4x60", **labels),
+                _series("up", "1x60", **vmagent),
+            ],
+            expressions=[
+                (
+                    "45m",
+                    self.LOST,
+                    [self._lost(60, service_name="agent"), self._lost(120, service_name="sales")],
+                )
+            ],
+        )
+
+    def test_too_many_services_record_no_series(self, tmp_path):
+        """The rule then fails, and Prometheus names the limit."""
+        (folder := tmp_path / "rules").mkdir()
+        for path in RULES:
+            limited = path.read_text().replace("limit: 2000", "limit: 1")
+            (folder / path.name).write_text(limited)
+        test = {
+            "rule_files": [str(path) for path in folder.iterdir()],
+            "evaluation_interval": "1m",
+            "group_eval_order": GROUPS,
+            "tests": [
+                {
+                    "interval": "1m",
+                    "input_series": [
+                        calls("exhausted", "0+1x20", "deadline", service_name=name)
+                        for name in ("support", "sales")
+                    ],
+                    "promql_expr_test": [
+                        {"expr": f"count({self.SERIES})", "eval_time": "20m", "exp_samples": []}
+                    ],
+                }
+            ],
+        }
+        done = run_rule_test(tmp_path, test)
+
+        assert 1 == done.returncode
+        assert "exceeded limit of 1 with 2 series" in done.stdout + done.stderr
+
+    def test_half_of_the_error_budget_is_left(self, promtool):
+        """With an objective of 99 % and 0.5 % lost, half of the budget of 30 days is used up."""
+        (left,) = (
+            panel["targets"][0]["expr"]
+            for panel in panels(dashboards()["overview.json"])
+            if panel["title"] == "Error budget left"
+        )
+        query = left.replace("$provider", ".*").replace("$environment", ".*")
+        promtool(
+            [calls("succeeded", "0+199x90"), calls("exhausted", "0+1x90", "deadline")],
+            expressions=[
+                (
+                    "80m",
+                    f"round({query}, 0.01)",
+                    [{"labels": f'{{gen_ai_provider_name="{P}"}}', "value": 0.5}],
+                )
+            ],
+        )
 
 
 class TestRepliesLost:

@@ -136,6 +136,35 @@ class TestWrite:
         )
         assert done.stdout == run("write", tmp_path, "--config", tmp_path / "config.yaml").stdout
 
+    def test_labels_of_services_reach_rules_and_panels(self, tmp_path):
+        """Each attribute in the config is a label of the rule and has a panel of its own."""
+        text = (DASHBOARDS / "config.yaml").read_text()
+        shipped, ours = "[service.version]", "[service.version, cloud.region, k8s.cluster.name]"
+        assert shipped in text
+        (tmp_path / "c.yaml").write_text(text.replace(shipped, ours))
+        found = {file.name: file.content for file in files(tmp_path / "c.yaml")}
+        by = "service_name, service_version, cloud_region, k8s_cluster_name, traced_retry_outcome"
+        board = json.loads(found["grafana/overview.json"])
+        lost = {
+            panel["title"]: panel["targets"][0]["expr"].split("(")[1].rstrip(") ")
+            for panel in panels(board)
+            if panel["title"].startswith("Lost by")
+        }
+        (row,) = (row for row in board["panels"] if "Lost by cloud.region" in json.dumps(row))
+        places = [(each["gridPos"]["x"], each["gridPos"]["y"]) for each in row["panels"]]
+        ids = [panel["id"] for panel in panels(board)]
+
+        assert by in found["prometheus/rollup.yaml"]
+        assert by in found["kubernetes/prometheus-rule.yaml"]
+        assert {
+            "Lost by service": "service_name",
+            "Lost by version": "service_version",
+            "Lost by cloud.region": "cloud_region",
+            "Lost by k8s.cluster.name": "k8s_cluster_name",
+        } == lost
+        assert len(places) == len(set(places))
+        assert len(ids) == len(set(ids))
+
     def test_rules_written_with_any_threshold_are_well_formed(self, tmp_path):
         """Promtool accepts the written rules."""
         run("write", tmp_path, "--objective", 99.95, "--min-replies", 1)
@@ -264,6 +293,14 @@ class TestConfig:
             ({"outage__share": 1.5}, "outage.share is 1.5"),
             ({"keep_firing_for": "5"}, "'5' is no duration"),
             ({"spans_job": "("}, "spans_job is '('; it must be a regular expression"),
+            ({"services__labels": "region"}, "services.labels is 'region'; it must be a list"),
+            ({"services__labels": ["region"]}, "services.labels has 'region'; it must be an"),
+            (
+                {"services__labels": ["gen_ai.request.model"]},
+                "must be an attribute of the resource",
+            ),
+            ({"services__labels": [f"a.b{n}" for n in range(5)]}, "it may have at most 4"),
+            ({"services__max_series": 0}, "services.max_series is 0; it must be 1 or more"),
             ({"burn_rates": []}, "it must be a list of at least one"),
             ({"burn_rates__0__factor": 200}, "the alert with factor 200 never"),
             ({"burn_rates__0__factor": 0}, "burn_rates.factor is 0; it must be above 0"),

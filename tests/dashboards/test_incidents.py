@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dashboards.reading import ROOT, RULES, run_rule_test
+from dashboards.reading import GROUPS, ROOT, RULES, run_rule_test
 
 from traced_retry.monitoring import config
 from traced_retry.monitoring.files import files
@@ -73,10 +73,7 @@ def first_notices(folder, rules, incidents=INCIDENTS, engine="promtool"):
     test = {
         "rule_files": [str(path) for path in rules],
         "evaluation_interval": "1m",
-        "group_eval_order": [
-            f"traced_retry_{name}"
-            for name in ("recording", "rollup", "rollup_10m", "ratios", "alerts")
-        ],
+        "group_eval_order": GROUPS,
         "tests": [
             {
                 "interval": "1m",

@@ -183,3 +183,13 @@ class TestQuery:
                 assert "gen_ai_provider_name" in labels, selector
                 if "$environment" in json.dumps(target):
                     assert promql.ENVIRONMENT in labels or "span_name" in labels
+
+
+def test_first_screen_of_overview_has_about_ten_panels():
+    """All other panels are in folded rows, which send no query until they are opened."""
+    board = BOARDS["overview.json"]
+    first = [panel for panel in board["panels"] if panel["type"] != "row"]
+    folded = [row["collapsed"] for row in board["panels"] if row["type"] == "row"]
+
+    assert 8 <= len(first) <= 12
+    assert [False, *[True] * (len(folded) - 1)] == folded

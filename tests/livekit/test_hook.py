@@ -17,7 +17,7 @@ from livekit.plugins import openai, xai
 from opentelemetry import trace
 
 import traced_retry
-from traced_retry import RetryingRealtimeSession, RetryPolicy
+from traced_retry import RetryingRealtimeSession, RetryPolicy, semconv
 from traced_retry.core import switch
 from traced_retry.livekit import hook
 from traced_retry.livekit.openai import OpenAIAdapter
@@ -335,6 +335,21 @@ class TestCounters:
 
         assert {0} == set(points.values())
         assert {"somebody.example"} == {dict(p)["gen_ai.provider.name"] for p in points}
+
+    async def test_attempts_of_each_initiator_start_at_zero(self, recorder):
+        """OpenAI's own answer is listened to, and can be requested again."""
+        model = openai.realtime.RealtimeModel(api_key="x")
+        session = traced_retry.wrap(model, **recorder.providers).session()
+        points = [dict(p) for p in recorder.points("traced_retry.attempts")]
+        await session.aclose()
+
+        assert {
+            "agent": {"send", "hedge", "listen"},
+            "provider": {"listen", "send"},
+        } == {
+            initiator: {p[semconv.ACTION] for p in points if p[semconv.INITIATOR] == initiator}
+            for initiator in ("agent", "provider")
+        }
 
 
 class TestProviders:

@@ -110,6 +110,7 @@ class TestSound:
         assert ([b"\1\0\2\0", b"\3\0"], 1) == (listener.sounds, listener.messages)
         assert [("recovered", None)] == ended(recorder)
         assert ["server_error", None] == codes(recorder)
+        assert set() == talk.realtime._traced_retry._adapter._unheard  # A long call does not grow.
 
     async def test_reply_that_fails_after_its_first_sound_is_not_sent_again(self, talk, recorder):
         """A sound is output, also without a word."""
@@ -247,6 +248,24 @@ class TestEcho:
         assert adapter.echoes is None
         reply.cancel()
         await asyncio.sleep(0.1)
+
+
+class TestTurn:
+    async def test_caller_who_goes_on_speaking_waits_from_the_commit(self, talk, recorder):
+        """The end of the words before is not the time from which the caller waits."""
+        connection = await connected(talk)
+        await asyncio.sleep(0.1)
+        await connection.send("input_audio_buffer.speech_stopped", audio_end_ms=0, item_id="item")
+        await asyncio.sleep(5.0)
+        await connection.speech_started()
+        await asyncio.sleep(5.0)
+        await connection.begin_its_own()
+        await asyncio.sleep(1.0)
+        await connection.complete()
+        await asyncio.sleep(1.0)
+
+        ((_, seconds),) = recorder.points("traced_retry.reply.duration").values()
+        assert 1.0 == pytest.approx(seconds, abs=0.01)
 
 
 class TestEndOfStreams:

@@ -199,6 +199,45 @@ def lost() -> Panel:
     )
 
 
+def budget_left() -> Panel:
+    """Return the error budget that is left, and how fast it shrinks."""
+    return Panel(
+        "Error budget left",
+        "Share of the error budget of the last 30 days that is not used up. At 0 as many replies "
+        "were lost in 30 days as the objective allows. Below -100 % it is drawn as -100 %.",
+        (
+            Query(
+                f"clamp_min(1 - max by ({PROVIDER}) "
+                f"({alerts.ratio(alerts.BUDGET_WINDOW)}{{{OF_PROVIDER}}}) "
+                f"/ scalar(1 - max({alerts.OBJECTIVE})), -1)",
+                f"{{{{{PROVIDER}}}}}",
+            ),
+        ),
+        "percentunit",
+        "no replies in the last 30 days",
+        link=True,
+    )
+
+
+def lost_by(name: str, title: str, about: str) -> Panel:
+    """Return the lost replies by a label of the service."""
+    series = f"{rolled(alerts.SERVICE_REPLIES)}{{{OF_PROVIDER}, {alerts.LOST}}}"
+    return Panel(
+        title,
+        f"Replies a minute that were lost, by {about}.",
+        (
+            Query(
+                f"sum by ({name}) (sum_over_time({series}[{EITHER}])) "
+                "* 60000 / $__rate_interval_ms",
+                f"{{{{{name}}}}}",
+            ),
+        ),
+        "cpm",
+        "none lost, or too many services",
+        stacked=True,
+    )
+
+
 def codes(by: str, legend: str, title: str, about: str, *matchers: str, width: int = 8) -> Panel:
     """Return the failed attempts, stacked."""
     return Panel(
@@ -495,12 +534,28 @@ def overview() -> Board:
             _INITIATORS,
         ),
         (
-            Row("At a glance", glance()),
-            Row("Replies", (outcomes(title="$provider", repeat="provider", width=6, height=7),)),
             Row(
-                "Per provider",
+                "At a glance",
                 (
+                    *glance(),
                     lost(),
+                    budget_left(),
+                    lost_by(alerts.SERVICE, "Lost by service", "the name of the agent's service"),
+                ),
+            ),
+            Row(
+                "Replies",
+                (outcomes(title="$provider", repeat="provider", width=6, height=7),),
+                folded=True,
+            ),
+            Row(
+                "Per provider and version",
+                (
+                    lost_by(
+                        "service_version",
+                        "Lost by version",
+                        "the version of the agent's service. A blue line marks its first replies",
+                    ),
                     Panel(
                         "Retries per reply",
                         "Attempts after the first one, per reply.",
@@ -557,6 +612,7 @@ def overview() -> Board:
                         stacked=True,
                     ),
                 ),
+                folded=True,
             ),
             Row(
                 "Causes",
@@ -589,9 +645,10 @@ def overview() -> Board:
                         link=True,
                     ),
                 ),
+                folded=True,
             ),
-            Row("Durations", times()),
-            Row("Telemetry health", health()),
+            Row("Durations", times(), folded=True),
+            Row("Telemetry health", health(), folded=True),
         ),
     )
 

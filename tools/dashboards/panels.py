@@ -406,7 +406,7 @@ def as_json(board: Board) -> str:
         )
     )
     if board.variables:
-        made = made.annotation(_alerts())
+        made = made.annotation(_alerts()).annotation(_deployments())
     number, y = 1, 0
     for row in board.rows:
         if row.title:
@@ -451,6 +451,24 @@ def _placed(panels: Iterable[Any], number: int, y: int) -> Iterable[tuple[Any, i
         made = _MAKE[type(panel)](panel, number + place, x, y)
         x, high = x + panel.width, max(high, panel.height)
         yield made, number + place, y + high
+
+
+def _deployments() -> Any:
+    """Return the annotation for the first replies of a version of a service."""
+    series = "provider:traced_retry_service_replies:increase1m{deployment_environment_name=~"
+    series += '"$environment", service_version!=""}'
+    by = "max by (service_name, service_version)"
+    return (
+        builders.AnnotationQuery()
+        .name("Deployments")
+        .datasource(PROMETHEUS)
+        .enable(enable=True)
+        .icon_color("blue")
+        .expr(f"{by} ({series}) > 0 unless {by} (max_over_time({series}[1h] offset 1m)) > 0")
+        .title_format("{{service_name}} {{service_version}}")
+        .tag_keys("service_name")
+        .step("60s")
+    )
 
 
 def _alerts() -> Any:

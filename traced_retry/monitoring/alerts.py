@@ -45,6 +45,12 @@ ATTEMPTS: Final = "provider:traced_retry_attempts:increase1m"
 FIRST_OUTPUT: Final = "provider:traced_retry_time_to_first_output_seconds_bucket:increase1m"
 FAILURE_TIME: Final = "provider:traced_retry_time_to_failure_seconds_bucket:increase1m"
 DROPPED: Final = "exporter:traced_retry_export_dropped:increase1m"
+SERVICE_REPLIES: Final = "provider:traced_retry_service_replies:increase1m"
+"""The replies by service, and by the labels of ``services`` in the configuration."""
+SERVICE: Final = "service_name"
+"""The label that has ``service.name``. Series that agents push have it as ``job``."""
+BUDGET_WINDOW: Final = "30d"
+"""The window of the error budget."""
 
 SETTLED: Final = f'{_OUTCOME}!~"interrupted|superseded", {_STOP}!="session_closed"'
 """Selects the replies that could be heard or lost."""
@@ -188,10 +194,15 @@ def _counted(series: str, *matchers: str, window: str, by: str = _BY) -> str:
     return f"{total} (sum_over_time({series}{selector}[{window}]))"
 
 
-def _ratio(window: str) -> str:
+def budget_ratio() -> Record:
+    """Return the recording rule of the share of lost replies in the window of the budget."""
+    return Record(ratio(BUDGET_WINDOW), _ratio(BUDGET_WINDOW, REPLIES.replace("1m", "10m")))
+
+
+def _ratio(window: str, series: str = REPLIES) -> str:
     # A provider without a lost reply has the ratio 0. A provider without replies has none.
-    settled = _counted(REPLIES, SETTLED, window=window)
-    lost = _counted(REPLIES, LOST, window=window)
+    settled = _counted(series, SETTLED, window=window)
+    lost = _counted(series, LOST, window=window)
     return f"(\n  {lost}\n  or\n  0 * {settled}\n)\n/\n({settled} > 0)"
 
 

@@ -26,6 +26,11 @@ _DURATION: Final = re.compile(r"([1-9][0-9]*)([smhd])")
 _EVERY: Final = 0.999
 """A ratio that a total outage hardly exceeds: one success in a thousand replies is enough."""
 
+_ATTRIBUTE: Final = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+")
+_OWN: Final = ("traced_retry.", "gen_ai.", "deployment.environment", "service.name")
+"""The beginnings of the attributes that have labels already."""
+_MOST_LABELS: Final = 4
+
 STEP: Final = 60
 """Seconds between two samples of the rolled-up series, the shortest possible window."""
 
@@ -99,6 +104,9 @@ class Thresholds:
     telemetry_ticket_for: str
     spans_job: str
     """A regular expression. Empty if no job has counts from spans."""
+    services_labels: tuple[str, ...]
+    """Attributes of the resource by which replies are counted besides ``service.name``."""
+    services_max_series: int
     grafana_url: str
     runbook_url: str
 
@@ -200,6 +208,12 @@ def parse(found: Any, where: str) -> Thresholds:
         if kind in _KINDS:
             _of_kind(name, flat[name], kind, where)
     flat["burn_rates"] = tuple(_burn_rate(row, where) for row in _list(flat["burn_rates"], where))
+    labels = flat["services_labels"]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ThresholdError(
+            f"{where}: services.labels is {labels!r}; it must be a list of attributes"
+        )
+    flat["services_labels"] = tuple(labels)
     return Thresholds(**flat)
 
 
@@ -275,10 +289,26 @@ def _check(of: Thresholds) -> None:
         raise ThresholdError(
             f"spans_job is {of.spans_job!r}; it must be a regular expression ({error})"
         ) from None
+    _check_services(of)
     for row in of.burn_rates:
         _check_burn_rate(row, of)
     if not any(row.severity == "critical" for row in of.burn_rates):
         raise ThresholdError("no row of burn_rates is critical; add one that pages")
+
+
+def _check_services(of: Thresholds) -> None:
+    _at_least("services.max_series", of.services_max_series, 1)
+    if len(of.services_labels) > _MOST_LABELS:
+        raise ThresholdError(
+            f"services.labels has {len(of.services_labels)} attributes; it may have at most "
+            f"{_MOST_LABELS}, because their values multiply the series"
+        )
+    for label in of.services_labels:
+        if not _ATTRIBUTE.fullmatch(label) or label.startswith(_OWN):
+            raise ThresholdError(
+                f"services.labels has {label!r}; it must be an attribute of the resource such as "
+                "service.version or cloud.region"
+            )
 
 
 def _check_durations(of: Thresholds) -> None:

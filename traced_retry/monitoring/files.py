@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from traced_retry import shipped_files
 from traced_retry.monitoring import formats
+from traced_retry.monitoring.alerts import label
 from traced_retry.monitoring.config import BurnRate, Thresholds, read
 from traced_retry.monitoring.config import preset as presets
 from traced_retry.shipped_files import ShippedFile
 
+_VERSION: Final = "service.version"
+_BY_VERSION: Final = "Lost by version"
 _TOP: Final = ("objective", "min_replies", "min_lost", "grafana_url", "runbook_url")
 
 
@@ -39,7 +43,11 @@ def files(
     source = config or folder / "config.yaml"
     wanted = read(source).replace(**({} if preset is None else presets(preset)))
     wanted = wanted.replace(**changes)
-    boards = {f"grafana/{p.name}": _read(p) for p in sorted(folder.glob("grafana/*.json"))}
+    labels = wanted.services_labels
+    boards = {
+        f"grafana/{path.name}": _with_labels(_read(path), labels)
+        for path in sorted(folder.glob("grafana/*.json"))
+    }
     found = {
         "config.yaml": _config(_read(source), wanted),
         **{name: _read(folder / name) for name in ("jaeger-ui.json", "runbook.md")},
@@ -48,6 +56,31 @@ def files(
         "kubernetes/dashboards.yaml": formats.config_maps(boards),
     }
     return [ShippedFile(name, text) for name, text in sorted(found.items())]
+
+
+def _with_labels(board: str, labels: Iterable[str]) -> str:
+    """Return a dashboard whose panel of losses by version exists once for each of the labels."""
+    wanted = [each for each in labels if each != _VERSION]
+    found = json.loads(board)
+    rows = [row["panels"] for row in found["panels"] if row.get("panels")]
+    shipped = [(row, panel) for row in rows for panel in row if panel["title"] == _BY_VERSION]
+    if not (wanted and shipped):
+        return board
+    row, panel = shipped[0]
+    bottom = max(each["gridPos"]["y"] + each["gridPos"]["h"] for each in row)
+    for number, attribute in enumerate(wanted):
+        text = json.dumps(panel).replace(label(_VERSION), label(attribute))
+        place = {"x": 8 * (number % 3), "y": bottom + 8 * (number // 3)}
+        row.append(
+            {
+                **json.loads(text),
+                "id": 200 + number,
+                "title": f"Lost by {attribute}",
+                "description": f"Replies a minute that were lost, by {attribute}.",
+                "gridPos": {**panel["gridPos"], **place},
+            }
+        )
+    return json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _read(path: Path) -> str:

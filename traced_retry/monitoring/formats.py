@@ -26,7 +26,7 @@ def files(thresholds: Thresholds) -> dict[str, str]:
     """Return all rules and alerts in each of their forms: {path below ``dashboards``: text}."""
     groups = _groups(thresholds)
     recorded = recording.recording()["groups"]
-    rolled_up = rollup.rollup()["groups"]
+    rolled_up = rollup.rollup(thresholds)["groups"]
     return {
         "prometheus/recording.yaml": recording.as_text(),
         "prometheus/rollup.yaml": as_yaml({"groups": rolled_up}, *_ROLLUP_COMMENT),

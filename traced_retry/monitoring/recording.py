@@ -8,12 +8,18 @@ dashboards and alerts do not depend on the path. ``docs/exactness.md`` has the a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from textwrap import indent
 from typing import Any, Final
 
 from traced_retry import semconv
-from traced_retry.monitoring.alerts import ENVIRONMENT, Record, label
+from traced_retry.monitoring.alerts import ENVIRONMENT, SERVICE, Record, label
 
+_TARGET: Final = f"{label(semconv.PROVIDER)}, {label(ENVIRONMENT)}"
+FROM_SPANS: Final = "provider:traced_retry_counted_from_spans:group"
+"""A series for each provider and environment whose replies are counted from spans.
+
+It also has each such provider without an environment, for agents that name none."""
 WINDOW: Final = "5m"
 SECONDS: Final = 300
 
@@ -28,8 +34,8 @@ HEAD: Final = """\
 # itself, and pushed. A process's own series begins at 0 and lives for minutes. Of such a one `rate`
 # makes too much at its end (of n samples by 1/(2(n-1)), half as much again where n is 2), and
 # nothing if its first sample is above 0; so it is the last value less the one before the window.
-# Which it is is settled per provider and environment: what is counted from spans is counted from
-# spans alone. So is, of that provider, what its agents count without naming an environment.
+# The first rule decides for each provider and environment: if its replies are counted from spans,
+# its agents' own counts are left out. So are those of that provider that name no environment.
 # All is of generate_reply; what a plugin is told to `say` is another operation.
 groups:
   - name: traced_retry_recording
@@ -59,12 +65,9 @@ def per_second(series: str) -> str:
 or
 (
   (
+    last_over_time({series}[{WINDOW}]) - last_over_time({series}[{WINDOW}] offset {WINDOW})
+    or
     last_over_time({series}[{WINDOW}])
-    - (
-      last_over_time({series}[{WINDOW}] offset {WINDOW})
-      or
-      0 * last_over_time({series}[{WINDOW}])
-    )
   ) / {SECONDS}
   unless on (job, instance) up
 )"""
@@ -89,6 +92,15 @@ or
 increase({series}[{WINDOW}]) / {SECONDS}"""
 
 
+def by_service(rate: str) -> str:
+    """Return the rate with the label ``service_name``, which pushed series have as ``job``."""
+    joined = f'label_join(\n{indent(rate, "  ")},\n  "{SERVICE}", ";", "{SERVICE}", "job"\n)'
+    return (
+        f"label_replace(\n{indent(joined, '  ')},\n"
+        f'  "{SERVICE}", "$1$2", "{SERVICE}", "([^;]+);.*|;(.*)"\n)'
+    )
+
+
 def either(spans: str, own: str, *names: str) -> str:
     """Return the summed rate per second over five minutes, from spans or else from the agents.
 
@@ -97,18 +109,34 @@ def either(spans: str, own: str, *names: str) -> str:
         own: the series counted by the agents.
         names: the attributes kept besides provider and environment.
     """
-    by = ", ".join(label(name) for name in (semconv.PROVIDER, ENVIRONMENT, *names))
-    provider, environment = label(semconv.PROVIDER), label(ENVIRONMENT)
+    by = ", ".join((_TARGET, *map(label, names)))
+    counted = per_second(own)
+    if SERVICE in names:
+        counted = by_service(counted)
     return f"""\
 sum by ({by}) (
 {indent(_from_spans(spans), "  ")}
 )
 or
 sum by ({by}) (
-{indent(per_second(own), "  ")}
+{indent(counted, "  ")}
 )
-unless on ({provider}, {environment})
-({spans} or sum by ({provider}) ({spans}))"""
+unless on ({_TARGET})
+{FROM_SPANS}"""
+
+
+def service_replies(labels: Iterable[str]) -> str:
+    """Return the summed rate of replies per second, by service and by these attributes."""
+    spans, own_replies = _replies()
+    return either(spans, own_replies, SERVICE, *labels, semconv.OUTCOME, semconv.STOP_REASON)
+
+
+def _replies() -> tuple[str, str]:
+    """Return the series of replies, counted from spans and by the agents."""
+    return (
+        f'traces_span_metrics_calls_total{{span_name="{semconv.SPAN_REPLY}"}}',
+        own(semconv.METRIC_REPLIES, "total"),
+    )
 
 
 def recording() -> dict[str, Any]:
@@ -128,11 +156,14 @@ def as_text() -> str:
 def _records() -> list[Record]:
     reply = f'span_name="{semconv.SPAN_REPLY}"'
     attempt = f'span_name="{semconv.SPAN_ATTEMPT}"'
+    spans = _replies()[0]
+    provider = label(semconv.PROVIDER)
     return [
+        # First, because the rules below read it.
+        Record(FROM_SPANS, f"group by ({_TARGET}) ({spans}) or group by ({provider}) ({spans})"),
         _record(
             "traced_retry_replies",
-            f"traces_span_metrics_calls_total{{{reply}}}",
-            own(semconv.METRIC_REPLIES, "total"),
+            *_replies(),
             semconv.INITIATOR,
             semconv.OUTCOME,
             semconv.STOP_REASON,

@@ -9,7 +9,7 @@ from typing import Any, Final
 from traced_retry import semconv
 from traced_retry.monitoring import alerts, recording
 from traced_retry.monitoring.alerts import label
-from traced_retry.monitoring.config import STEP
+from traced_retry.monitoring.config import STEP, Thresholds
 
 _TARGET: Final = f"{label(semconv.PROVIDER)}, {label(alerts.ENVIRONMENT)}"
 _BY: Final = f"{_TARGET}, {label(semconv.INITIATOR)}"
@@ -48,7 +48,7 @@ def _reply_seconds(matcher: str) -> str:
     )
 
 
-def rollup() -> dict[str, Any]:
+def rollup(thresholds: Thresholds) -> dict[str, Any]:
     """Return the series that alerts and dashboards read over hours and days."""
     provider, outcome = map(label, (semconv.PROVIDER, semconv.OUTCOME))
     environment = label(alerts.ENVIRONMENT)
@@ -93,16 +93,36 @@ def rollup() -> dict[str, Any]:
         "interval": f"{STEP}s",
         "rules": documents,
     }
-    coarse = [
-        alerts.Record(
-            name.replace("increase1m", "increase10m"), f"sum_over_time({name}[9m59s999ms])"
-        ).document()
-        for name in named
-        if name.endswith(":increase1m")
-    ]
+    coarse = [_coarse(name) for name in named if name.endswith(":increase1m")]
+    services = alerts.Record(
+        alerts.SERVICE_REPLIES, _minute(recording.service_replies(thresholds.services_labels))
+    )
     return {
         "groups": [
             group,
-            {"name": "traced_retry_rollup_10m", "interval": "10m", "rules": coarse},
+            {
+                "name": "traced_retry_rollup_10m",
+                "interval": "10m",
+                "rules": [*coarse, alerts.budget_ratio().document()],
+            },
+            # Groups of their own, because a group's limit holds for each of its rules.
+            {
+                "name": "traced_retry_services",
+                "interval": f"{STEP}s",
+                "limit": thresholds.services_max_series,
+                "rules": [services.document()],
+            },
+            {
+                "name": "traced_retry_services_10m",
+                "interval": "10m",
+                "rules": [_coarse(services.record)],
+            },
         ]
     }
+
+
+def _coarse(name: str) -> dict[str, Any]:
+    """Return the rule of the count of ten minutes."""
+    return alerts.Record(
+        name.replace("increase1m", "increase10m"), f"sum_over_time({name}[9m59s999ms])"
+    ).document()
