@@ -279,15 +279,17 @@ def _timeseries(panel, series, width, height, colours):
             base = {at: base[at] + found.get(at, 0.0) for at in times}
             found = base
         lines.append((name, colour or _colour(name, colours), dashed, dict(found), lower))
-    top = max((v for _, _, _, found, _ in lines for v in found.values()), default=0) or 1
+    drawn = [0.0, *(v for _, _, _, found, _ in lines for v in found.values())]
+    low, high = min(drawn), max(drawn)
+    tall = (high - low) or 1
 
     def xy(at, value):
-        x, y = left + (at - times[0]) / span * plot[0], plot[1] - value / top * (plot[1] - 8)
-        return f"{x:.1f},{y:.1f}"
+        x = left + (at - times[0]) / span * plot[0]
+        return f"{x:.1f},{plot[1] - (value - low) / tall * (plot[1] - 8):.1f}"
 
     svg = [
         f'<text class="{"" if part else "zero"}" x="0" y="{plot[1] - part * (plot[1] - 8):.0f}">'
-        f"{_value(top * part, settings['unit'])}</text>"
+        f"{_value(low + tall * part, settings['unit'])}</text>"
         for part in (0, 0.5, 1)
     ]
     svg += _axis(times, left, width, plot[1] + AXIS - 2)
