@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -281,3 +282,10 @@ def test_fork_while_gauge_is_read_does_not_deadlock():
             os._exit(0 if budget._lock.acquire(timeout=5) else 1)
 
     assert 0 == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_copy_of_a_policy_shares_its_budget():
+    """Two policies with the same budget must not retry twice as often."""
+    budget = RetryBudget()
+
+    assert budget is copy.copy(budget)

@@ -113,14 +113,11 @@ CODES: Final[dict[str, Kind]] = {
 KNOWN_ERROR_TYPES: Final = frozenset(CODES) | frozenset(RECOVERABLE) | {semconv.OTHER}
 
 _STATUS: Final[dict[int, Kind]] = {
-    400: "invalid_request",
     401: "authentication",
     402: "quota",
     403: "authentication",
-    404: "invalid_request",
     408: "timeout",
     409: "active_response",
-    422: "invalid_request",
     429: "rate_limit",
     503: "overloaded",
     529: "overloaded",
