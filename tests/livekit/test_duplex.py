@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import NamedTuple
 
 import pytest
@@ -166,8 +167,11 @@ class TestRequests:
         assert first.cancelled()
         assert [("superseded", "superseded"), ("succeeded", None)] == ended(recorder)
 
-    async def test_retry_does_not_supersede_newer_request(self, start_conversation, recorder):
+    async def test_retry_does_not_supersede_newer_request(
+        self, start_conversation, recorder, monkeypatch
+    ):
         """The older request was refused, and a newer one is open when it would be sent again."""
+        monkeypatch.setattr(random, "uniform", lambda _, bound: bound)  # It waits for 0.1 s.
         talk = await start_conversation("error:server_error,late:5,ok")
         first = await talk.ask_plugin()
         await asyncio.sleep(0.01)
