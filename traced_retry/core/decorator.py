@@ -121,8 +121,6 @@ def _check(function: Callable[..., Any]) -> bool:
 def _returns_awaitable(function: Callable[..., Any]) -> bool:
     """Return whether the annotation of a plain function promises a result to await."""
     while isinstance(function, functools.partial):
-        if inspect.iscoroutinefunction(function.func):
-            return True
         function = function.func
     if not inspect.isroutine(function):  # an object
         function = type(function).__call__
