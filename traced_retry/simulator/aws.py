@@ -33,7 +33,7 @@ import trustme
 from aiohttp import web
 
 from traced_retry.simulator.script import Fault
-from traced_retry.simulator.server import Connection, Request, Simulator
+from traced_retry.simulator.server import Connection, Simulator
 
 Event = dict[str, Any]
 
@@ -389,14 +389,8 @@ class _Session:
 
     def hear_request(self, text: str) -> None:
         """Take the script's next element for a request."""
-        fault = self.server.next_fault
-        if fault.name != "unauthorized":
-            self.server.advance()
-        number = len(self.server.requests) + 1
-        now = asyncio.get_running_loop().time()
-        self.server.requests.append(Request(None, number, now, fault, text))
-        self.server.wake()
-        self.answer(f"reply {number}", fault)
+        fault = self.server.take_fault()
+        self.answer(self.server.take_request(fault, instructions=text).answer, fault)
 
     def hear_caller(self, transcript: str | None) -> None:
         """Hear a turn of the caller, and answer it."""

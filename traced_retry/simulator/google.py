@@ -151,20 +151,10 @@ class _GoogleConnection(Connection):
 
     async def hear(self, turns: list[Turn]) -> None:
         """Take the script's next element for a request."""
-        fault = self.server.next_fault
-        if fault.name != "unauthorized":
-            self.server.advance()
+        fault = self.server.take_fault()
         said = [text for role, text in turns if role == "model"]
-        request = Request(
-            event_id=None,
-            number=len(self.server.requests) + 1,
-            at=self.now,
-            fault=fault,
-            instructions=said[-1] if said else None,
-        )
-        self.server.requests.append(request)
         self.server.contexts.append(list(self.conversation.context))
-        self.server.wake()
+        request = self.server.take_request(fault, instructions=said[-1] if said else None)
         await self.give_handle()
         if self.speaking is not None and self.server.interrupts:
             await self.end_interrupted()

@@ -9,7 +9,6 @@ voice model speaks again once it has the result.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import uuid
@@ -88,18 +87,10 @@ class _Session(Connection):
                 await self.hang_up(WSCloseCode.OK)
 
     async def hear(self, event: Event) -> None:
-        fault = self.server.next_fault
-        if fault.name != "unauthorized":
-            self.server.advance()
-        request = Request(
-            event_id=event.get("event_id"),
-            number=len(self.server.requests) + 1,
-            at=asyncio.get_running_loop().time(),
-            fault=fault,
-            instructions=event.get("content"),
+        fault = self.server.take_fault()
+        request = self.server.take_request(
+            fault, event_id=event.get("event_id"), instructions=event.get("content")
         )
-        self.server.requests.append(request)
-        self.server.wake()
         await self.answer(request, fault)
 
     async def hear_caller(self, transcript: str | None) -> None:

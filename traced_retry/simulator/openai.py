@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from functools import partial
 
@@ -65,19 +64,15 @@ class _ScriptedConnection(OpenAIConnection):
             # Sent while the drop waited for a late answer: it is lost with the socket.
             await self.drop_queued(fault)
             return
-        if fault and fault.name != "unauthorized":
-            self.server.advance()
+        if fault:
+            self.server.take_fault()
         params = event.get("response") or {}
-        request = Request(
+        request = self.server.take_request(
+            fault,
             event_id=event.get("event_id"),
-            number=len(self.server.requests) + 1,
-            at=asyncio.get_running_loop().time(),
-            fault=fault,
             instructions=params.get("instructions"),
             metadata=params.get("metadata"),
         )
-        self.server.requests.append(request)
-        self.server.wake()
         if fault:
             await self.answer(request, fault)
         elif self.active:

@@ -141,18 +141,8 @@ class _Conversation(Connection):
                 await speak_scripted(self, event["text"])
 
     async def hear(self, event: Event) -> None:
-        fault = self.server.next_fault
-        if fault.name != "unauthorized":
-            self.server.advance()
-        request = Request(
-            event_id=None,
-            number=len(self.server.requests) + 1,
-            at=asyncio.get_running_loop().time(),
-            fault=fault,
-            instructions=event.get("system_message"),
-        )
-        self.server.requests.append(request)
-        self.server.wake()
+        fault = self.server.take_fault()
+        request = self.server.take_request(fault, instructions=event.get("system_message"))
         await self.answer(request, fault)
 
     async def hear_caller(self, transcript: str | None) -> None:

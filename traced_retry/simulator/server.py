@@ -235,6 +235,34 @@ class Simulator(ABC):
             raise RuntimeError("no client is connected, so the caller cannot speak")
         await self._open[-1].hear_caller(transcript)
 
+    def take_fault(self) -> Fault:
+        """Take the element of the next request. One that refuses a connection stays for that."""
+        fault = self.next_fault
+        if fault.name != "unauthorized":
+            self.advance()
+        return fault
+
+    def take_request(
+        self,
+        fault: Fault | None,
+        *,
+        event_id: str | None = None,
+        instructions: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Request:
+        """Record a request that gets ``fault``, or None if a response is active."""
+        request = Request(
+            event_id=event_id,
+            number=len(self.requests) + 1,
+            at=asyncio.get_running_loop().time(),
+            fault=fault,
+            instructions=instructions,
+            metadata=metadata,
+        )
+        self.requests.append(request)
+        self.wake()
+        return request
+
     def take_turn(self) -> Request:
         """Return the caller's next turn, with its element of the script."""
         turn = Request(

@@ -8,7 +8,6 @@ errors. A server that gives up closes the call.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from functools import partial
@@ -131,15 +130,7 @@ class _Call(Connection):
     async def hear(self, event: Event) -> None:
         fault = self.server.next_fault
         self.server.advance()
-        request = Request(
-            event_id=None,
-            number=len(self.server.requests) + 1,
-            at=asyncio.get_running_loop().time(),
-            fault=fault,
-            instructions=event.get("text"),
-        )
-        self.server.requests.append(request)
-        self.server.wake()
+        request = self.server.take_request(fault, instructions=event.get("text"))
         await self.answer(request, fault)
 
     async def hear_caller(self, transcript: str | None) -> None:
