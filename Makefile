@@ -14,7 +14,8 @@ SOURCES := pyproject.toml README.md $(shell find traced_retry exporters dashboar
 WHEEL := dist/traced_retry-$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-py3-none-any.whl
 # One process more than there are cores, because the tests wait half of their time. Tests that share
 # a server stay on one of them, and the longest start first: see tests/conftest.py.
-export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell echo $$(($(CORES) + 1)))
 PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 
 help:  ## this list
@@ -33,7 +34,7 @@ test-all: lint types tests-all  ## `make test`, other versions of Python and of 
 tests-all:
 	$(MAKE) --jobs 2 tests packages
 	$(MAKE) oldest
-	$(MAKE) --jobs $(shell nproc) --output-sync=target fork pythons
+	$(MAKE) --jobs $(CORES) --output-sync=target fork pythons
 
 lint: .venv/.test  ## ruff: rules and format
 	$(BIN)/ruff check .
