@@ -453,38 +453,39 @@ def _placed(panels: Iterable[Any], number: int, y: int) -> Iterable[tuple[Any, i
         yield made, number + place, y + high
 
 
+def _annotation(name: str, color: str, expr: str) -> Any:
+    """Return an annotation for each time at which ``expr`` has a value."""
+    return (
+        builders.AnnotationQuery()
+        .name(name)
+        .datasource(PROMETHEUS)
+        .enable(enable=True)
+        .icon_color(color)
+        .expr(expr)
+        .step("60s")
+    )
+
+
 def _deployments() -> Any:
     """Return the annotation for the first replies of a version of a service."""
     series = "provider:traced_retry_service_replies:increase1m{deployment_environment_name=~"
     series += '"$environment", service_version!=""}'
     by = "max by (service_name, service_version)"
+    expr = f"{by} ({series}) > 0 unless {by} (max_over_time({series}[1h] offset 1m)) > 0"
     return (
-        builders.AnnotationQuery()
-        .name("Deployments")
-        .datasource(PROMETHEUS)
-        .enable(enable=True)
-        .icon_color("blue")
-        .expr(f"{by} ({series}) > 0 unless {by} (max_over_time({series}[1h] offset 1m)) > 0")
+        _annotation("Deployments", "blue", expr)
         .title_format("{{service_name}} {{service_version}}")
         .tag_keys("service_name")
-        .step("60s")
     )
 
 
 def _alerts() -> Any:
+    expr = "max by (alertname, gen_ai_provider_name, severity) "
+    expr += '(ALERTS{alertname=~"TracedRetry.*", alertstate="firing", '
+    expr += 'deployment_environment_name=~"$environment|"})'
     return (
-        builders.AnnotationQuery()
-        .name("Alerts")
-        .datasource(PROMETHEUS)
-        .enable(enable=True)
-        .icon_color("red")
-        .expr(
-            "max by (alertname, gen_ai_provider_name, severity) "
-            '(ALERTS{alertname=~"TracedRetry.*", alertstate="firing", '
-            'deployment_environment_name=~"$environment|"})'
-        )
+        _annotation("Alerts", "red", expr)
         .title_format("{{alertname}}")
         .text_format("{{gen_ai_provider_name}}")
         .tag_keys("severity")
-        .step("60s")
     )
