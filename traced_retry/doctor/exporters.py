@@ -46,8 +46,8 @@ def _receivers(path: Path) -> Iterator[Check]:
     config = _read(path)
     examples = _example_urls()
     routed = dict.fromkeys(_routed(config.get("route")))
-    for receiver in filter(_is_mapping, config.get("receivers") or []):
-        if (name := receiver.get("name")) not in routed:
+    for receiver in config.get("receivers") or []:
+        if not isinstance(receiver, dict) or (name := receiver.get("name")) not in routed:
             continue
         urls = [url for url in _urls(receiver) if url in examples]
         if urls:
@@ -74,18 +74,14 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as YAML ({type(error).__name__}): name the folder that "
             "`traced-retry exporters write` filled, or your alertmanager.yaml"
         ) from None
-    if not _is_mapping(found) or not found.get("route"):
+    if not isinstance(found, dict) or not found.get("route"):
         raise CheckError(f"{path} has no route: name the file that Alertmanager reads")
-    return dict(found)
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, dict)
+    return found
 
 
 def _routed(route: Any) -> Iterator[str]:
     """Yield the receivers that a route and the routes below it name."""
-    if _is_mapping(route):
+    if isinstance(route, dict):
         yield str(route.get("receiver"))
         for each in route.get("routes") or []:
             yield from _routed(each)
@@ -96,7 +92,7 @@ def _urls(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for each in value:
             yield from _urls(each)
-    elif _is_mapping(value):
+    elif isinstance(value, dict):
         for key, each in value.items():
             if key == "url":
                 yield str(each)
