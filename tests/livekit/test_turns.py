@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 from livekit.agents import Agent, function_tool
-from support.conversation import actions, codes, configured, ended, late, now
+from support.conversation import Calls, actions, codes, configured, ended, late, now
 from support.providers import (
     GOOGLE,
     NOVA_SONIC,
@@ -45,17 +45,6 @@ class Clerk(Agent):
         return "SECRET result"
 
 
-class Failures(list):
-    """The failed replies that on_exhausted got, and when it got them."""
-
-    def __init__(self):
-        self.at = []
-
-    def __call__(self, failed):
-        self.append(failed)
-        self.at.append(now())
-
-
 async def speak(talk, transcript="hello", seconds=40.0):
     """Have the caller speak once, and let time pass."""
     await talk.server.caller_speaks(transcript)
@@ -70,7 +59,7 @@ def initiators(recorder):
 @pytest.fixture
 def failures():
     """Return an empty list of failed replies."""
-    return Failures()
+    return Calls()
 
 
 @pytest.fixture(params=RECOVERING, ids=str)

@@ -8,7 +8,7 @@ import asyncio
 import pytest
 from livekit.agents import Agent, function_tool
 from livekit.agents.llm import RealtimeModelFallbackAdapter
-from support.conversation import now
+from support.conversation import Calls, now
 from support.providers import GOOGLE, NOVA_SONIC, OPENAI, PHONIC, PROVIDERS, ULTRAVOX
 
 import traced_retry
@@ -17,21 +17,10 @@ from traced_retry.simulator.openai_compatible import XAISimulator
 OBSERVED = {"google": GOOGLE, "ultravox": ULTRAVOX, "phonic": PHONIC}
 
 
-class Waits(list):
-    """The waiting replies that on_waiting got, and when it got them."""
-
-    def __init__(self):
-        self.at = []
-
-    def __call__(self, waiting):
-        self.append(waiting)
-        self.at.append(now())
-
-
 @pytest.fixture
 def waits():
     """Return an empty list of waiting replies."""
-    return Waits()
+    return Calls()
 
 
 async def speak(talk, transcript="hello"):

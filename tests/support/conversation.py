@@ -92,6 +92,17 @@ async def configured(talk):
     await asyncio.sleep(1.0)
 
 
+class Calls(list):
+    """A callback that keeps the argument of each call, and the time of each in ``at``."""
+
+    def __init__(self):
+        self.at = []
+
+    def __call__(self, argument):
+        self.append(argument)
+        self.at.append(now())
+
+
 def now():
     """The virtual clock, seconds."""
     return asyncio.get_running_loop().time()
