@@ -64,12 +64,12 @@ class Driver(ABC):
             self._steps = self._run()
         self._running = True
         try:
-            when = next(self._steps)
-            while self._again:
+            for when in self._steps:
+                if not self._again:
+                    break
                 self._again = False
-                when = next(self._steps)
-        except StopIteration:
-            pass
+            else:
+                return
         except BaseException as error:
             self._on_error(error)
             if not isinstance(error, Exception):

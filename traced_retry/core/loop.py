@@ -415,7 +415,8 @@ class Reply(Driver, Generic[T]):
             self._future.set_result(self._result)
             self._trace.has_generation = True
         if delivery is None:
-            self._note_success()
+            if self._circuit is not None:
+                self._note_success()
             self._succeed(attempt)
             return None
         delivery.on_end = self.wake
