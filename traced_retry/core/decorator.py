@@ -63,14 +63,15 @@ def retry(
     policy = policy or RetryPolicy.from_env()
     telemetry = Telemetry(tracer_provider, meter_provider)
     target = Target(provider, model)
+    start_counters = functools.cache(telemetry.initialize_counters)
 
     def decorate(function: F) -> F:
         is_async = _check(function)
 
         def reply_to(args: Any, kwargs: Any) -> Reply[Any]:
-            telemetry.initialize_counters(provider)
+            start_counters(provider)
             call = functools.partial(function, *args, **kwargs)
-            request: CallRequest[Any] = CallRequest(call, on=kinds)
+            request: CallRequest[Any] = CallRequest(call, kinds)
             return Reply(request, policy, telemetry.reply(target))
 
         if is_async:
@@ -81,7 +82,8 @@ def retry(
                     return await function(*args, **kwargs)
                 reply = reply_to(args, kwargs)
                 try:
-                    return await reply.start()
+                    future = reply.start()
+                    return future.result() if future.done() else await future
                 except asyncio.CancelledError:
                     reply.interrupt()  # now, for this may be the event loop's last turn
                     raise

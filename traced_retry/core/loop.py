@@ -350,7 +350,7 @@ class Reply(Driver, Generic[T]):
             self._reported = None
         self._trace.attempt_began(attempt)
         try:
-            future = self._trace.call(attempt, self._request.attempt)
+            future = self._trace.call(attempt, self._request)
         except Exception as error:  # noqa: BLE001 - it is classified like a future's exception
             if isinstance(error, StopIteration):  # A future cannot hold this one.
                 error = RuntimeError("the request raised StopIteration")

@@ -167,9 +167,9 @@ class CallRequest(OneAtATime, Generic[T]):
 
     Args:
         call: returns a future, or a coroutine to run.
+        on: the exceptions of the call that are retried.
         resend_after_timeout: whether a request without an answer may be sent again. Use False if
             the late answer to the first could still be heard.
-        on: the exceptions of the call that are retried.
     """
 
     __slots__ = ("_call", "_on", "_resend_after_timeout")
@@ -177,9 +177,9 @@ class CallRequest(OneAtATime, Generic[T]):
     def __init__(
         self,
         call: Callable[[], Awaitable[T]],
+        on: tuple[type[Exception], ...] = (Exception,),
         *,
         resend_after_timeout: bool = True,
-        on: tuple[type[Exception], ...] = (Exception,),
     ) -> None:
         self._call = call
         self._on = on

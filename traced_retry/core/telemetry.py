@@ -7,6 +7,7 @@ never reads the text of an exception.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import time
@@ -26,6 +27,7 @@ from traced_retry.core import budget
 from traced_retry.core.attempt import Attempt
 from traced_retry.core.failure import Failure
 from traced_retry.core.guard import log_suppressed, suppress_and_log
+from traced_retry.core.request import Request
 
 logger = logging.getLogger(semconv.SCOPE)
 
@@ -282,7 +284,7 @@ class ReplyTrace:
         self._telemetry = telemetry
         self.target = target
         # Retries go on if instrumentation is suppressed. They are only not recorded.
-        self._silent = otel_context.get_value(_SUPPRESSED)
+        self._silent = otel_context.get_current().get(_SUPPRESSED)
         self._span: trace.Span = trace.INVALID_SPAN
         self._context: otel_context.Context | None = None
         """The context of the reply's span. None if the reply is not traced."""
@@ -357,17 +359,17 @@ class ReplyTrace:
         except Exception as error:  # noqa: BLE001 - as in _suppress_and_log
             log_suppressed("telemetry (attempt_began)", error)
 
-    def call(self, attempt: Attempt[Any], function: Callable[[semconv.Action], T]) -> T:
-        """Call ``function`` with the action of ``attempt``, and its span as the current one.
+    def call(self, attempt: Attempt[T], request: Request[T]) -> asyncio.Future[T]:
+        """Send ``attempt`` with ``request``, and its span as the current one.
 
         Raises:
-            BaseException: if ``function`` raises, unchanged.
+            BaseException: if ``request`` raises, unchanged.
         """
         if attempt.context is None:
-            return function(attempt.action)
+            return request.attempt(attempt.action)
         token = otel_context.attach(attempt.context)
         try:
-            return function(attempt.action)
+            return request.attempt(attempt.action)
         finally:
             otel_context.detach(token)
 
