@@ -70,8 +70,7 @@ def retry(
 
         def reply_to(args: Any, kwargs: Any) -> Reply[Any]:
             start_counters(provider)
-            call = functools.partial(function, *args, **kwargs)
-            request: CallRequest[Any] = CallRequest(call, kinds)
+            request: CallRequest[Any] = CallRequest(function, args, kwargs, kinds)
             return Reply(request, policy, telemetry.reply(target))
 
         if is_async:
@@ -167,7 +166,9 @@ class RetryingRealtimeSession(ABC):
         )
         self.retry_telemetry.initialize_counters(target.provider)
         request: CallRequest[Any] = CallRequest(
-            functools.partial(self._do_generate_reply, *args, **kwargs),
+            self._do_generate_reply,
+            args,
+            kwargs,
             resend_after_timeout=self.resend_after_timeout,
         )
         return Reply(request, self.retry_policy, self.retry_telemetry.reply(target)).start()

@@ -64,7 +64,7 @@ class Driver(ABC):
             self._steps = self._run()
         self._running = True
         try:
-            for when in self._steps:
+            for when in self._steps:  # noqa: B007 - used after the loop
                 if not self._again:
                     break
                 self._again = False

@@ -228,10 +228,11 @@ class Reply(Driver, Generic[T]):
         if attempt is not None and attempt.delivery is not None and attempt.delivery.first_output:
             self._succeed(attempt)
             return
+        now = self._loop.time()
         if attempt is not None:
-            self._close(attempt, "interrupted")
+            self._close(attempt, "interrupted", now)
         self._end_wait()
-        self._end("interrupted")
+        self._end("interrupted", now)
         # The outcome is recorded first, because the plugin may interrupt us again from here.
         if attempt is not None and attempt.future is not None:
             if self._loop.is_closed() or (cut and attempt.future.done()):
@@ -359,7 +360,7 @@ class Reply(Driver, Generic[T]):
         except BaseException:  # KeyboardInterrupt, SystemExit
             attempt.result = "interrupted"
             self._trace.attempt_ended(attempt, 0.0)
-            self._end("interrupted")
+            self._end("interrupted", self._loop.time())
             raise
         attempt.future = future
         self._attempt = attempt
@@ -397,8 +398,9 @@ class Reply(Driver, Generic[T]):
         future = attempt.future
         assert future is not None
         if future.cancelled():
-            self._close(attempt, "superseded")
-            self._end("superseded")
+            now = self._loop.time()
+            self._close(attempt, "superseded", now)
+            self._end("superseded", now)
             return None
         if (reason := future.exception()) is not None:
             return self._classify(self._request.explain(reason))
@@ -481,8 +483,9 @@ class Reply(Driver, Generic[T]):
             # The caller would hear another attempt as a second reply.
             self._give_up(failure, "output_started")
         elif delivery.cancelled:
-            self._close(attempt, "interrupted")
-            self._end("interrupted")
+            now = self._loop.time()
+            self._close(attempt, "interrupted", now)
+            self._end("interrupted", now)
         else:
             self._succeed(attempt)
         return None
@@ -623,17 +626,18 @@ class Reply(Driver, Generic[T]):
     ) -> None:
         """Record a failed attempt, and make sure that its reply is not heard later."""
         assert attempt.future is not None
+        now = self._loop.time()
         self._record_failure(failure)
         self._codes.append(failure.code or failure.error_type)
         with suppress_and_log("Request.abandon"):
             self._request.abandon(attempt.future, next_action)
         if self._circuit is not None:
             with suppress_and_log("reporting a failure to the circuit breaker"):
-                self._circuit.fail(failure, attempt.began, self._loop.time())
+                self._circuit.fail(failure, attempt.began, now)
         attempt.failure = failure
         attempt.next_action = next_action
         attempt.next_delay = next_delay
-        self._close(attempt, "failed")
+        self._close(attempt, "failed", now)
 
     def _note_output(self) -> None:
         """Report the first output of a response."""
@@ -652,11 +656,11 @@ class Reply(Driver, Generic[T]):
         if self._last is None or self._last.ended_locally or not failure.ended_locally:
             self._last = failure
 
-    def _close(self, attempt: Attempt[T], result: semconv.Result) -> None:
+    def _close(self, attempt: Attempt[T], result: semconv.Result, now: float) -> None:
         """Record the end of the current attempt."""
         self._attempt = None
         attempt.result = result
-        self._trace.attempt_ended(attempt, attempt.seconds_to_output(self._loop.time()))
+        self._trace.attempt_ended(attempt, attempt.seconds_to_output(now))
 
     def _end_wait(self) -> float:
         """Record the wait before an attempt, if there is one, and return its seconds."""
@@ -673,8 +677,10 @@ class Reply(Driver, Generic[T]):
             self._attempt = None
             self._finish_up(None)
             return
-        self._close(attempt, "succeeded")
-        self._end(None, first_output_at=None if delivery is None else delivery.first_output_at)
+        now = self._loop.time()
+        self._close(attempt, "succeeded", now)
+        heard = None if delivery is None else delivery.first_output_at
+        self._end(None, now if heard is None else heard)
 
     def _give_up(self, failure: Failure, stop: semconv.StopReason, *, note: bool = True) -> None:
         """End the reply as failed, and raise the error to the agent if it has no reply yet."""
@@ -688,7 +694,7 @@ class Reply(Driver, Generic[T]):
         self._record_failure(failure)
         assert self._last is not None
         self._end_wait()
-        self._end(stop, self._last)
+        self._end(stop, self._loop.time(), self._last)
         error = self._last.error
         if note and self._last.kind != "bug":
             said = f"{self._number} attempt(s), stopped by {stop}"
@@ -701,13 +707,10 @@ class Reply(Driver, Generic[T]):
                 self._on_failed(self._failed_reply(stop))
 
     def _end(
-        self,
-        stop: semconv.StopReason | None,
-        failure: Failure | None = None,
-        first_output_at: float | None = None,
+        self, stop: semconv.StopReason | None, at: float, failure: Failure | None = None
     ) -> None:
+        """Record the outcome of the reply, which the caller knows since ``at``."""
         self._ended = True
-        at = self._loop.time() if first_output_at is None else first_output_at
         self._trace.end(stop, at - self._began, failure)
         if stop in ("superseded", "interrupted"):
             with contextlib.suppress(RuntimeError):  # A closed loop runs no callbacks.
