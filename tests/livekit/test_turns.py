@@ -20,6 +20,7 @@ from support.providers import (
 
 import traced_retry
 from traced_retry import semconv
+from traced_retry.simulator import OpenAISimulator
 
 RECOVERING = {"openai": OPENAI, **SHARED_ENGINE}
 OBSERVED = {
@@ -134,6 +135,24 @@ class TestAnswer:
         await speak(talk)
 
         assert ([], []) == (recorder.replies, failures)
+
+    async def test_server_that_confirms_no_update(self, start_conversation, recorder):
+        """Its first event says that it answers the caller, so a silent turn is reported."""
+
+        class Terse(OpenAISimulator):
+            def connect(self, ws, http):
+                connection = super().connect(ws, http)
+                connection.handlers["session.update"] = connection.ignore
+                connection.configured = True
+                connection.session["turn_detection"] = {"type": "server_vad"}
+                return connection
+
+        talk = await start_conversation("ok,turn:silence", simulator=Terse)
+        assert None is await talk.reply()
+        await speak(talk)
+
+        assert [("succeeded", None), ("exhausted", "unsafe_to_resend")] == ended(recorder, None)
+        assert ["agent", "provider"] == initiators(recorder)
 
     @pytest.mark.parametrize("fault", ["silence", "stalled"])
     async def test_caller_speaks_again(self, fault, start_conversation, recorder, failures):
