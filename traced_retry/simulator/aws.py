@@ -271,7 +271,7 @@ def redirected(url: str, ca: bytes) -> Iterator[None]:
         ) from error
     stand_ins: dict[str, Callable[[Any], Any]] = {
         "_BedrockRuntimeConfig": lambda real: _Config(real, url),
-        "AWSCRTHTTPClient": partial(_trusting, ca=ca),
+        "AWSCRTHTTPClient": partial(trusting, ca=ca),
         "_get_credentials_resolver": lambda _: _Credentials,
     }
     if missing := [name for name in stand_ins if not hasattr(plugin, name)]:
@@ -632,7 +632,7 @@ class _Config:
         return self._real(**{**settings, "endpoint_uri": self._url})
 
 
-def _trusting(real: Any, ca: bytes) -> Any:
+def trusting(real: Any, ca: bytes) -> Any:
     """Return the SDK's transport as a class that trusts only the simulator's certificate."""
     from awscrt import io  # noqa: PLC0415 - the plugin brings it
 
