@@ -161,6 +161,21 @@ async def test_replay_ends_as_the_session_did(name, script, tmp_path, monkeypatc
     assert server.played == server.events
 
 
+async def test_aws_that_cannot_be_reached_is_counted(monkeypatch):
+    """The agent fails at once, and the recorder counts the connections without an answer."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
+    case, entries = PROVIDERS["aws"], []
+    async with case.simulator("ok") as upstream:
+        url = upstream.url
+    async with recording("aws", url, entries.append) as server:
+        outcomes, _ = await talk(case, server)
+
+    assert {"not_recoverable"} == {outcome for outcome, *_ in outcomes}
+    assert 1 == server.unreachable
+    assert [502] == [entry["http"] for entry in entries[1:] if entry["from"] == "server"]
+
+
 def test_each_provider_has_a_recorded_session():
     """A new simulator needs a session here. test_cassette.py has NVIDIA's."""
     recorded = {NAMES[name] for name, _ in SESSIONS}

@@ -271,7 +271,7 @@ def redirected(url: str, ca: bytes) -> Iterator[None]:
         ) from error
     stand_ins: dict[str, Callable[[Any], Any]] = {
         "_BedrockRuntimeConfig": lambda real: _Config(real, url),
-        "AWSCRTHTTPClient": partial(trusting, ca=ca),
+        "AWSCRTHTTPClient": partial(_trusting, ca=ca),
         "_get_credentials_resolver": lambda _: _Credentials,
     }
     if missing := [name for name in stand_ins if not hasattr(plugin, name)]:
@@ -289,23 +289,21 @@ def redirected(url: str, ca: bytes) -> Iterator[None]:
             setattr(plugin, name, value)
 
 
-class Client(asyncio.Protocol):
-    """One HTTP/2 connection."""
+class HTTP2(asyncio.Protocol):
+    """One side of an HTTP/2 connection."""
 
     transport: asyncio.Transport
 
-    def __init__(self, server: AWSSimulator) -> None:
-        self.server = server
-        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
-        self.streams: dict[int, Stream] = {}
+    def __init__(self, *, client_side: bool) -> None:
+        config = h2.config.H2Configuration(client_side=client_side, header_encoding="utf-8")
+        self.h2 = h2.connection.H2Connection(config)
         self._unsent: dict[int, bytes] = {}
         self._ending: set[int] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send the server's settings."""
+        """Send the settings."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self.server._clients.add(self)
         self.h2.initiate_connection()
         self.flush()
 
@@ -313,6 +311,10 @@ class Client(asyncio.Protocol):
         """Handle the HTTP/2 events in the data. An invalid one ends the connection."""
         try:
             for event in self.h2.receive_data(data):
+                if isinstance(event, h2.events.DataReceived):
+                    self._acknowledge(event)
+                elif isinstance(event, h2.events.WindowUpdated):
+                    self._push()
                 self.handle(event)
         except h2.exceptions.ProtocolError:
             self.abort()
@@ -320,29 +322,17 @@ class Client(asyncio.Protocol):
         self.flush()
 
     def handle(self, event: h2.events.Event) -> None:
-        """Pass an HTTP/2 event on to its stream."""
-        if isinstance(event, h2.events.RequestReceived):
-            path = dict(event.headers)[b":path"].decode()
-            stream = self.server.new_stream(self, event.stream_id, path)
-            self.streams[event.stream_id] = stream
-            stream.start()
-        elif isinstance(event, h2.events.DataReceived):
-            # Send a window update at once, not when half the window is used. It carries the TCP
-            # acknowledgement, which the client's next small packet waits for (40 ms).
-            if event.flow_controlled_length:
-                self.h2.increment_flow_control_window(event.flow_controlled_length)
-                self.h2.increment_flow_control_window(event.flow_controlled_length, event.stream_id)
-            if session := self.streams.get(event.stream_id):
-                session.feed(event.data)
-        elif isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)) and (
-            session := self.streams.get(event.stream_id)
-        ):
-            session.end()
-        elif isinstance(event, h2.events.WindowUpdated):
-            self._push()
+        """Handle an HTTP/2 event."""
+
+    def _acknowledge(self, event: h2.events.DataReceived) -> None:
+        # Send a window update at once, not when half the window is used. It carries the TCP
+        # acknowledgement, which the other side's next small packet waits for (40 ms).
+        if event.flow_controlled_length:
+            self.h2.increment_flow_control_window(event.flow_controlled_length)
+            self.h2.increment_flow_control_window(event.flow_controlled_length, event.stream_id)
 
     def send(self, stream_id: int, data: bytes, *, end: bool = False) -> None:
-        """Send data on a stream as soon as the windows of the client allow it."""
+        """Send data on a stream as soon as the windows of the other side allow it."""
         self._unsent[stream_id] = self._unsent.get(stream_id, b"") + data
         if end:
             self._ending.add(stream_id)
@@ -352,19 +342,19 @@ class Client(asyncio.Protocol):
         for stream_id in list(self._unsent):
             try:
                 self._send_allowed(stream_id)
-            except h2.exceptions.ProtocolError:  # The client has reset the stream.
+            except h2.exceptions.ProtocolError:  # The other side has reset the stream.
                 self._unsent[stream_id] = b""
             if not self._unsent[stream_id]:
                 del self._unsent[stream_id]
         self.flush()
 
     def _send_allowed(self, stream_id: int) -> None:
-        while (
-            self._unsent[stream_id] and (window := self.h2.local_flow_control_window(stream_id)) > 0
-        ):
+        while (data := self._unsent[stream_id]) and (
+            window := self.h2.local_flow_control_window(stream_id)
+        ) > 0:
             size = min(window, self.h2.max_outbound_frame_size)
-            self.h2.send_data(stream_id, self._unsent[stream_id][:size])
-            self._unsent[stream_id] = self._unsent[stream_id][size:]
+            self.h2.send_data(stream_id, data[:size])
+            self._unsent[stream_id] = data[size:]
         if stream_id in self._ending and not self._unsent[stream_id]:
             self.h2.end_stream(stream_id)
 
@@ -377,11 +367,40 @@ class Client(asyncio.Protocol):
         """Close the connection, and every stream with it."""
         self.transport.abort()
 
+
+class Client(HTTP2):
+    """The server's side of a client's connection."""
+
+    def __init__(self, server: AWSSimulator) -> None:
+        super().__init__(client_side=False)
+        self.server = server
+        self.streams: dict[int, Stream] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the settings."""
+        self.server._clients.add(self)
+        super().connection_made(transport)
+
+    def handle(self, event: h2.events.Event) -> None:
+        """Pass an HTTP/2 event on to its stream."""
+        if isinstance(event, h2.events.RequestReceived):
+            path = next(str(value) for name, value in event.headers if name == ":path")
+            new = self.server.new_stream(self, event.stream_id, path)
+            self.streams[event.stream_id] = new
+            new.start()
+        elif isinstance(event, h2.events.DataReceived):
+            if stream := self.streams.get(event.stream_id):
+                stream.feed(event.data)
+        elif isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)) and (
+            stream := self.streams.get(event.stream_id)
+        ):
+            stream.end()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget all streams."""
         self.server._clients.discard(self)
-        for session in list(self.streams.values()):
-            session.forget()
+        for stream in list(self.streams.values()):
+            stream.forget()
 
 
 class Stream(ABC):
@@ -632,7 +651,7 @@ class _Config:
         return self._real(**{**settings, "endpoint_uri": self._url})
 
 
-def trusting(real: Any, ca: bytes) -> Any:
+def _trusting(real: Any, ca: bytes) -> Any:
     """Return the SDK's transport as a class that trusts only the simulator's certificate."""
     from awscrt import io  # noqa: PLC0415 - the plugin brings it
 
@@ -640,8 +659,7 @@ def trusting(real: Any, ca: bytes) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             options = io.TlsContextOptions()
-            if ca:
-                options.override_default_trust_store(ca)
+            options.override_default_trust_store(ca)
             self._tls_ctx = io.ClientTlsContext(options)
 
         def __deepcopy__(self, memo: Any) -> Transport:

@@ -2,8 +2,8 @@
 """AWS's side of :mod:`record` and :mod:`replay`.
 
 Nova Sonic's plugin signs its request and each event for the host that it connects to. So the
-recorder opens its own stream with the plugin's SDK, which signs them again with the credentials of
-the recorder's environment. The frames of the provider are passed on unchanged.
+recorder signs them again with the plugin's SDK and the credentials of its own environment, and
+passes them on in a stream of its own. The provider's frames are passed on unchanged.
 """
 
 from __future__ import annotations
@@ -13,26 +13,35 @@ import contextlib
 import json
 import re
 import ssl
+from collections.abc import AsyncIterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 from urllib.parse import unquote
+
+import h2.events
+from yarl import URL
 
 from traced_retry.errors import UsageError
 from traced_retry.simulator.aws import (
+    HTTP2,
     AWSSimulator,
     Client,
     Event,
     Stream,
     decode_frame,
     event_in,
-    trusting,
 )
 from traced_retry.simulator.cassette import ABORTED, Entry
 from traced_retry.simulator.record import Recorder
 from traced_retry.simulator.replay import NO_FURTHER, Call, Playback, Replayer
 
-_ENDED = 1000
-_ERROR_TYPE = "x-amzn-errortype"
+_ENDED: Final = 1000
+_ERROR_TYPE: Final = "x-amzn-errortype"
+_DEFAULT_REGION: Final = "us-east-1"
+_NOT_IN_HTTP2: Final = ("host", "connection", "transfer-encoding")
+
+
+# --- the recorder -----------------------------------------------------------------------------
 
 
 class AWSRecorder(Recorder, AWSSimulator):
@@ -45,40 +54,26 @@ class AWSRecorder(Recorder, AWSSimulator):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.credentials = _credentials()
-        self.passing: set[asyncio.Task[None]] = set()
-
-    async def close(self) -> None:
-        """Stop listening and close every connection, also those to the provider."""
-        await super().close()
-        await asyncio.gather(*self.passing)
 
     def new_stream(self, client: Client, stream_id: int, path: str) -> Stream:
         """Return the server's side of a new stream."""
         return _Recorded(self, client, stream_id, path)
 
-    async def upstream(self, path: str) -> tuple[Any, Any]:
-        """Return a new stream to the provider, and its HTTP client."""
-        from aws_sdk_bedrock_runtime.client import AsyncBedrockRuntimeClient  # noqa: PLC0415
-        from aws_sdk_bedrock_runtime.config import AsyncBedrockRuntimeConfig  # noqa: PLC0415
-        from aws_sdk_bedrock_runtime.models import (  # noqa: PLC0415
-            InvokeModelWithBidirectionalStreamOperationInput,
-        )
+    async def connect_upstream(self) -> _Upstream:
+        """Connect to the provider.
 
-        region = re.search(r"bedrock-runtime[\w-]*\.([\w-]+)\.", self.to)
-        http = _http_client(self.trust or ssl.create_default_context())
-        config = await AsyncBedrockRuntimeConfig.resolve(
-            endpoint_uri=self.to,
-            region=region[1] if region else "us-east-1",
-            aws_credentials_identity_resolver=self.credentials,
-            transport=http,
+        Raises:
+            OSError: if the provider cannot be reached.
+        """
+        url, context = URL(self.to), None
+        if url.scheme == "https":
+            context = self.trust or ssl.create_default_context()
+            context.set_alpn_protocols(["h2"])
+        loop = asyncio.get_running_loop()
+        _, upstream = await loop.create_connection(
+            _Upstream, url.host or "", url.port or 0, ssl=context
         )
-        model = unquote(path.split("/")[2])
-        stream = await AsyncBedrockRuntimeClient(
-            config=config
-        ).invoke_model_with_bidirectional_stream(
-            InvokeModelWithBidirectionalStreamOperationInput(model_id=model)
-        )
-        return stream, http
+        return upstream
 
 
 class _Recorded(Stream):
@@ -87,94 +82,80 @@ class _Recorded(Stream):
     def __init__(self, recorder: AWSRecorder, client: Client, stream_id: int, path: str) -> None:
         super().__init__(client, stream_id)
         self.recorder = recorder
-        self.path = path
+        self.model = unquote(path.removeprefix(recorder.path).partition("/")[0])
         self.number = recorder.new_connection("POST")
-        self.events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self.opened = False
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
 
     def start(self) -> None:
-        task = asyncio.create_task(self.pass_on())
-        self.recorder.passing.add(task)
-        task.add_done_callback(self.recorder.passing.discard)
+        self.run(self.pass_on())
 
     def hear(self, event: Event) -> None:
-        self.recorder.entry(self.number, "client", event=self.recorder.redact(event))
+        self.entry("client", event=self.recorder.redact(event))
         self.events.put_nowait(event)
 
-    def forget(self) -> None:
-        super().forget()
-        self.events.put_nowait(None)
+    def entry(self, sender: str, **what: Any) -> None:
+        self.recorder.entry(self.number, sender, **what)
 
     async def pass_on(self) -> None:
         """Pass on the events of both sides until one of them ends."""
-        stream, http = await self.recorder.upstream(self.path)
-        requests = asyncio.create_task(self.pass_requests(stream.input_stream))
-        answers = asyncio.create_task(self.pass_answers(stream, http))
-        await asyncio.wait({requests, answers}, return_when=asyncio.FIRST_COMPLETED)
-        requests.cancel()
-        # The end of the connection also ends the answers. Before their start it does not, and
-        # after their start awscrt cannot bear that they are cancelled.
-        await http.close()
-        if not self.opened:
-            answers.cancel()
-        await asyncio.gather(requests, answers, return_exceptions=True)
-
-    async def pass_requests(self, target: Any) -> None:
-        """Pass on the events of the client until it leaves."""
-        from aws_sdk_bedrock_runtime.models import (  # noqa: PLC0415
-            BidirectionalInputPayloadPart,
-            InvokeModelWithBidirectionalStreamInputChunk,
-        )
-
-        with contextlib.suppress(OSError):  # The provider has ended the stream.
-            while event := await self.events.get():
-                part = BidirectionalInputPayloadPart(bytes_=json.dumps({"event": event}).encode())
-                await target.send(InvokeModelWithBidirectionalStreamInputChunk(value=part))
-        await target.close()
-
-    async def pass_answers(self, stream: Any, http: Any) -> None:
-        """Pass on the answer of the provider, and its frames until it ends the stream."""
-        from smithy_core.exceptions import SmithyError  # noqa: PLC0415
-
+        signer = _Signer(self.recorder.to, self.recorder.credentials)
+        request = await signer.sign_request(self.model)
         try:
-            await stream.await_output()
-        except SmithyError as error:
-            await self.pass_refusal(http.answer, str(getattr(error, "message", "")))
+            upstream = await self.recorder.connect_upstream()
+        except OSError:
+            self.fail_to_reach()
             return
-        self.opened = True
-        self.recorder.entry(self.number, "server", http=HTTPStatus.OK, headers={})
-        self.accept()
+        try:
+            upstream.request(request)
+            self.run(self.pass_requests(signer, upstream))
+            await self.pass_answers(upstream)
+        finally:
+            upstream.transport.close()
+
+    def fail_to_reach(self) -> None:
+        """Count that the provider did not answer, and send HTTP 502."""
+        self.recorder.unreachable += 1
+        self.pass_refusal(HTTPStatus.BAD_GATEWAY, "", "")
+
+    async def pass_requests(self, signer: _Signer, upstream: _Upstream) -> None:
+        """Pass on the events of the client."""
+        while True:
+            upstream.send(upstream.stream_id, await signer.sign_event(await self.events.get()))
+
+    async def pass_answers(self, upstream: _Upstream) -> None:
+        """Pass on the answer of the provider, and its frames until it ends the stream."""
+        headers = await upstream.headers()
+        if not headers:
+            self.fail_to_reach()
+            return
         received = b""
-        while chunk := await http.answer.get_next_response_chunk():
-            received += chunk
+        if (status := int(headers[":status"])) != HTTPStatus.OK:
+            async for data in upstream.data():
+                received += data
+            message = ""
+            with contextlib.suppress(ValueError, AttributeError):
+                message = str(json.loads(received).get("message"))
+            self.pass_refusal(status, headers.get(_ERROR_TYPE, "").partition(":")[0], message)
+            return
+        self.entry("server", http=status, headers={})
+        self.accept()
+        async for data in upstream.data():
+            received += data
             while frame := decode_frame(received):
-                headers, payload, length = frame
-                self.recorder.entry(self.number, "server", **self.redacted(headers, payload))
+                frame_headers, payload, length = frame
+                self.entry("server", **self.redacted(frame_headers, payload))
                 self.client.send(self.id, received[:length])
                 received = received[length:]
-        if self.id not in self.client.streams:
-            return  # The client left first.
-        completion = http.answer.completion_future
-        if completion.done() and completion.exception():
-            self.recorder.entry(self.number, "server", close=ABORTED, reason="")
-            self.drop()
-        else:
-            self.recorder.entry(self.number, "server", close=_ENDED, reason="")
+        self.entry("server", close=_ENDED if upstream.ended else ABORTED, reason="")
+        if upstream.ended:
             self.end()
-
-    async def pass_refusal(self, answer: Any, message: str) -> None:
-        """Pass on that the provider did not open the stream. Without an answer send HTTP 502."""
-        status, headers = int(HTTPStatus.BAD_GATEWAY), {}
-        if answer is None:
-            self.recorder.unreachable += 1
         else:
-            status = await answer.get_response_status_code()
-            headers = {n.lower(): value for n, value in await answer.get_response_headers()}
-        found = re.match(r"\w*", headers.get(_ERROR_TYPE, ""))
-        kind = found[0] if found else ""
-        self.recorder.entry(self.number, "server", http=status, headers={_ERROR_TYPE: kind})
-        if self.id in self.client.streams:
-            self.refuse(status, kind, message)
+            self.drop()
+
+    def pass_refusal(self, status: int, kind: str, message: str) -> None:
+        """Pass on that the provider did not open the stream."""
+        self.entry("server", http=status, headers={_ERROR_TYPE: kind})
+        self.refuse(status, kind, message)
 
     def redacted(self, headers: dict[str, str], payload: bytes) -> Entry:
         """Return a frame without its content."""
@@ -185,6 +166,148 @@ class _Recorded(Stream):
             return {"event": self.recorder.redact(event_in(payload))}
         except ValueError:
             return {"text": len(payload)}
+
+
+class _Upstream(HTTP2):
+    """A connection to the provider, with one stream."""
+
+    stream_id = 1
+
+    def __init__(self) -> None:
+        super().__init__(client_side=True)
+        self.ended = False
+        """Whether the provider has ended the stream, and not lost it."""
+        self._news: asyncio.Queue[h2.events.Event | None] = asyncio.Queue()
+
+    def request(self, request: Any) -> None:
+        """Send the headers of a request of the SDK."""
+        url = request.destination
+        headers = [
+            (":method", request.method),
+            (":scheme", url.scheme),
+            (":authority", url.netloc),
+            (":path", url.path),
+        ]
+        named = ((field.name.lower(), field.as_string()) for field in request.fields)
+        headers += [(name, value) for name, value in named if name not in _NOT_IN_HTTP2]
+        self.h2.send_headers(self.stream_id, headers)
+        self.flush()
+
+    def handle(self, event: h2.events.Event) -> None:
+        """Keep the events of the stream."""
+        if getattr(event, "stream_id", 0):
+            self._news.put_nowait(event)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the stream."""
+        self._news.put_nowait(None)
+
+    async def headers(self) -> dict[str, str]:
+        """Return the headers of the answer, or none if the connection is lost."""
+        while event := await self._news.get():
+            if isinstance(event, h2.events.ResponseReceived):
+                return {str(name): str(value) for name, value in event.headers}
+        return {}
+
+    async def data(self) -> AsyncIterator[bytes]:
+        """Yield the data until the stream ends."""
+        while event := await self._news.get():
+            if isinstance(event, h2.events.DataReceived):
+                yield event.data
+            elif isinstance(event, h2.events.StreamEnded):
+                self.ended = True
+                return
+            elif isinstance(event, h2.events.StreamReset):
+                return
+
+
+class _Signer:
+    """The SDK, which encodes and signs a request and its events. It sends neither.
+
+    It is the SDK's HTTP client, and keeps the request.
+    """
+
+    SUPPORTS_DUPLEX_STREAMING = True
+    TIMEOUT_EXCEPTIONS = ()
+
+    def __init__(self, to: str, credentials: Any) -> None:
+        self._to = to
+        self._credentials = credentials
+        self._request: Any = None
+        self._events: Any = None
+
+    def __deepcopy__(self, memo: Any) -> _Signer:
+        return self  # The SDK copies its configuration.
+
+    async def send(self, request: Any, **_: Any) -> Any:
+        """Keep the request. The SDK calls this."""
+        from smithy_http import Fields  # noqa: PLC0415 - optional
+        from smithy_http.aio import HTTPResponse  # noqa: PLC0415 - optional
+
+        self._request = request
+        return HTTPResponse(status=HTTPStatus.OK, fields=Fields())
+
+    async def sign_request(self, model: str) -> Any:
+        """Return a signed request for a stream with this model."""
+        from aws_sdk_bedrock_runtime.client import AsyncBedrockRuntimeClient  # noqa: PLC0415
+        from aws_sdk_bedrock_runtime.config import AsyncBedrockRuntimeConfig  # noqa: PLC0415
+        from aws_sdk_bedrock_runtime.models import (  # noqa: PLC0415
+            InvokeModelWithBidirectionalStreamOperationInput,
+        )
+
+        region = re.search(r"bedrock-runtime[\w-]*\.([\w-]+)\.", self._to)
+        config = await AsyncBedrockRuntimeConfig.resolve(
+            endpoint_uri=self._to,
+            region=region[1] if region else _DEFAULT_REGION,
+            aws_credentials_identity_resolver=self._credentials,
+            transport=self,
+        )
+        client = AsyncBedrockRuntimeClient(config=config)
+        stream = await client.invoke_model_with_bidirectional_stream(
+            InvokeModelWithBidirectionalStreamOperationInput(model_id=model)
+        )
+        await stream.await_output()
+        self._events = stream.input_stream
+        return self._request
+
+    async def sign_event(self, event: Event) -> bytes:
+        """Return the frame of a signed event."""
+        from aws_sdk_bedrock_runtime.models import (  # noqa: PLC0415
+            BidirectionalInputPayloadPart,
+            InvokeModelWithBidirectionalStreamInputChunk,
+        )
+
+        part = BidirectionalInputPayloadPart(bytes_=json.dumps({"event": event}).encode())
+        await self._events.send(InvokeModelWithBidirectionalStreamInputChunk(value=part))
+        frame: bytes = await anext(self._request.body)
+        return frame
+
+
+def _credentials() -> Any:
+    """Return the plugin's lookup of credentials, which has found some."""
+    try:
+        from aws_sdk_bedrock_runtime.client import AsyncBedrockRuntimeClient  # noqa: F401, PLC0415
+        from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+        from livekit.plugins.aws.experimental.realtime.realtime_model import (  # noqa: PLC0415
+            Boto3CredentialsResolver,
+        )
+    except ImportError:
+        raise UsageError(
+            "to record aws needs Python 3.12 and the plugin with a recent SDK: "
+            "pip install --upgrade 'livekit-plugins-aws[realtime]' aws-sdk-bedrock-runtime"
+        ) from None
+    with contextlib.suppress(BotoCoreError):
+        resolver = Boto3CredentialsResolver()
+        found = resolver.session.get_credentials()
+        if found is not None and found.get_frozen_credentials().access_key:
+            return resolver
+    raise UsageError(
+        "no valid AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+        "AWS_PROFILE"
+    )
+
+
+# --- the replay -------------------------------------------------------------------------------
 
 
 class AWSReplayer(Replayer, AWSSimulator):
@@ -238,47 +361,3 @@ class _Replayed(Stream):
             self.send_exception(entry["event"]["type"], entry["event"]["message"])
         else:
             self.send_event(self.fill(entry["event"]))
-
-
-def _credentials() -> Any:
-    """Return the plugin's lookup of credentials, which has found some."""
-    try:
-        from aws_sdk_bedrock_runtime.client import AsyncBedrockRuntimeClient  # noqa: F401, PLC0415
-        from botocore.exceptions import BotoCoreError  # noqa: PLC0415
-        from livekit.plugins.aws.experimental.realtime.realtime_model import (  # noqa: PLC0415
-            Boto3CredentialsResolver,
-        )
-    except ImportError:
-        raise UsageError(
-            "to record aws needs Python 3.12 and the plugin with a recent SDK: "
-            "pip install --upgrade 'livekit-plugins-aws[realtime]' aws-sdk-bedrock-runtime"
-        ) from None
-    found = None
-    with contextlib.suppress(BotoCoreError):
-        resolver = Boto3CredentialsResolver()
-        found = resolver.session.get_credentials()
-    if found is None:
-        raise UsageError(
-            "no AWS credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "AWS_PROFILE"
-        )
-    return resolver
-
-
-def _http_client(trust: ssl.SSLContext) -> Any:
-    """Return the SDK's HTTP client with the certificate authorities of ``trust``.
-
-    Its ``answer`` is the HTTP/2 stream of its request, as soon as it is connected.
-    """
-    from smithy_http.aio.crt import AWSCRTHTTPClient  # noqa: PLC0415
-
-    authorities = map(ssl.DER_cert_to_PEM_cert, trust.get_ca_certs(binary_form=True))
-
-    class Transport(trusting(AWSCRTHTTPClient, "".join(authorities).encode())):  # type: ignore[misc]
-        answer: Any = None
-
-        async def _await_response(self, stream: Any) -> Any:
-            self.answer = stream
-            return await super()._await_response(stream)
-
-    return Transport()
