@@ -477,7 +477,7 @@ class TestRecord:
         if provider == "aws" and sys.version_info < (3, 12):
             pytest.skip("livekit-plugins-aws[realtime] needs Python 3.12")
         page = (Path(__file__).parents[2] / "docs" / "simulate.md").read_text()
-        commands = [line for line in page.splitlines() if "call.jsonl" in line and line[0] == "$"]
+        commands = re.findall(r"^\$ .* openai .*call\.jsonl.*", page, re.MULTILINE)
         record, replay = (
             command.replace("openai ", f"{provider} ").split()[2:] for command in commands
         )

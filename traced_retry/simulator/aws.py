@@ -295,7 +295,7 @@ class HTTP2(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(self, *, client_side: bool) -> None:
-        config = h2.config.H2Configuration(client_side=client_side, header_encoding="utf-8")
+        config = h2.config.H2Configuration(client_side=client_side)
         self.h2 = h2.connection.H2Connection(config)
         self._unsent: dict[int, bytes] = {}
         self._ending: set[int] = set()
@@ -384,7 +384,7 @@ class Client(HTTP2):
     def handle(self, event: h2.events.Event) -> None:
         """Pass an HTTP/2 event on to its stream."""
         if isinstance(event, h2.events.RequestReceived):
-            path = next(str(value) for name, value in event.headers if name == ":path")
+            path = dict(event.headers)[b":path"].decode()
             new = self.server.new_stream(self, event.stream_id, path)
             self.streams[event.stream_id] = new
             new.start()

@@ -206,7 +206,7 @@ class _Upstream(HTTP2):
         """Return the headers of the answer, or none if the connection is lost."""
         while event := await self._news.get():
             if isinstance(event, h2.events.ResponseReceived):
-                return {str(name): str(value) for name, value in event.headers}
+                return {name.decode(): value.decode() for name, value in event.headers}
         return {}
 
     async def data(self) -> AsyncIterator[bytes]:
