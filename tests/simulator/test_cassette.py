@@ -149,7 +149,7 @@ def test_message_keeps_its_meaning(message):
 
 def test_aws_without_its_plugin(monkeypatch):
     """The message says how to install the plugin."""
-    monkeypatch.setitem(sys.modules, "livekit.plugins.aws.experimental.realtime", None)
+    monkeypatch.setitem(sys.modules, "aws_sdk_bedrock_runtime.client", None)
     with pytest.raises(UsageError, match="and the plugin with a recent SDK: pip install"):
         recorder("aws", "https://127.0.0.1:1", print)
 

@@ -446,7 +446,7 @@ class Stream(ABC):
 
     def refuse(self, status: int, kind: str, message: str) -> None:
         """Answer the request with an error of this kind."""
-        del self.client.streams[self.id]
+        self.stop()
         headers = [
             (":status", str(status)),
             ("content-type", "application/json"),
@@ -484,11 +484,15 @@ class Stream(ABC):
             self.client.send(self.id, b"", end=True)
 
     def forget(self) -> None:
-        """End the stream and cancel its delayed events."""
+        """Stop, and count the stream if it is lost."""
+        self.stop()
+        self.server.closed(lost=self.lost)
+
+    def stop(self) -> None:
+        """Remove the stream and cancel its delayed events."""
         self.client.streams.pop(self.id, None)
         for task in self._tasks:
             task.cancel()
-        self.server.closed(lost=self.lost)
 
     def after(self, seconds: float, work: Callable[[], None]) -> None:
         """Do work after ``seconds``, unless the stream ends before."""

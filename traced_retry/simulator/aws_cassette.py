@@ -164,7 +164,7 @@ class _Recorded(Stream):
                 event = {"type": kind, "message": json.loads(payload).get("message", "")}
                 return {"exception": True, "event": self.recorder.redact(event)}
             return {"event": self.recorder.redact(event_in(payload))}
-        except ValueError:
+        except (ValueError, AttributeError):
             return {"text": len(payload)}
 
 
@@ -187,6 +187,7 @@ class _Upstream(HTTP2):
             (":scheme", url.scheme),
             (":authority", url.netloc),
             (":path", url.path),
+            ("accept", "*/*"),
         ]
         named = ((field.name.lower(), field.as_string()) for field in request.fields)
         headers += [(name, value) for name, value in named if name not in _NOT_IN_HTTP2]
