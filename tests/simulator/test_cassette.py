@@ -16,6 +16,7 @@ from traced_retry import UsageError
 from traced_retry.core.failure import kind_of, wait_in
 from traced_retry.simulator import OpenAISimulator
 from traced_retry.simulator.aws import UNSTABLE
+from traced_retry.simulator.aws_cassette import region_in
 from traced_retry.simulator.cassette import Filler, Redactor, redact_message
 from traced_retry.simulator.nvidia import HANDSHAKE, TEXT, PersonaPlexSimulator
 from traced_retry.simulator.record import recorder
@@ -167,6 +168,20 @@ def test_aws_without_credentials(profile, monkeypatch):
         monkeypatch.setenv("AWS_PROFILE", profile)
     with pytest.raises(UsageError, match="no valid AWS credentials were found: set AWS_ACCESS_KE"):
         recorder("aws", "https://127.0.0.1:1", print)
+
+
+@pytest.mark.parametrize(
+    ("url", "region"),
+    [
+        ("https://bedrock-runtime.eu-north-1.amazonaws.com", "eu-north-1"),
+        ("https://bedrock-runtime-fips.us-west-2.amazonaws.com", "us-west-2"),
+        ("https://vpce-1.bedrock-runtime.eu-west-1.vpce.amazonaws.com", "eu-west-1"),
+        ("https://127.0.0.1:40123", "us-east-1"),
+    ],
+)
+def test_region_of_aws_is_in_the_address(url, region):
+    """AWS accepts only requests that are signed for its region."""
+    assert region == region_in(url)
 
 
 def test_address_is_checked():

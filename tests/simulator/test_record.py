@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import ssl
 
 import aiohttp
@@ -161,7 +162,15 @@ async def test_replay_ends_as_the_session_did(name, script, tmp_path, monkeypatc
     assert server.played == server.events
 
 
-async def test_aws_that_cannot_be_reached_is_counted(monkeypatch):
+class Expired:
+    """A lookup of AWS credentials that have expired."""
+
+    async def get_identity(self, **_):
+        raise ValueError(SECRET)
+
+
+@pytest.mark.parametrize("expired", [False, True])
+async def test_aws_that_cannot_be_reached_is_counted(expired, monkeypatch):
     """The agent fails at once, and the recorder counts the connections without an answer."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
@@ -169,11 +178,44 @@ async def test_aws_that_cannot_be_reached_is_counted(monkeypatch):
     async with case.simulator("ok") as upstream:
         url = upstream.url
     async with recording("aws", url, entries.append) as server:
+        if expired:
+            server.credentials = Expired()
         outcomes, _ = await talk(case, server)
 
     assert {"not_recoverable"} == {outcome for outcome, *_ in outcomes}
     assert 1 == server.unreachable
     assert [502] == [entry["http"] for entry in entries[1:] if entry["from"] == "server"]
+
+
+async def test_aws_request_is_signed_for_the_provider(monkeypatch):
+    """The request that arrives at the provider has the signature that botocore computes for it."""
+    auth = pytest.importorskip("botocore.auth", reason="livekit-plugins-aws[realtime]")
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
+    case, received = PROVIDERS["aws"], []
+    async with case.simulator("ok") as upstream:
+        new_stream = upstream.new_stream
+        upstream.new_stream = lambda client, number, headers: (
+            received.append(headers) or new_stream(client, number, headers)
+        )
+        async with recording("aws", upstream.url, print, trust=trust_in(upstream)) as server:
+            await talk(case, server)
+
+    (headers,) = received
+    url = f"https://{headers[':authority']}{headers[':path']}"
+    request = AWSRequest("POST", url, {n: v for n, v in headers.items() if n[0] != ":"})
+    request.context["timestamp"] = headers["x-amz-date"]
+    method, scope, signed, signature = re.split(r",? \w+=", headers["authorization"])
+    for name in set(request.headers) - set(signed.split(";")):
+        del request.headers[name]
+    signer = auth.SigV4Auth(Credentials("id", KEY), "bedrock", "us-east-1")
+    text = signer.string_to_sign(request, signer.canonical_request(request))
+
+    assert ("AWS4-HMAC-SHA256", signer.scope(request)) == (method, scope)
+    assert signer.signature(text, request) == signature
 
 
 def test_each_provider_has_a_recorded_session():

@@ -22,7 +22,7 @@ import struct
 import uuid
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -217,7 +217,7 @@ class AWSSimulator(Simulator):
 
     # For the clients:
 
-    def new_stream(self, client: Client, stream_id: int, path: str) -> Stream:
+    def new_stream(self, client: Client, stream_id: int, headers: dict[str, str]) -> Stream:
         """Return the server's side of a new stream."""
         return _Session(client, stream_id)
 
@@ -287,6 +287,11 @@ def redirected(url: str, ca: bytes) -> Iterator[None]:
     finally:
         for name, value in real.items():
             setattr(plugin, name, value)
+
+
+def decode_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Return the headers of HTTP/2 as text."""
+    return {name.decode(): value.decode() for name, value in headers}
 
 
 class HTTP2(asyncio.Protocol):
@@ -384,8 +389,7 @@ class Client(HTTP2):
     def handle(self, event: h2.events.Event) -> None:
         """Pass an HTTP/2 event on to its stream."""
         if isinstance(event, h2.events.RequestReceived):
-            path = dict(event.headers)[b":path"].decode()
-            new = self.server.new_stream(self, event.stream_id, path)
+            new = self.server.new_stream(self, event.stream_id, decode_headers(event.headers))
             self.streams[event.stream_id] = new
             new.start()
         elif isinstance(event, h2.events.DataReceived):

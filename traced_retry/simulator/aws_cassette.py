@@ -29,6 +29,7 @@ from traced_retry.simulator.aws import (
     Event,
     Stream,
     decode_frame,
+    decode_headers,
     event_in,
 )
 from traced_retry.simulator.cassette import ABORTED, Entry
@@ -55,9 +56,10 @@ class AWSRecorder(Recorder, AWSSimulator):
         super().__init__(**settings)
         self.credentials = _credentials()
 
-    def new_stream(self, client: Client, stream_id: int, path: str) -> Stream:
+    def new_stream(self, client: Client, stream_id: int, headers: dict[str, str]) -> Stream:
         """Return the server's side of a new stream."""
-        return _Recorded(self, client, stream_id, path)
+        model = unquote(headers[":path"].removeprefix(self.path).partition("/")[0])
+        return _Recorded(self, client, stream_id, model)
 
     async def connect_upstream(self) -> _Upstream:
         """Connect to the provider.
@@ -79,10 +81,10 @@ class AWSRecorder(Recorder, AWSSimulator):
 class _Recorded(Stream):
     """A stream of the client, and the one to the provider."""
 
-    def __init__(self, recorder: AWSRecorder, client: Client, stream_id: int, path: str) -> None:
+    def __init__(self, recorder: AWSRecorder, client: Client, stream_id: int, model: str) -> None:
         super().__init__(client, stream_id)
         self.recorder = recorder
-        self.model = unquote(path.removeprefix(recorder.path).partition("/")[0])
+        self.model = model
         self.number = recorder.new_connection("POST")
         self.events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -99,10 +101,10 @@ class _Recorded(Stream):
     async def pass_on(self) -> None:
         """Pass on the events of both sides until one of them ends."""
         signer = _Signer(self.recorder.to, self.recorder.credentials)
-        request = await signer.sign_request(self.model)
         try:
+            request = await signer.sign_request(self.model)
             upstream = await self.recorder.connect_upstream()
-        except OSError:
+        except (OSError, ValueError):
             self.fail_to_reach()
             return
         try:
@@ -204,10 +206,12 @@ class _Upstream(HTTP2):
         self._news.put_nowait(None)
 
     async def headers(self) -> dict[str, str]:
-        """Return the headers of the answer, or none if the connection is lost."""
+        """Return the headers of the answer, or none if the stream is lost."""
         while event := await self._news.get():
             if isinstance(event, h2.events.ResponseReceived):
-                return {name.decode(): value.decode() for name, value in event.headers}
+                return decode_headers(event.headers)
+            if isinstance(event, h2.events.StreamReset):
+                break
         return {}
 
     async def data(self) -> AsyncIterator[bytes]:
@@ -249,17 +253,21 @@ class _Signer:
         return HTTPResponse(status=HTTPStatus.OK, fields=Fields())
 
     async def sign_request(self, model: str) -> Any:
-        """Return a signed request for a stream with this model."""
+        """Return a signed request for a stream with this model.
+
+        Raises:
+            ValueError: if the credentials are no longer valid.
+        """
         from aws_sdk_bedrock_runtime.client import AsyncBedrockRuntimeClient  # noqa: PLC0415
         from aws_sdk_bedrock_runtime.config import AsyncBedrockRuntimeConfig  # noqa: PLC0415
         from aws_sdk_bedrock_runtime.models import (  # noqa: PLC0415
             InvokeModelWithBidirectionalStreamOperationInput,
         )
 
-        region = re.search(r"bedrock-runtime[\w-]*\.([\w-]+)\.", self._to)
+        await self._credentials.get_identity()  # The SDK would wait forever after an error.
         config = await AsyncBedrockRuntimeConfig.resolve(
             endpoint_uri=self._to,
-            region=region[1] if region else _DEFAULT_REGION,
+            region=region_in(self._to),
             aws_credentials_identity_resolver=self._credentials,
             transport=self,
         )
@@ -282,6 +290,12 @@ class _Signer:
         await self._events.send(InvokeModelWithBidirectionalStreamInputChunk(value=part))
         frame: bytes = await anext(self._request.body)
         return frame
+
+
+def region_in(url: str) -> str:
+    """Return the region in an address of AWS, or that of the plugin if the address has none."""
+    found = re.search(r"bedrock-runtime[\w-]*\.([\w-]+)\.", url)
+    return found[1] if found else _DEFAULT_REGION
 
 
 def _credentials() -> Any:
@@ -314,7 +328,7 @@ def _credentials() -> Any:
 class AWSReplayer(Replayer, AWSSimulator):
     """The server that plays a cassette of Nova Sonic."""
 
-    def new_stream(self, client: Client, stream_id: int, path: str) -> Stream:
+    def new_stream(self, client: Client, stream_id: int, headers: dict[str, str]) -> Stream:
         """Return the server's side of a new stream."""
         call = self.next_call("POST") or Call("POST", 0.0)
         return _Replayed(self, client, stream_id, call)
