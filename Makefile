@@ -12,10 +12,10 @@ PIP := $(PINNED) $(BIN)/python $(INSTALL)
 SOURCES := pyproject.toml README.md $(shell find traced_retry exporters dashboards -type f -not -name '*.pyc')
 # The package is built once, and every environment installs this wheel.
 WHEEL := dist/traced_retry-$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-py3-none-any.whl
-# One process more than there are cores, because the tests wait half of their time. Tests that share
-# a server stay on one of them, and the longest start first: see tests/conftest.py.
+# Two processes per core, because the tests wait half of their time. Tests that share a server stay on
+# one of them, and the longest start first: see tests/conftest.py.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell echo $$(($(CORES) + 1)))
+export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell echo $$(($(CORES) * 2)))
 PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 
 help:  ## this list

@@ -49,8 +49,12 @@ LONGEST = [
     "test_doctor.py",
     "test_presets.py",
     "test_cli.py",
+    "test_mutated_events.py",
+    "test_breaker.py",
+    "test_plugin.py",
+    "test_skips.py",
 ]
-"""The files whose tests or fixtures take longest, for the most part because they wait."""
+"""The files whose tests or fixtures take longest, most of them because they wait."""
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

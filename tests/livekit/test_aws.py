@@ -724,6 +724,14 @@ class TestSimulator:
         with pytest.raises(ValueError, match="checksum"):
             decode_frame(bytes(frame))
 
+    async def test_text_longer_than_http2_frame_and_window_arrives(self, start_conversation):
+        """A text of 400 kB is sent in several frames, as the client's window allows."""
+        talk = await start_conversation("ok")
+        stream(talk).reply("12345678" * 50_000)
+        await asyncio.sleep(5)
+
+        assert ["12345678" * 50_000] == talk.heard
+
     async def test_simulator_records_requests_and_texts(self, start_conversation):
         """The simulator records requests, other texts, and the replies it completed."""
         talk = await start_conversation("ok")

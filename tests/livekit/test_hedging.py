@@ -10,6 +10,7 @@ import pytest
 from support.conversation import actions, codes, configured, ended, now
 
 from traced_retry import RetryBudget, semconv
+from traced_retry.simulator import OpenAISimulator
 
 
 class TestHedge:
@@ -37,6 +38,24 @@ class TestHedge:
         assert 1 == len(talk.heard)
         assert [("recovered", None)] == ended(recorder)
         assert 0 == recorder.open_spans
+
+    async def test_silent_server_gets_hedge_too(self, start_conversation, recorder):
+        """A server that has sent no event yet, not even about the session, may answer the hedge."""
+
+        class Silent(OpenAISimulator):
+            def connect(self, ws, http):
+                connection = super().connect(ws, http)
+                connection.handlers["session.update"] = connection.ignore
+                connection.greet = lambda: asyncio.sleep(0)
+                return connection
+
+        talk = await start_conversation("silence,ok", simulator=Silent, ready=False)
+
+        error, took = await talk.timed_reply()
+
+        assert (None, ["reply 2"]) == (error, talk.heard)
+        assert took <= 3.2
+        assert ["send", "hedge"] == actions(recorder)
 
     async def test_late_answer_to_first_request_is_adopted(self, start_conversation, recorder):
         """The first answer is the reply, and the second request is cancelled by its id."""

@@ -42,7 +42,7 @@ WORDS = {
     "aws": ("ok", "slow:1"),
 }
 """The first element of the script, by provider. The second is ``ok``."""
-EVENTS = 200
+EVENTS = 100
 """Mutated events per provider."""
 SHARES = {"aws": 0.05}
 """AWS's client has threads of its own, so its clock is slow, and it gets fewer events."""

@@ -20,6 +20,7 @@ from support.providers import (
 
 import traced_retry
 from traced_retry import semconv
+from traced_retry.simulator import OpenAISimulator
 
 RECOVERING = {"openai": OPENAI, **SHARED_ENGINE}
 OBSERVED = {
@@ -99,15 +100,29 @@ class TestAnswer:
         assert {0} == set(recorder.points("traced_retry.in_flight").values())
 
     async def test_duration_begins_when_caller_stops_speaking(self, start_conversation, recorder):
-        """The time until the server begins to answer is part of the caller's silence."""
-        talk = await start_conversation("turn:late:3")
+        """The time until the server ends the turn, and begins to answer, is part of the silence."""
+
+        class Thoughtful(OpenAISimulator):
+            def connect(self, ws, http):
+                connection = super().connect(ws, http)
+                send = connection.send
+
+                async def send_later(kind, **fields):
+                    if kind == "input_audio_buffer.committed":
+                        await asyncio.sleep(0.5)
+                    await send(kind, **fields)
+
+                connection.send = send_later
+                return connection
+
+        talk = await start_conversation("turn:late:3", simulator=Thoughtful)
         await configured(talk)
         await speak(talk)
 
         ((_, seconds),) = recorder.points("traced_retry.reply.duration").values()
-        assert 3.0 == pytest.approx(seconds, abs=0.01)
+        assert 3.5 == pytest.approx(seconds, abs=0.01)
         (span,) = (s for s in recorder.spans() if s.name == "generate_reply")
-        assert 3.0 == pytest.approx((span.end_time - span.start_time) / 1e9, abs=0.01)
+        assert 3.5 == pytest.approx((span.end_time - span.start_time) / 1e9, abs=0.01)
 
     async def test_spans_name_response_and_speech(self, start_conversation, recorder):
         """An engineer can go from the reply to LiveKit's turn, and back."""
@@ -134,6 +149,24 @@ class TestAnswer:
         await speak(talk)
 
         assert ([], []) == (recorder.replies, failures)
+
+    async def test_server_that_confirms_no_update(self, start_conversation, recorder):
+        """Its first event says that it answers the caller, so a silent turn is reported."""
+
+        class Terse(OpenAISimulator):
+            def connect(self, ws, http):
+                connection = super().connect(ws, http)
+                connection.handlers["session.update"] = connection.ignore
+                connection.configured = True
+                connection.session["turn_detection"] = {"type": "server_vad"}
+                return connection
+
+        talk = await start_conversation("ok,turn:silence", simulator=Terse)
+        assert None is await talk.reply()
+        await speak(talk)
+
+        assert [("succeeded", None), ("exhausted", "unsafe_to_resend")] == ended(recorder, None)
+        assert ["agent", "provider"] == initiators(recorder)
 
     @pytest.mark.parametrize("fault", ["silence", "stalled"])
     async def test_caller_speaks_again(self, fault, start_conversation, recorder, failures):

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
+import sys
 
 import aiohttp
 import pytest
@@ -13,6 +15,8 @@ import pytest
 from traced_retry import UsageError
 from traced_retry.core.failure import kind_of, wait_in
 from traced_retry.simulator import OpenAISimulator
+from traced_retry.simulator.aws import UNSTABLE
+from traced_retry.simulator.aws_cassette import region_in
 from traced_retry.simulator.cassette import Filler, Redactor, redact_message
 from traced_retry.simulator.nvidia import HANDSHAKE, TEXT, PersonaPlexSimulator
 from traced_retry.simulator.record import recorder
@@ -32,6 +36,12 @@ EVENTS = [
     {"setup": {"systemInstruction": "SECRET"}},
     {"serverContent": {"modelTurn": {"parts": [{"inlineData": {"data": SOUND}}]}}},
     {"serverContent": {"outputTranscription": {"text": "SECRET"}}},
+    {"textInput": {"promptName": "p", "content": "SECRET"}},
+    {"audioOutput": {"contentId": "c", "content": SOUND}},
+    {"toolUse": {"toolUseId": "t", "toolName": "f", "content": ARGUMENTS}},
+    {"toolResult": {"contentName": "c", "content": ARGUMENTS}},
+    {"promptStart": {"toolConfiguration": {"tools": [{"toolSpec": {"name": "SECRET"}}]}}},
+    {"contentStart": {"additionalModelFields": ARGUMENTS}},
     {"type": "client_tool_invocation", "toolName": "f", "parameters": {"type": "SECRET"}},
     {"type": "audio_chunk", "audio": SOUND, "text": "SECRET"},
     {"type": "config", "api_key": "SECRET", "system_prompt": "SECRET", "a_new_field": ["SECRET"]},
@@ -55,7 +65,9 @@ def test_fillers_have_the_length_of_the_content(event):
 
     def lengths(value):
         if isinstance(value, dict):
-            return {name: lengths(inner) for name, inner in value.items() if "id" not in name}
+            return {
+                name: lengths(inner) for name, inner in value.items() if "id" not in name.lower()
+            }
         if isinstance(value, list):
             return [lengths(inner) for inner in value]
         return len(value) if isinstance(value, str) else value
@@ -83,6 +95,21 @@ def test_fillers_stay_valid():
     assert {} == json.loads(filled["arguments"])
     assert len(base64.b64decode(SOUND)) == len(base64.b64decode(filled["audio"], validate=True))
     assert " " == filled["text"]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"contentStart": {"additionalModelFields": json.dumps({"generationStage": "FINAL"})}},
+        {"textOutput": {"content": '{ "interrupted" : true }', "role": "USER"}},
+        {"contentEnd": {"stopReason": "END_TURN"}},
+        {"usageEvent": {"details": {"delta": {"input": {"speechTokens": 5}}}}},
+        {"type": "validationException", "message": UNSTABLE},
+    ],
+)
+def test_signals_of_aws_remain(event):
+    """The plugin reads the stage of a text, an interruption, usage and the sort of an error."""
+    assert event == Filler()(Redactor()(event))
 
 
 def test_ids_are_those_of_the_present_session():
@@ -121,10 +148,40 @@ def test_message_keeps_its_meaning(message):
     assert kind_of(None, message=message) == kind_of(None, message=redacted)
 
 
-def test_aws_is_refused_with_the_reason():
-    """AWS refuses events that were signed for another host."""
-    with pytest.raises(UsageError, match="aws cannot be recorded: its plugin signs"):
+def test_aws_without_its_plugin(monkeypatch):
+    """The message says how to install the plugin."""
+    monkeypatch.setitem(sys.modules, "aws_sdk_bedrock_runtime.client", None)
+    with pytest.raises(UsageError, match="and the plugin with a recent SDK: pip install"):
         recorder("aws", "https://127.0.0.1:1", print)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the plugin needs Python 3.12")
+@pytest.mark.parametrize("profile", [None, "gone"])
+def test_aws_without_credentials(profile, monkeypatch):
+    """The message names the variables."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if profile:
+        monkeypatch.setenv("AWS_PROFILE", profile)
+    with pytest.raises(UsageError, match="no valid AWS credentials were found: set AWS_ACCESS_KE"):
+        recorder("aws", "https://127.0.0.1:1", print)
+
+
+@pytest.mark.parametrize(
+    ("url", "region"),
+    [
+        ("https://bedrock-runtime.eu-north-1.amazonaws.com", "eu-north-1"),
+        ("https://bedrock-runtime-fips.us-west-2.amazonaws.com", "us-west-2"),
+        ("https://vpce-1.bedrock-runtime.eu-west-1.vpce.amazonaws.com", "eu-west-1"),
+        ("https://127.0.0.1:40123", "us-east-1"),
+    ],
+)
+def test_region_of_aws_is_in_the_address(url, region):
+    """AWS accepts only requests that are signed for its region."""
+    assert region == region_in(url)
 
 
 def test_address_is_checked():

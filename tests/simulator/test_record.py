@@ -7,6 +7,8 @@ import asyncio
 import contextlib
 import json
 import random
+import re
+import ssl
 
 import aiohttp
 import pytest
@@ -18,7 +20,6 @@ import traced_retry
 from traced_retry.core.budget import refill
 from traced_retry.report.read import order, replies_of
 from traced_retry.simulator import PROVIDERS as SIMULATED
-from traced_retry.simulator.record import NOT_RECORDED
 from traced_retry.simulator.record import recorder as recording
 from traced_retry.simulator.replay import replayer
 from traced_retry.testing.spans import _as_stored
@@ -34,6 +35,7 @@ NAMES = {
     "ultravox": "ultravox",
     "phonic": "phonic",
     "gpt-live": "gpt-live",
+    "aws": "aws",
 }
 """The name on the command line of each provider of the tests."""
 SECRET = "SECRET Rumpelstiltskin"
@@ -68,6 +70,10 @@ SESSIONS = [
     ("phonic", "drop_before"),
     ("gpt-live", "ok"),
     ("gpt-live", "drop_before,ok"),
+    ("aws", "ok,turn:ok"),
+    ("aws", "late:12,error:systemInstability,ok"),
+    ("aws", "late:7,tool:look_up,drop_during"),
+    ("aws", "unauthorized,ok"),
 ]
 
 
@@ -81,6 +87,13 @@ class Caller(Agent):
     async def look_up(self) -> str:
         """Look up the SECRET."""
         return SECRET
+
+
+def trust_in(server):
+    """Return a context that trusts the certificate of a simulator, if it has one."""
+    if not hasattr(server, "ca"):
+        return None
+    return ssl.create_default_context(cadata=server.ca.decode())
 
 
 async def talk(provider, server, *, turns=None):
@@ -125,6 +138,8 @@ async def talk(provider, server, *, turns=None):
 async def test_replay_ends_as_the_session_did(name, script, tmp_path, monkeypatch):
     """Outcomes are the same, times differ by at most 50 ms, and the cassette has no secret."""
     monkeypatch.setattr(random, "uniform", lambda _, high: high)  # the jitter
+    for name_of_key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name_of_key, KEY)
     case, cassette = PROVIDERS[name], tmp_path / "cassette.jsonl"
     with cassette.open("w") as file:
         async with case.simulator(script) as upstream:
@@ -132,7 +147,7 @@ async def test_replay_ends_as_the_session_did(name, script, tmp_path, monkeypatc
                 NAMES[name],
                 upstream.url,
                 lambda entry: file.write(json.dumps(entry) + "\n"),
-                trust=getattr(upstream, "client_ssl", None),
+                trust=trust_in(upstream),
             )
             async with server:
                 turns = upstream if "turn:" in script else None
@@ -147,8 +162,64 @@ async def test_replay_ends_as_the_session_did(name, script, tmp_path, monkeypatc
     assert server.played == server.events
 
 
+class Expired:
+    """A lookup of AWS credentials that have expired."""
+
+    async def get_identity(self, **_):
+        raise ValueError(SECRET)
+
+
+@pytest.mark.parametrize("expired", [False, True])
+async def test_aws_that_cannot_be_reached_is_counted(expired, monkeypatch):
+    """The agent fails at once, and the recorder counts the connections without an answer."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
+    case, entries = PROVIDERS["aws"], []
+    async with case.simulator("ok") as upstream:
+        url = upstream.url
+    async with recording("aws", url, entries.append) as server:
+        if expired:
+            server.credentials = Expired()
+        outcomes, _ = await talk(case, server)
+
+    assert {"not_recoverable"} == {outcome for outcome, *_ in outcomes}
+    assert 1 == server.unreachable
+    assert [502] == [entry["http"] for entry in entries[1:] if entry["from"] == "server"]
+
+
+async def test_aws_request_is_signed_for_the_provider(monkeypatch):
+    """The request that arrives at the provider has the signature that botocore computes for it."""
+    auth = pytest.importorskip("botocore.auth", reason="livekit-plugins-aws[realtime]")
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
+    case, received = PROVIDERS["aws"], []
+    async with case.simulator("ok") as upstream:
+        new_stream = upstream.new_stream
+        upstream.new_stream = lambda client, number, headers: (
+            received.append(headers) or new_stream(client, number, headers)
+        )
+        async with recording("aws", upstream.url, print, trust=trust_in(upstream)) as server:
+            await talk(case, server)
+
+    (headers,) = received
+    url = f"https://{headers[':authority']}{headers[':path']}"
+    request = AWSRequest("POST", url, {n: v for n, v in headers.items() if n[0] != ":"})
+    request.context["timestamp"] = headers["x-amz-date"]
+    method, scope, signed, signature = re.split(r",? \w+=", headers["authorization"])
+    for name in set(request.headers) - set(signed.split(";")):
+        del request.headers[name]
+    signer = auth.SigV4Auth(Credentials("id", KEY), "bedrock", "us-east-1")
+    text = signer.string_to_sign(request, signer.canonical_request(request))
+
+    assert ("AWS4-HMAC-SHA256", signer.scope(request)) == (method, scope)
+    assert signer.signature(text, request) == signature
+
+
 def test_each_provider_has_a_recorded_session():
-    """A new simulator needs a session here. test_cassette.py has NVIDIA's, and AWS has none."""
+    """A new simulator needs a session here. test_cassette.py has NVIDIA's."""
     recorded = {NAMES[name] for name, _ in SESSIONS}
 
-    assert set(SIMULATED) == recorded | {"nvidia"} | set(NOT_RECORDED)
+    assert set(SIMULATED) == recorded | {"nvidia"}

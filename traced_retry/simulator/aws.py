@@ -21,7 +21,8 @@ import ssl
 import struct
 import uuid
 import zlib
-from collections.abc import Awaitable, Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -101,6 +102,19 @@ def _decode_headers(data: bytes) -> dict[str, str]:
     return headers
 
 
+def event_in(payload: bytes) -> Event:
+    """Return the JSON event in the payload of an inner frame.
+
+    Raises:
+        ValueError: if the payload has no event.
+    """
+    try:
+        event: Event = json.loads(base64.b64decode(json.loads(payload)["bytes"]))["event"]
+    except (KeyError, TypeError) as error:
+        raise ValueError("the payload of a frame has no event") from error
+    return event
+
+
 # --- the server -------------------------------------------------------------------------------
 
 
@@ -139,7 +153,7 @@ class AWSSimulator(Simulator):
         self.history: list[tuple[str, str]] = []
         self._ca = trustme.CA()
         self._server: asyncio.Server | None = None
-        self._clients: set[_Client] = set()
+        self._clients: set[Client] = set()
 
     @property
     def url(self) -> str:
@@ -171,7 +185,7 @@ class AWSSimulator(Simulator):
         context.set_alpn_protocols(["h2"])
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: _Client(self), self._host, self._port, ssl=context
+            lambda: Client(self), self._host, self._port, ssl=context
         )
 
     async def close(self) -> None:
@@ -203,14 +217,15 @@ class AWSSimulator(Simulator):
 
     # For the clients:
 
-    def refusal(self) -> tuple[int, str] | None:
-        """Return HTTP status and error type for a new stream, or None to let it open."""
-        if self.next_fault.name != "unauthorized":
-            return None
-        self.advance()
+    def new_stream(self, client: Client, stream_id: int, headers: dict[str, str]) -> Stream:
+        """Return the server's side of a new stream."""
+        return _Session(client, stream_id)
+
+    def refused_stream(self) -> None:
+        """Count a stream that was not opened."""
         self.refused += 1
         self._refused_one = True
-        return 403, "AccessDeniedException"
+        self.wake()
 
     def opened(self) -> None:
         """Count a stream."""
@@ -236,8 +251,8 @@ def redirected(url: str, ca: bytes) -> Iterator[None]:
     """Connect the real plugin to the simulator at ``url`` in the ``with`` block.
 
     The plugin gets made-up credentials. The function replaces module attributes of the plugin, so
-    use it for one simulator at a time. A
-    session keeps its transport: it stays redirected afterwards.
+    use it for one simulator at a time. A session keeps its transport: it stays redirected
+    afterwards.
 
     Args:
         url: the simulator's.
@@ -274,26 +289,37 @@ def redirected(url: str, ca: bytes) -> Iterator[None]:
             setattr(plugin, name, value)
 
 
-class _Client(asyncio.Protocol):
-    """One HTTP/2 connection."""
+def decode_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Return the headers of HTTP/2 as text."""
+    return {name.decode(): value.decode() for name, value in headers}
+
+
+class HTTP2(asyncio.Protocol):
+    """One side of an HTTP/2 connection."""
 
     transport: asyncio.Transport
 
-    def __init__(self, server: AWSSimulator) -> None:
-        self.server = server
-        self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
-        self.streams: dict[int, _Session] = {}
+    def __init__(self, *, client_side: bool) -> None:
+        config = h2.config.H2Configuration(client_side=client_side)
+        self.h2 = h2.connection.H2Connection(config)
+        self._unsent: dict[int, bytes] = {}
+        self._ending: set[int] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the settings."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self.server._clients.add(self)
         self.h2.initiate_connection()
         self.flush()
 
     def data_received(self, data: bytes) -> None:
+        """Handle the HTTP/2 events in the data. An invalid one ends the connection."""
         try:
             for event in self.h2.receive_data(data):
+                if isinstance(event, h2.events.DataReceived):
+                    self._acknowledge(event)
+                elif isinstance(event, h2.events.WindowUpdated):
+                    self._push()
                 self.handle(event)
         except h2.exceptions.ProtocolError:
             self.abort()
@@ -301,39 +327,44 @@ class _Client(asyncio.Protocol):
         self.flush()
 
     def handle(self, event: h2.events.Event) -> None:
-        if isinstance(event, h2.events.RequestReceived):
-            self.open(event.stream_id)
-        elif isinstance(event, h2.events.DataReceived):
-            # Send a window update at once, not when half the window is used. It carries the TCP
-            # acknowledgement, which the client's next small packet waits for (40 ms).
-            if event.flow_controlled_length:
-                self.h2.increment_flow_control_window(event.flow_controlled_length)
-                self.h2.increment_flow_control_window(event.flow_controlled_length, event.stream_id)
-            if session := self.streams.get(event.stream_id):
-                session.feed(event.data)
-        elif isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)) and (
-            session := self.streams.get(event.stream_id)
-        ):
-            session.end()
+        """Handle an HTTP/2 event."""
 
-    def open(self, stream_id: int) -> None:
-        """Answer the headers of a request at once. The body never ends by itself."""
-        if refusal := self.server.refusal():
-            status, kind = refusal
-            headers = [
-                (":status", str(status)),
-                ("content-type", "application/json"),
-                ("x-amzn-errortype", kind),
-            ]
-            self.h2.send_headers(stream_id, headers)
-            self.h2.send_data(stream_id, b'{"message": "refused by the script"}', end_stream=True)
-            self.server.wake()
-            return
-        self.h2.send_headers(stream_id, [(":status", "200"), ("content-type", EVENT_STREAM)])
-        self.streams[stream_id] = _Session(self, stream_id)
-        self.server.opened()
+    def _acknowledge(self, event: h2.events.DataReceived) -> None:
+        # Send a window update at once, not when half the window is used. It carries the TCP
+        # acknowledgement, which the other side's next small packet waits for (40 ms).
+        if event.flow_controlled_length:
+            self.h2.increment_flow_control_window(event.flow_controlled_length)
+            self.h2.increment_flow_control_window(event.flow_controlled_length, event.stream_id)
+
+    def send(self, stream_id: int, data: bytes, *, end: bool = False) -> None:
+        """Send data on a stream as soon as the windows of the other side allow it."""
+        self._unsent[stream_id] = self._unsent.get(stream_id, b"") + data
+        if end:
+            self._ending.add(stream_id)
+        self._push()
+
+    def _push(self) -> None:
+        for stream_id in list(self._unsent):
+            try:
+                self._send_allowed(stream_id)
+            except h2.exceptions.ProtocolError:  # The other side has reset the stream.
+                self._unsent[stream_id] = b""
+            if not self._unsent[stream_id]:
+                del self._unsent[stream_id]
+        self.flush()
+
+    def _send_allowed(self, stream_id: int) -> None:
+        while (data := self._unsent[stream_id]) and (
+            window := self.h2.local_flow_control_window(stream_id)
+        ) > 0:
+            size = min(window, self.h2.max_outbound_frame_size)
+            self.h2.send_data(stream_id, data[:size])
+            self._unsent[stream_id] = data[size:]
+        if stream_id in self._ending and not self._unsent[stream_id]:
+            self.h2.end_stream(stream_id)
 
     def flush(self) -> None:
+        """Write the HTTP/2 frames that are ready."""
         if not self.transport.is_closing() and (data := self.h2.data_to_send()):
             self.transport.write(data)
 
@@ -341,35 +372,163 @@ class _Client(asyncio.Protocol):
         """Close the connection, and every stream with it."""
         self.transport.abort()
 
+
+class Client(HTTP2):
+    """The server's side of a client's connection."""
+
+    def __init__(self, server: AWSSimulator) -> None:
+        super().__init__(client_side=False)
+        self.server = server
+        self.streams: dict[int, Stream] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the settings."""
+        self.server._clients.add(self)
+        super().connection_made(transport)
+
+    def handle(self, event: h2.events.Event) -> None:
+        """Pass an HTTP/2 event on to its stream."""
+        if isinstance(event, h2.events.RequestReceived):
+            new = self.server.new_stream(self, event.stream_id, decode_headers(event.headers))
+            self.streams[event.stream_id] = new
+            new.start()
+        elif isinstance(event, h2.events.DataReceived):
+            if stream := self.streams.get(event.stream_id):
+                stream.feed(event.data)
+        elif isinstance(event, (h2.events.StreamEnded, h2.events.StreamReset)) and (
+            stream := self.streams.get(event.stream_id)
+        ):
+            stream.end()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        """Forget all streams."""
         self.server._clients.discard(self)
-        for session in list(self.streams.values()):
-            session.forget()
+        for stream in list(self.streams.values()):
+            stream.forget()
 
 
-class _Session:
-    """The state of one stream and its answers."""
+class Stream(ABC):
+    """The server's side of one HTTP/2 stream."""
 
-    def __init__(self, client: _Client, stream_id: int) -> None:
+    def __init__(self, client: Client, stream_id: int) -> None:
         self.client = client
         self.server = client.server
         self.id = stream_id
         self.lost = False
         self._received = b""
-        self._contents: dict[str, Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # --- events of the client ------------------------------------------------------------------
+    @abstractmethod
+    def start(self) -> None:
+        """Answer the headers of the request. The request never ends by itself."""
+
+    @abstractmethod
+    def hear(self, event: Event) -> None:
+        """Handle an event of the client."""
+
+    def hear_caller(self, transcript: str | None) -> None:
+        """Hear a turn of the caller, and answer it."""
+        raise NotImplementedError(f"{type(self).__name__} has no turns of the caller")
 
     def feed(self, data: bytes) -> None:
+        """Handle the signed events of the client."""
         self._received += data
         while frame := decode_frame(self._received):
             _, payload, length = frame
             self._received = self._received[length:]
             if payload and (signed := decode_frame(payload)):
-                event = json.loads(base64.b64decode(json.loads(signed[1])["bytes"]))["event"]
+                event = event_in(signed[1])
                 self.server.record("received", event)
                 self.hear(event)
+
+    def accept(self) -> None:
+        """Answer the request with a stream of events."""
+        headers = [(":status", "200"), ("content-type", EVENT_STREAM)]
+        self.client.h2.send_headers(self.id, headers)
+        self.client.flush()
+        self.server.opened()
+
+    def refuse(self, status: int, kind: str, message: str) -> None:
+        """Answer the request with an error of this kind."""
+        self.stop()
+        headers = [
+            (":status", str(status)),
+            ("content-type", "application/json"),
+            ("x-amzn-errortype", kind),
+        ]
+        self.client.h2.send_headers(self.id, headers)
+        self.client.send(self.id, json.dumps({"message": message}).encode(), end=True)
+        self.server.refused_stream()
+
+    def send_event(self, event: Event) -> None:
+        """Send a JSON event."""
+        inner = base64.b64encode(json.dumps({"event": event}).encode()).decode()
+        payload = json.dumps({"bytes": inner}).encode()
+        self.send_frame({":message-type": "event", ":event-type": "chunk"}, payload)
+
+    def send_exception(self, kind: str, message: str) -> None:
+        """Send an exception of the provider's, such as ``throttlingException``."""
+        headers = {":message-type": "exception", ":exception-type": kind}
+        self.send_frame(headers, json.dumps({"message": message}).encode())
+
+    def send_frame(self, headers: dict[str, str], payload: bytes) -> None:
+        """Send a frame with this payload."""
+        frame = encode_frame({**headers, ":content-type": "application/json"}, payload)
+        self.client.send(self.id, frame)
+
+    def drop(self) -> None:
+        """Close the connection after all earlier events were sent."""
+        self.lost = True
+        self.client.transport.close()
+
+    def end(self) -> None:
+        """End our half of the stream, as the provider does."""
+        if self.id in self.client.streams:
+            self.forget()
+            self.client.send(self.id, b"", end=True)
+
+    def forget(self) -> None:
+        """Stop, and count the stream if it is lost."""
+        self.stop()
+        self.server.closed(lost=self.lost)
+
+    def stop(self) -> None:
+        """Remove the stream and cancel its delayed events."""
+        self.client.streams.pop(self.id, None)
+        for task in self._tasks:
+            task.cancel()
+
+    def after(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do work after ``seconds``, unless the stream ends before."""
+
+        async def run() -> None:
+            await asyncio.sleep(seconds)
+            work()
+
+        self.run(run())
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a task that ends with the stream."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Session(Stream):
+    """A stream that answers as the script says."""
+
+    def __init__(self, client: Client, stream_id: int) -> None:
+        super().__init__(client, stream_id)
+        self._contents: dict[str, Event] = {}
+
+    def start(self) -> None:
+        if self.server.next_fault.name == "unauthorized":
+            self.server.advance()
+            self.refuse(403, "AccessDeniedException", "refused by the script")
+        else:
+            self.accept()
+
+    # --- events of the client ------------------------------------------------------------------
 
     def hear(self, event: Event) -> None:
         if start := event.get("contentStart"):
@@ -468,60 +627,18 @@ class _Session:
         self.send("contentStart", **content, type=kind, role=role, **fields)
         return content
 
-    # --- frames --------------------------------------------------------------------------------
-
     def send(self, kind: str, **fields: Any) -> None:
-        event = {"event": {kind: fields}}
-        payload = json.dumps({"bytes": base64.b64encode(json.dumps(event).encode()).decode()})
-        self.send_frame({":message-type": "event", ":event-type": "chunk"}, payload.encode())
-        self.server.record("sent", event["event"])
+        self.send_event({kind: fields})
+        self.server.record("sent", {kind: fields})
 
     def fail(self, exception: str, message: str) -> None:
         """End the stream with an exception of the provider's."""
-        headers = {":message-type": "exception", ":exception-type": exception}
-        self.send_frame(headers, json.dumps({"message": message}).encode())
+        self.send_exception(exception, message)
         self.lost = True
         self.end()
 
-    def send_frame(self, headers: dict[str, str], payload: bytes) -> None:
-        frame = encode_frame({**headers, ":content-type": "application/json"}, payload)
-        self.client.h2.send_data(self.id, frame)
-        self.client.flush()
 
-    def drop(self) -> None:
-        """Close the connection after all earlier events were sent."""
-        self.lost = True
-        self.client.transport.close()
-
-    def end(self) -> None:
-        """End our half of the stream, as the provider does."""
-        if self.id in self.client.streams:
-            self.forget()
-            with contextlib.suppress(h2.exceptions.ProtocolError):  # the client has reset it
-                self.client.h2.end_stream(self.id)
-            self.client.flush()
-
-    def forget(self) -> None:
-        """End the stream and cancel its delayed events."""
-        self.client.streams.pop(self.id, None)
-        for task in self._tasks:
-            task.cancel()
-        self.server.closed(lost=self.lost)
-
-    def after(self, seconds: float, work: Callable[[], None]) -> None:
-        """Do work after ``seconds``, unless the stream ends before."""
-
-        async def run() -> None:
-            await asyncio.sleep(seconds)
-            work()
-
-        task = asyncio.create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-# --- replacements for the plugin
-# -------------------------------------------------------------------
+# --- replacements for the plugin --------------------------------------------------------------
 
 
 class _Config:

@@ -6,9 +6,11 @@ A cassette is a file of JSON lines. The first line names the provider. Each othe
 one of these:
 
 * ``http``: the method of a request, or the status of its answer. 101 opened a WebSocket.
-* ``event``: a JSON event. ``binary`` is true if it came in a binary frame.
+* ``event``: a JSON event. ``binary`` is true if it came in a binary frame, ``exception`` if it came
+  in a frame of AWS for exceptions.
 * ``text`` or ``binary``: the length of a frame that is not JSON. ``first`` is NVIDIA's kind.
-* ``close``: the code of a close frame, and ``reason``. 1006 means that no close frame came.
+* ``close``: the code of a close frame, and ``reason``. 1006 means that no close frame came. The end
+  of a stream of AWS has the code 1000.
 
 An event keeps its keys, numbers and the names of :data:`_NAMES`. Only the objects of
 :data:`_ENTERED` keep their content, so a provider's new field is empty. An id becomes ``#N``. All
@@ -45,29 +47,40 @@ _ENTERED: Final = frozenset(
         *("serverContent", "modelTurn", "parts", "inlineData", "usageMetadata", "goAway"),
         *("inputTranscription", "outputTranscription", "toolCall", "functionCalls", "ids"),
         *("setupComplete", "sessionResumptionUpdate", "toolCallCancellation", "realtime_input"),
+        # AWS
+        *("completionStart", "completionEnd", "contentStart", "contentEnd", "textInput"),
+        *("textOutput", "audioInput", "audioOutput", "toolUse", "toolResult"),
+        *("usageEvent", "details", "delta", "total", "input"),
     }
 )
 _NAMES: Final = frozenset(
     {
         *("type", "object", "status", "reason", "code", "role", "state", "medium", "phase"),
-        *("name", "toolName", "tool_name", "turnCompleteReason", "urgency"),
+        *("name", "toolName", "tool_name", "turnCompleteReason", "urgency", "stopReason"),
     }
 )
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z_.:/-]{0,63}|[A-Za-z][\w.:/-]{0,22}|\d{3,5}")
 """A name is an identifier. With a digit it is shorter than a key."""
 _ID: Final = re.compile(r"(?:.*_)?ids?|.*(?:Id|[hH]andle)")
 _CONSTANT_IDS: Final = ("", "root")
+_SIGNAL: Final = re.compile(
+    r'\{ ?"(?:interrupted" ?: ?true|generationStage" ?: ?"(?:FINAL|SPECULATIVE)") ?\}'
+)
+"""The texts of AWS that are signals to its plugin."""
 _MEANING: Final = re.compile(
     r"(?i)already has an active response|rate limit|too many requests|quota"
+    r"|system instability detected\. please retry your request\.|tool response parsing error"
+    r"|InternalErrorCode=531::RST_STREAM closed stream\. HTTP/2 error code: NO_ERROR"
     r"|\b(?:try(?:ing)? again|retry(?:ing)?)[\s-]*(?:in|after)[:\s]*(?:[\d.]+\s?"
     r"(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h)?(?![a-z])[\s,]*)+"
 )
-"""The parts of an error's message that say the sort of error, and the wait."""
+"""The parts of an error's message that say the sort of error, and the wait. AWS's plugin opens a
+new stream after some of them."""
 _QUIET: Final = 500
 """The largest amplitude of sound that counts as silence, of 32768."""
 _LOUD: Final = "uAu4C7gL"
 """Three samples of an amplitude of 3000, in base64."""
-_AUDIO: Final = ("input_audio_buffer.append", "audio_chunk", "realtime_input.")
+_AUDIO: Final = ("input_audio_buffer.append", "audio_chunk", "realtime_input.", "audioInput")
 """The start of the kinds of the caller's sound."""
 
 
@@ -90,7 +103,7 @@ class Redactor:
         if _ID.fullmatch(key):
             constant = text in _CONSTANT_IDS
             return text if constant else self._ids.setdefault(text, f"#{len(self._ids) + 1}")
-        if key in _NAMES and _NAME.fullmatch(text):
+        if (key in _NAMES and _NAME.fullmatch(text)) or _SIGNAL.fullmatch(text):
             return text
         if key == "message":
             return redact_message(text)

@@ -25,21 +25,9 @@ from traced_retry.simulator import simulator
 from traced_retry.simulator.cassette import ABORTED, VERSION, Entry, Redactor, redact_message
 from traced_retry.simulator.server import CLOSE_TIMEOUT, Simulator
 
-NOT_RECORDED: Final = {
-    "aws": "its plugin signs each request and event for the host that it connects to, so AWS "
-    "would refuse what a proxy passes on"
-}
-"""The providers that cannot be recorded, with the reason."""
-
 _PER_CONNECTION: Final = ("host", "connection", "upgrade", "content-length", "accept-encoding")
 _CALL: Final = "call"
 """The query parameter that numbers Ultravox's calls."""
-
-
-def check_recordable(provider: str) -> None:
-    """Raise UsageError with the reason if sessions with ``provider`` cannot be recorded."""
-    if provider in NOT_RECORDED:
-        raise UsageError(f"{provider} cannot be recorded: {NOT_RECORDED[provider]}")
 
 
 def recorder(
@@ -60,13 +48,19 @@ def recorder(
         trust: the certificate authorities for ``to``. Default: those of the system.
 
     Raises:
-        UsageError: if the provider cannot be recorded, or ``to`` is not a URL.
+        UsageError: if ``to`` is not a URL. For AWS also if its plugin is missing, or the
+            environment has no credentials.
     """
-    check_recordable(provider)
     if not URL(to).host:
         raise UsageError(f"{to!r} is not a URL: expected for example https://api.openai.com/v1")
-    kind = simulator(provider)
-    found: Recorder = type(f"Recorded{kind.__name__}", (Recorder, kind), {})(port=port)
+    found: Recorder
+    if provider == "aws":
+        from traced_retry.simulator.aws_cassette import AWSRecorder  # noqa: PLC0415 - needs h2
+
+        found = AWSRecorder(port=port)
+    else:
+        kind = simulator(provider)
+        found = type(f"Recorded{kind.__name__}", (Recorder, kind), {})(port=port)
     found.provider, found.write, found.trust = provider, write, trust
     found.to = to.rstrip("/")
     return found
@@ -90,7 +84,7 @@ class Recorder(Simulator):
         await super().start()
         self._numbers = 0
         self._calls: list[str] = []
-        self._redact = Redactor()
+        self.redact = Redactor()
         self._began = asyncio.get_running_loop().time()
         self.write({"cassette": VERSION, "provider": self.provider})
 
@@ -98,15 +92,19 @@ class Recorder(Simulator):
         """Accept each path, because the provider decides about it."""
         app.router.add_route("*", "/{path:.*}", self._accept)
 
-    async def _accept(self, http: web.Request) -> web.StreamResponse:
+    def new_connection(self, method: str) -> int:
+        """Return the number of a new connection, and write its first line."""
         self._numbers += 1
-        number = self._numbers
+        self.entry(self._numbers, "client", http=method)
+        return self._numbers
+
+    async def _accept(self, http: web.Request) -> web.StreamResponse:
+        number = self.new_connection(http.method)
         headers = {
             name: value
             for name, value in http.headers.items()
             if name.lower() not in _PER_CONNECTION and not name.lower().startswith("sec-websocket-")
         }
-        self._entry(number, "client", http=http.method)
         websocket = http.headers.get("Upgrade", "").lower() == "websocket"
         try:
             async with aiohttp.ClientSession() as session:
@@ -116,11 +114,11 @@ class Recorder(Simulator):
         except aiohttp.WSServerHandshakeError as error:
             wait = error.headers.get("Retry-After", "") if error.headers else ""
             retry_after = {"Retry-After": wait} if wait.isdigit() else {}
-            self._entry(number, "server", http=error.status, headers=retry_after)
+            self.entry(number, "server", http=error.status, headers=retry_after)
             return web.Response(status=error.status, headers=retry_after)
         except aiohttp.ClientConnectorError:
             self.unreachable += 1
-            self._entry(number, "server", http=502, headers={})
+            self.entry(number, "server", http=502, headers={})
             return web.Response(status=502)
 
     async def _pass_request(
@@ -135,7 +133,7 @@ class Recorder(Simulator):
         event: Any = None
         with contextlib.suppress(ValueError):
             event = json.loads(content)
-        self._entry(number, "server", http=answer.status, event=self._redact(event))
+        self.entry(number, "server", http=answer.status, event=self.redact(event))
         if isinstance(event, dict) and isinstance(event.get("joinUrl"), str):
             self._calls.append(event["joinUrl"])
             event["joinUrl"] = join_url(self, len(self._calls))
@@ -159,7 +157,7 @@ class Recorder(Simulator):
                 compress=False, timeout=CLOSE_TIMEOUT, protocols=chosen, max_msg_size=0
             )
             await client.prepare(http)
-            self._entry(number, "server", http=101, headers={})
+            self.entry(number, "server", http=101, headers={})
             self.connections += 1
             requests = asyncio.create_task(self._pump(number, "client", client, upstream))
             answers = asyncio.create_task(self._pump(number, "server", upstream, client))
@@ -167,7 +165,7 @@ class Recorder(Simulator):
                 await asyncio.wait({requests, answers}, return_when=asyncio.FIRST_COMPLETED)
                 if answers.done():
                     code, reason = await answers
-                    self._entry(number, "server", close=code, reason=redact_message(reason))
+                    self.entry(number, "server", close=code, reason=redact_message(reason))
                     if code == ABORTED and http.transport is not None:
                         http.transport.abort()
                     else:
@@ -203,10 +201,11 @@ class Recorder(Simulator):
             if self.provider == "nvidia" and isinstance(data, bytes):
                 entry["first"] = data[0]
         else:
-            entry["event"] = self._redact(event) if isinstance(event, dict) else None
-        self._entry(number, sender, **entry)
+            entry["event"] = self.redact(event) if isinstance(event, dict) else None
+        self.entry(number, sender, **entry)
 
-    def _entry(self, number: int, sender: str, **what: Any) -> None:
+    def entry(self, number: int, sender: str, **what: Any) -> None:
+        """Write a line about this connection."""
         at = round(asyncio.get_running_loop().time() - self._began, 6)
         self.write({"at": at, "connection": number, "from": sender, **what})
         self.wake()

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -28,15 +28,16 @@ from traced_retry.simulator.cassette import (
     is_sound,
     read_cassette,
 )
-from traced_retry.simulator.record import check_recordable, join_url
+from traced_retry.simulator.record import join_url
 from traced_retry.simulator.server import Connection, Simulator
 
+NO_FURTHER: Final = "The cassette has no further connection."
 Heard = tuple[str, int]
 """The kind of a client's event, and its number among those of this kind and connection."""
 
 
 @dataclass
-class _Call:
+class Call:
     """One recorded request, and the events of the WebSocket that it opened."""
 
     method: str
@@ -59,23 +60,28 @@ def replayer(provider: str, path: Path, *, port: int = 0) -> Replayer:
     Raises:
         UsageError: if the file is not a cassette of this provider.
     """
-    check_recordable(provider)
-    kind = simulator(provider)
-    found: Replayer = type(f"Replayed{kind.__name__}", (Replayer, kind), {})(port=port)
+    found: Replayer
+    if provider == "aws":
+        from traced_retry.simulator.aws_cassette import AWSReplayer  # noqa: PLC0415 - needs h2
+
+        found = AWSReplayer(port=port)
+    else:
+        kind = simulator(provider)
+        found = type(f"Replayed{kind.__name__}", (Replayer, kind), {})(port=port)
     for call in _calls(read_cassette(path, provider)):
         found.calls[call.method].append(call)
         found.events += len(call.sent)
     return found
 
 
-def _calls(entries: Iterator[Entry]) -> list[_Call]:
-    calls: dict[int, _Call] = {}
+def _calls(entries: Iterator[Entry]) -> list[Call]:
+    calls: dict[int, Call] = {}
     counts: dict[int, Counter[str]] = defaultdict(Counter)
     latest: dict[int, tuple[Heard | None, float]] = {}
     for entry in entries:
         number, at, client = entry["connection"], entry["at"], entry["from"] == "client"
         if "http" in entry and client:
-            calls[number] = _Call(entry["http"], at)
+            calls[number] = Call(entry["http"], at)
             continue
         call = calls[number]
         if "http" in entry:
@@ -104,21 +110,25 @@ class Replayer(Simulator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.calls: dict[str, list[_Call]] = defaultdict(list)
+        self.calls: dict[str, list[Call]] = defaultdict(list)
         self.events = 0
         self.played = 0
         self.fill = Filler()
         self._joined = 0
-        self._opening: dict[int, _Call] = {}
+        self._opening: dict[int, Call] = {}
 
     def add_routes(self, app: web.Application) -> None:
         """Accept each path."""
         app.router.add_route("*", "/{path:.*}", self._accept)
 
+    def next_call(self, method: str) -> Call | None:
+        """Return the next recorded request with this method, or None after the last one."""
+        return self.calls[method].pop(0) if self.calls[method] else None
+
     async def _accept(self, http: web.Request) -> web.StreamResponse:
-        call = self.calls[http.method].pop(0) if self.calls[http.method] else None
+        call = self.next_call(http.method)
         if call is None or call.answer is None:
-            return self._refuse(503, "The cassette has no further connection.", "server_error")
+            return self._refuse(503, NO_FURTHER, "server_error")
         await asyncio.sleep(call.answer["at"] - call.at)
         status, headers = call.answer["http"], call.answer.get("headers") or {}
         if status == HTTPStatus.SWITCHING_PROTOCOLS:
@@ -139,42 +149,59 @@ class Replayer(Simulator):
         return _Connection(self, ws, http)
 
 
+class Playback:
+    """The lines of a recorded connection, due as the client's events arrive."""
+
+    def __init__(self, server: Replayer, call: Call) -> None:
+        self.server = server
+        self.call = call
+        self._arrived: dict[Heard | None, float] = {}
+        self._counts: Counter[str] = Counter()
+        self._news = asyncio.Event()
+
+    def hear(self, event: Any) -> None:
+        """Note an event of the client."""
+        kind = event_kind(event)
+        heard = kind, self._counts[kind]
+        self._counts[kind] += 1
+        self.server.fill.learn(self.call.heard.get(heard), event)
+        self._arrived[heard] = asyncio.get_running_loop().time()
+        self._news.set()
+
+    async def lines(self) -> AsyncIterator[Entry]:
+        """Yield each line of the recorded server when its time has come, from the opening on."""
+        self._arrived[None] = asyncio.get_running_loop().time()
+        for entry, after, delay in self.call.sent:
+            while after not in self._arrived:
+                self._news.clear()
+                await self._news.wait()
+            due = self._arrived[after] + delay
+            await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
+            yield entry
+            self.server.played += 1
+            self.server.wake()
+
+
 class _Connection(Connection):
     """A client, and the recorded connection that it meets."""
 
     def __init__(self, server: Replayer, ws: web.WebSocketResponse, http: web.Request) -> None:
         super().__init__(ws)
-        self.server = server
-        self.call = server._opening.pop(id(http))
+        self.playback = Playback(server, server._opening.pop(id(http)))
+        self.fill = server.fill
         self.transport = http.transport
-        self.arrived: dict[Heard | None, float] = {None: asyncio.get_running_loop().time()}
-        self.counts: Counter[str] = Counter()
-        self.news = asyncio.Event()
 
     async def greet(self) -> None:
         """Start to play beside the reception of events."""
         self.after(0, self.play)
 
     async def receive(self, data: str) -> None:
-        event = json.loads(data)
-        kind = event_kind(event)
-        heard = kind, self.counts[kind]
-        self.counts[kind] += 1
-        self.server.fill.learn(self.call.heard.get(heard), event)
-        self.arrived[heard] = asyncio.get_running_loop().time()
-        self.news.set()
+        self.playback.hear(json.loads(data))
 
     async def play(self) -> None:
         """Send each line when its time has come."""
-        for entry, after, delay in self.call.sent:
-            while after not in self.arrived:
-                self.news.clear()
-                await self.news.wait()
-            due = self.arrived[after] + delay
-            await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
+        async for entry in self.playback.lines():
             await self.send(entry)
-            self.server.played += 1
-            self.server.wake()
 
     async def send(self, entry: Entry) -> None:
         if "close" in entry:
@@ -189,6 +216,6 @@ class _Connection(Connection):
             first = bytes([entry.get("first", 0)])
             await self.ws.send_bytes(first.ljust(entry["binary"], b"A" if first[0] else b"\0"))
         elif "binary" in entry:
-            await self.ws.send_bytes(json.dumps(self.server.fill(entry["event"])).encode())
+            await self.ws.send_bytes(json.dumps(self.fill(entry["event"])).encode())
         else:
-            await self.ws.send_str(json.dumps(self.server.fill(entry["event"])))
+            await self.ws.send_str(json.dumps(self.fill(entry["event"])))
