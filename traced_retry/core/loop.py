@@ -4,8 +4,9 @@
 :class:`Reply` is one reply from the call to its outcome. A
 :class:`~traced_retry.core.request.Request` sends the attempts and knows the next safe action.
 
-:meth:`Reply._run` is a generator. :class:`~traced_retry.core.driver.Driver` resumes it in the very
-call that changes something: when an attempt ends, a timer fires or an adapter reports a failure.
+:meth:`Reply._attempts` is a generator. :class:`~traced_retry.core.driver.Driver` resumes it in the
+very call that changes something: when an attempt ends, a timer fires or an adapter reports a
+failure.
 
 The only clock is the running event loop's, so tests run the loop on a virtual clock.
 """
@@ -180,10 +181,10 @@ class Reply(Driver, Generic[T]):
         if self._policy.budget is not None:
             self._policy.budget.earn(self._trace.target.provider, self._loop.time)
         if began is not None:
-            self._send("listen", 0.0)
+            self._send("listen", 0.0, now)
         # A cooldown beyond the deadline does not hold a reply back, so each reply is sent once.
         elif not now < self._cooldown.until < self._deadline:
-            self._send_first(0.0)
+            self._send_first(0.0, now)
         self._step()
         future = self._future
         if not future.done():
@@ -271,18 +272,27 @@ class Reply(Driver, Generic[T]):
     # --- the steps -----------------------------------------------------------------------------
 
     def _run(self) -> Steps:
-        """Run attempts with waits between them, until one is heard."""
+        """Take the result of a call that did not wait, or return the generator that waits."""
+        attempt = self._attempt
+        if self._ended or attempt is None or attempt.future is None or not attempt.future.done():
+            return self._attempts()
+        failure = self._take_result(attempt)
+        return iter(()) if self._ended else self._attempts(failure)
+
+    def _attempts(self, failure: Failure | None = None) -> Steps:
+        """Run attempts with waits between them, until one is heard.
+
+        The first attempt may have ended with ``failure`` already.
+        """
         if self._ended or (self._attempt is None and not (yield from self._await_cooldown())):
             return
         while True:
             attempt = self._attempt
             assert attempt is not None
-            assert attempt.future is not None
-            failure = None
-            if not attempt.future.done():
+            if failure is None and attempt.delivery is None:
                 failure = yield from self._await_attempt(attempt)
-            if failure is None and not self._ended:
-                failure = self._take_result(attempt)
+                if failure is None and not self._ended:
+                    failure = self._take_result(attempt)
             if failure is None and not self._ended and attempt.delivery is not None:
                 yield from self._await_end(attempt, attempt.delivery)
                 if not self._ended:
@@ -292,6 +302,7 @@ class Reply(Driver, Generic[T]):
             yield from self._try_again(attempt, failure)
             if self._ended:
                 return
+            failure = None
 
     def _try_again(self, attempt: Attempt[T], failure: Failure) -> Steps:
         """Make another attempt after a failed one, or end the reply."""
@@ -311,7 +322,7 @@ class Reply(Driver, Generic[T]):
         if stop is not None:
             self._give_up(self._forced_failure(failure), stop)
             return
-        self._send(action, self._end_wait())
+        self._send(action, self._end_wait(), self._loop.time())
 
     def _await_cooldown(self) -> Generator[float | None, None, bool]:
         """Wait until the provider accepts requests again. Return False if the reply ended."""
@@ -322,31 +333,31 @@ class Reply(Driver, Generic[T]):
         if stop is not None:
             self._give_up(self._forced_failure(failure), stop)
             return False
-        self._send_first(self._end_wait())
+        self._send_first(self._end_wait(), self._loop.time())
         return not self._ended
 
-    def _send_first(self, delay: float) -> None:
+    def _send_first(self, delay: float, now: float) -> None:
         """Make the first attempt, unless the circuit breaker refuses it."""
         admitted = True
         if self._circuit is not None:
             with suppress_and_log("asking the circuit breaker"):
-                admitted = self._circuit.admits(self._loop.time())
+                admitted = self._circuit.admits(now)
         if admitted:
-            self._send("send", delay)
+            self._send("send", delay, now)
         else:
             self._give_up(self._request.refused(), "circuit_open")
 
-    def _send(self, action: semconv.Action, delay: float) -> None:
+    def _send(self, action: semconv.Action, delay: float, now: float) -> None:
         """Make the next attempt."""
         self._number += 1
-        began, limit = self._loop.time(), self._deadline
+        limit = self._deadline
         if (seconds := self._policy.attempt_timeout) is not None:
-            limit = min(limit, began + seconds)
+            limit = min(limit, now + seconds)
         if (seconds := self._request.limit(action)) is not None:
-            limit = min(limit, began + seconds)
-        attempt: Attempt[T] = Attempt(self._number, action, delay, began, limit)
+            limit = min(limit, now + seconds)
+        attempt: Attempt[T] = Attempt(self._number, action, delay, now, limit)
         if self._policy.hedge_after is not None and action == "send":
-            attempt.hedge_at = began + self._policy.hedge_after
+            attempt.hedge_at = now + self._policy.hedge_after
         if self._forced_stop is None:
             self._reported = None
         self._trace.attempt_began(attempt)
