@@ -731,7 +731,8 @@ class Reply(Driver, Generic[T]):
     def _finish_up(self, failure: Failure | None) -> None:
         """Stop the timer, and report the end of the reply to the hook."""
         self._ended = True
-        self._cancel_timer()
+        if self._timer is not None:
+            self._cancel_timer()
         if self._on_ended is not None:
             self._on_ended(self, None if failure is None else failure.error)
 

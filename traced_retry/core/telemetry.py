@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from opentelemetry import context as otel_context
@@ -52,38 +52,26 @@ class Target:
     """Whether a given text is to be spoken, and not a reply to be made."""
     initiator: semconv.Initiator = "agent"
     """Who starts the reply."""
+    labels: Attributes = field(init=False, repr=False, compare=False)
+    """The labels that every metric has."""
+    attempt_labels: dict[tuple[semconv.Action, semconv.Result], Attributes] = field(
+        init=False, repr=False, compare=False
+    )
+    """The labels of one attempt on metrics, without the reason of its failure."""
+    reply_labels: dict[semconv.Outcome, Attributes] = field(init=False, repr=False, compare=False)
+    """The labels of one reply on metrics, without its stop reason."""
+    attributes: Attributes = field(init=False, repr=False, compare=False)
+    """The known parts of the target as span attributes."""
 
     @property
     def key(self) -> tuple[str, str | None, str | None, int | None]:
         """Return the parts that name the model on its server."""
         return self.provider, self.model, self.server_address, self.server_port
 
-    @functools.cached_property
-    def labels(self) -> Attributes:
-        """Return the labels that every metric has."""
-        labels: Attributes = {
-            semconv.PROVIDER: self.provider,
-            semconv.INITIATOR: self.initiator,
-        }
-        return {**labels, semconv.OPERATION: "say"} if self.say else labels
-
-    @functools.cached_property
-    def attempt_labels(self) -> dict[tuple[semconv.Action, semconv.Result], Attributes]:
-        """Return the labels of one attempt on metrics, without the reason of its failure."""
-        return {
-            (action, result): {**self.labels, semconv.ACTION: action, semconv.RESULT: result}
-            for action in semconv.ACTIONS
-            for result in semconv.RESULTS
-        }
-
-    @functools.cached_property
-    def reply_labels(self) -> dict[semconv.Outcome, Attributes]:
-        """Return the labels of one reply on metrics, without its stop reason."""
-        return {o: {**self.labels, semconv.OUTCOME: o} for o in semconv.OUTCOMES}
-
-    @functools.cached_property
-    def attributes(self) -> Attributes:
-        """Return the known parts of the target as span attributes."""
+    def __post_init__(self) -> None:
+        labels: Attributes = {semconv.PROVIDER: self.provider, semconv.INITIATOR: self.initiator}
+        if self.say:
+            labels[semconv.OPERATION] = "say"
         # LiveKit's own span counts as the generation, and ours as steps around it.
         kind: semconv.SpanKind = "CHAIN"
         known = {
@@ -95,7 +83,23 @@ class Target:
             semconv.SERVER_ADDRESS: self.server_address,
             semconv.SERVER_PORT: self.server_port,
         }
-        return {name: value for name, value in known.items() if value is not None}
+        # A frozen dataclass sets its further fields in this way.
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(
+            self,
+            "attempt_labels",
+            {
+                (action, result): {**labels, semconv.ACTION: action, semconv.RESULT: result}
+                for action in semconv.ACTIONS
+                for result in semconv.RESULTS
+            },
+        )
+        object.__setattr__(
+            self, "reply_labels", {o: {**labels, semconv.OUTCOME: o} for o in semconv.OUTCOMES}
+        )
+        object.__setattr__(
+            self, "attributes", {name: value for name, value in known.items() if value is not None}
+        )
 
 
 class Telemetry:
