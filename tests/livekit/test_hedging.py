@@ -206,6 +206,8 @@ class TestServerWithoutIds:
         assert 2 == len(talk.server.requests)
         assert 1 == len(talk.heard)
         assert speech.done()
+        (cancelled,) = talk.server.cancels
+        assert cancelled not in (None, talk.generations[0].response_id)
 
 
 class TestFirstWord:

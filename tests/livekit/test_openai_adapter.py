@@ -202,6 +202,39 @@ class TestConnection:
         assert (True, losses + 1) == (adapter.ready(), adapter.connection_losses)
 
 
+class TestActiveResponse:
+    async def test_response_with_events_is_not_cancelled(self, talk):
+        """A long response of the server's own is no silent one, so the next reply waits for it."""
+        connection = await connected(talk)
+        await connection.begin_its_own()
+        talk.server.willing = 1
+        reply = talk.realtime.generate_reply()
+        for _ in range(3):
+            await asyncio.sleep(5.0)
+            await connection.say()
+        assert ([], False) == (talk.server.cancels, reply.done())
+        await connection.complete()
+        await Listener(await reply).done()
+
+        assert [] == talk.server.cancels
+
+    async def test_own_response_has_its_own_time(self, talk, recorder):
+        """A reply that waits does not cut off one that pauses after its first word."""
+        first = talk.realtime.generate_reply()
+        connection = await waiting(talk)
+        await connection.begin_to_answer(0, message=True)
+        await connection.say()
+        Listener(await first)
+        second = talk.realtime.generate_reply()
+        await asyncio.wait([second], timeout=30.0)
+
+        assert [("exhausted", "deadline")] == ended(recorder)
+        assert isinstance(second.exception(), llm.RealtimeError)
+        await connection.complete()
+        await asyncio.sleep(0.1)
+        assert [("succeeded", None), ("exhausted", "deadline")] == ended(recorder)
+
+
 class TestEcho:
     async def answered(self, talk):
         """Have one reply answered with the id of its request."""
