@@ -62,6 +62,10 @@ PASSING = {
     ),
     "type is a number": ([error(type=7, code="server_error", event_id=OURS)], "server_error"),
     "message is null": ([error(type="server_error", message=None, event_id=OURS)], "server_error"),
+    "server error with a wait": (
+        [error(type="server_error", message="Please try again in 5s.", event_id=OURS)],
+        "server_error",
+    ),
     "failed with a number": ([BEGIN, failed({"error": {"code": 429}})], "429"),
     "failed with a word": ([BEGIN, failed("failed")], "_OTHER"),
     "failed with an error that is a word": ([BEGIN, failed({"error": "overloaded"})], "overloaded"),
