@@ -217,7 +217,6 @@ class OpenAIRequest(PassthroughRequest):
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
         """Cancel as the agent alone would, and keep the id discarded over a reconnect."""
-        self._close()
         if not attempt.done():
             self._adapter.discard(self.ids)
             attempt.cancel()
