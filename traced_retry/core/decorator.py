@@ -16,7 +16,7 @@ from traced_retry.core import switch
 from traced_retry.core.loop import Reply
 from traced_retry.core.policy import RetryPolicy, check_policy
 from traced_retry.core.request import CallRequest
-from traced_retry.core.telemetry import Target, Telemetry
+from traced_retry.core.telemetry import ReplyTrace, Target, Telemetry
 from traced_retry.core.variables import warn_about_misspelt
 
 T = TypeVar("T")
@@ -63,15 +63,15 @@ def retry(
     policy = policy or RetryPolicy.from_env()
     telemetry = Telemetry(tracer_provider, meter_provider)
     target = Target(provider, model)
+    start_counters = functools.cache(telemetry.initialize_counters)
 
     def decorate(function: F) -> F:
         is_async = _check(function)
 
         def reply_to(args: Any, kwargs: Any) -> Reply[Any]:
-            telemetry.initialize_counters(provider)
-            call = functools.partial(function, *args, **kwargs)
-            request: CallRequest[Any] = CallRequest(call, on=kinds)
-            return Reply(request, policy, telemetry.reply(target))
+            start_counters(provider)
+            request: CallRequest[Any] = CallRequest(function, args, kwargs, kinds)
+            return Reply(request, policy, ReplyTrace(telemetry, target))
 
         if is_async:
 
@@ -81,7 +81,8 @@ def retry(
                     return await function(*args, **kwargs)
                 reply = reply_to(args, kwargs)
                 try:
-                    return await reply.start()
+                    future = reply.start()
+                    return future.result() if future.done() else await future
                 except asyncio.CancelledError:
                     reply.interrupt()  # now, for this may be the event loop's last turn
                     raise
@@ -165,7 +166,9 @@ class RetryingRealtimeSession(ABC):
         )
         self.retry_telemetry.initialize_counters(target.provider)
         request: CallRequest[Any] = CallRequest(
-            functools.partial(self._do_generate_reply, *args, **kwargs),
+            self._do_generate_reply,
+            args,
+            kwargs,
             resend_after_timeout=self.resend_after_timeout,
         )
         return Reply(request, self.retry_policy, self.retry_telemetry.reply(target)).start()

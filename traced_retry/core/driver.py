@@ -13,9 +13,9 @@ import asyncio
 import contextvars
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Iterator
 
-Steps = Generator["float | None", None, None]
+Steps = Iterator[float | None]
 """Yields the event loop's time until which it can sleep, or None to sleep until it is woken."""
 
 
@@ -40,7 +40,7 @@ class Driver(ABC):
 
     @abstractmethod
     def _run(self) -> Steps:
-        """Return the generator to run."""
+        """Return the generator to run, or an empty iterator if there is no step to wait for."""
 
     @abstractmethod
     def _on_timer(self) -> None:
@@ -60,16 +60,16 @@ class Driver(ABC):
 
     def _step(self) -> None:
         """Run until the generator sleeps, and set a timer for the time that it yields."""
-        if self._steps is None:
-            self._steps = self._run()
         self._running = True
         try:
-            when = next(self._steps)
-            while self._again:
+            if self._steps is None:
+                self._steps = self._run()
+            for when in self._steps:  # noqa: B007 - used after the loop
+                if not self._again:
+                    break
                 self._again = False
-                when = next(self._steps)
-        except StopIteration:
-            pass
+            else:
+                return
         except BaseException as error:
             self._on_error(error)
             if not isinstance(error, Exception):

@@ -4,8 +4,9 @@
 :class:`Reply` is one reply from the call to its outcome. A
 :class:`~traced_retry.core.request.Request` sends the attempts and knows the next safe action.
 
-:meth:`Reply._run` is a generator. :class:`~traced_retry.core.driver.Driver` resumes it in the very
-call that changes something: when an attempt ends, a timer fires or an adapter reports a failure.
+:meth:`Reply._attempts` is a generator. :class:`~traced_retry.core.driver.Driver` resumes it in the
+very call that changes something: when an attempt ends, a timer fires or an adapter reports a
+failure.
 
 The only clock is the running event loop's, so tests run the loop on a virtual clock.
 """
@@ -180,10 +181,10 @@ class Reply(Driver, Generic[T]):
         if self._policy.budget is not None:
             self._policy.budget.earn(self._trace.target.provider, self._loop.time)
         if began is not None:
-            self._send("listen", 0.0)
+            self._send("listen", 0.0, now)
         # A cooldown beyond the deadline does not hold a reply back, so each reply is sent once.
         elif not now < self._cooldown.until < self._deadline:
-            self._send_first(0.0)
+            self._send_first(0.0, now)
         self._step()
         future = self._future
         if not future.done():
@@ -228,10 +229,11 @@ class Reply(Driver, Generic[T]):
         if attempt is not None and attempt.delivery is not None and attempt.delivery.first_output:
             self._succeed(attempt)
             return
+        now = self._loop.time()
         if attempt is not None:
-            self._close(attempt, "interrupted")
+            self._close(attempt, "interrupted", now)
         self._end_wait()
-        self._end("interrupted")
+        self._end("interrupted", now)
         # The outcome is recorded first, because the plugin may interrupt us again from here.
         if attempt is not None and attempt.future is not None:
             if self._loop.is_closed() or (cut and attempt.future.done()):
@@ -270,18 +272,27 @@ class Reply(Driver, Generic[T]):
     # --- the steps -----------------------------------------------------------------------------
 
     def _run(self) -> Steps:
-        """Run attempts with waits between them, until one is heard."""
+        """Take the result of a call that did not wait, or return the generator that waits."""
+        attempt = self._attempt
+        if self._ended or attempt is None or attempt.future is None or not attempt.future.done():
+            return self._attempts()
+        failure = self._take_result(attempt)
+        return iter(()) if self._ended else self._attempts(failure)
+
+    def _attempts(self, failure: Failure | None = None) -> Steps:
+        """Run attempts with waits between them, until one is heard.
+
+        The first attempt may have ended with ``failure`` already.
+        """
         if self._ended or (self._attempt is None and not (yield from self._await_cooldown())):
             return
         while True:
             attempt = self._attempt
             assert attempt is not None
-            assert attempt.future is not None
-            failure = None
-            if not attempt.future.done():
+            if failure is None and attempt.delivery is None:
                 failure = yield from self._await_attempt(attempt)
-            if failure is None and not self._ended:
-                failure = self._take_result(attempt)
+                if failure is None and not self._ended:
+                    failure = self._take_result(attempt)
             if failure is None and not self._ended and attempt.delivery is not None:
                 yield from self._await_end(attempt, attempt.delivery)
                 if not self._ended:
@@ -291,6 +302,7 @@ class Reply(Driver, Generic[T]):
             yield from self._try_again(attempt, failure)
             if self._ended:
                 return
+            failure = None
 
     def _try_again(self, attempt: Attempt[T], failure: Failure) -> Steps:
         """Make another attempt after a failed one, or end the reply."""
@@ -310,7 +322,7 @@ class Reply(Driver, Generic[T]):
         if stop is not None:
             self._give_up(self._forced_failure(failure), stop)
             return
-        self._send(action, self._end_wait())
+        self._send(action, self._end_wait(), self._loop.time())
 
     def _await_cooldown(self) -> Generator[float | None, None, bool]:
         """Wait until the provider accepts requests again. Return False if the reply ended."""
@@ -321,36 +333,36 @@ class Reply(Driver, Generic[T]):
         if stop is not None:
             self._give_up(self._forced_failure(failure), stop)
             return False
-        self._send_first(self._end_wait())
+        self._send_first(self._end_wait(), self._loop.time())
         return not self._ended
 
-    def _send_first(self, delay: float) -> None:
+    def _send_first(self, delay: float, now: float) -> None:
         """Make the first attempt, unless the circuit breaker refuses it."""
         admitted = True
         if self._circuit is not None:
             with suppress_and_log("asking the circuit breaker"):
-                admitted = self._circuit.admits(self._loop.time())
+                admitted = self._circuit.admits(now)
         if admitted:
-            self._send("send", delay)
+            self._send("send", delay, now)
         else:
             self._give_up(self._request.refused(), "circuit_open")
 
-    def _send(self, action: semconv.Action, delay: float) -> None:
+    def _send(self, action: semconv.Action, delay: float, now: float) -> None:
         """Make the next attempt."""
         self._number += 1
-        began, limit = self._loop.time(), self._deadline
+        limit = self._deadline
         if (seconds := self._policy.attempt_timeout) is not None:
-            limit = min(limit, began + seconds)
+            limit = min(limit, now + seconds)
         if (seconds := self._request.limit(action)) is not None:
-            limit = min(limit, began + seconds)
-        attempt: Attempt[T] = Attempt(self._number, action, delay, began, limit)
+            limit = min(limit, now + seconds)
+        attempt: Attempt[T] = Attempt(self._number, action, delay, now, limit)
         if self._policy.hedge_after is not None and action == "send":
-            attempt.hedge_at = began + self._policy.hedge_after
+            attempt.hedge_at = now + self._policy.hedge_after
         if self._forced_stop is None:
             self._reported = None
         self._trace.attempt_began(attempt)
         try:
-            future = self._trace.call(attempt, self._request.attempt)
+            future = self._trace.call(attempt, self._request)
         except Exception as error:  # noqa: BLE001 - it is classified like a future's exception
             if isinstance(error, StopIteration):  # A future cannot hold this one.
                 error = RuntimeError("the request raised StopIteration")
@@ -359,7 +371,7 @@ class Reply(Driver, Generic[T]):
         except BaseException:  # KeyboardInterrupt, SystemExit
             attempt.result = "interrupted"
             self._trace.attempt_ended(attempt, 0.0)
-            self._end("interrupted")
+            self._end("interrupted", self._loop.time())
             raise
         attempt.future = future
         self._attempt = attempt
@@ -397,8 +409,9 @@ class Reply(Driver, Generic[T]):
         future = attempt.future
         assert future is not None
         if future.cancelled():
-            self._close(attempt, "superseded")
-            self._end("superseded")
+            now = self._loop.time()
+            self._close(attempt, "superseded", now)
+            self._end("superseded", now)
             return None
         if (reason := future.exception()) is not None:
             return self._classify(self._request.explain(reason))
@@ -415,7 +428,8 @@ class Reply(Driver, Generic[T]):
             self._future.set_result(self._result)
             self._trace.has_generation = True
         if delivery is None:
-            self._note_success()
+            if self._circuit is not None:
+                self._note_success()
             self._succeed(attempt)
             return None
         delivery.on_end = self.wake
@@ -480,8 +494,9 @@ class Reply(Driver, Generic[T]):
             # The caller would hear another attempt as a second reply.
             self._give_up(failure, "output_started")
         elif delivery.cancelled:
-            self._close(attempt, "interrupted")
-            self._end("interrupted")
+            now = self._loop.time()
+            self._close(attempt, "interrupted", now)
+            self._end("interrupted", now)
         else:
             self._succeed(attempt)
         return None
@@ -622,17 +637,18 @@ class Reply(Driver, Generic[T]):
     ) -> None:
         """Record a failed attempt, and make sure that its reply is not heard later."""
         assert attempt.future is not None
+        now = self._loop.time()
         self._record_failure(failure)
         self._codes.append(failure.code or failure.error_type)
         with suppress_and_log("Request.abandon"):
             self._request.abandon(attempt.future, next_action)
         if self._circuit is not None:
             with suppress_and_log("reporting a failure to the circuit breaker"):
-                self._circuit.fail(failure, attempt.began, self._loop.time())
+                self._circuit.fail(failure, attempt.began, now)
         attempt.failure = failure
         attempt.next_action = next_action
         attempt.next_delay = next_delay
-        self._close(attempt, "failed")
+        self._close(attempt, "failed", now)
 
     def _note_output(self) -> None:
         """Report the first output of a response."""
@@ -651,11 +667,11 @@ class Reply(Driver, Generic[T]):
         if self._last is None or self._last.ended_locally or not failure.ended_locally:
             self._last = failure
 
-    def _close(self, attempt: Attempt[T], result: semconv.Result) -> None:
+    def _close(self, attempt: Attempt[T], result: semconv.Result, now: float) -> None:
         """Record the end of the current attempt."""
         self._attempt = None
         attempt.result = result
-        self._trace.attempt_ended(attempt, attempt.seconds_to_output(self._loop.time()))
+        self._trace.attempt_ended(attempt, attempt.seconds_to_output(now))
 
     def _end_wait(self) -> float:
         """Record the wait before an attempt, if there is one, and return its seconds."""
@@ -672,8 +688,10 @@ class Reply(Driver, Generic[T]):
             self._attempt = None
             self._finish_up(None)
             return
-        self._close(attempt, "succeeded")
-        self._end(None, first_output_at=None if delivery is None else delivery.first_output_at)
+        now = self._loop.time()
+        self._close(attempt, "succeeded", now)
+        heard = None if delivery is None else delivery.first_output_at
+        self._end(None, now if heard is None else heard)
 
     def _give_up(self, failure: Failure, stop: semconv.StopReason, *, note: bool = True) -> None:
         """End the reply as failed, and raise the error to the agent if it has no reply yet."""
@@ -687,7 +705,7 @@ class Reply(Driver, Generic[T]):
         self._record_failure(failure)
         assert self._last is not None
         self._end_wait()
-        self._end(stop, self._last)
+        self._end(stop, self._loop.time(), self._last)
         error = self._last.error
         if note and self._last.kind != "bug":
             said = f"{self._number} attempt(s), stopped by {stop}"
@@ -700,13 +718,10 @@ class Reply(Driver, Generic[T]):
                 self._on_failed(self._failed_reply(stop))
 
     def _end(
-        self,
-        stop: semconv.StopReason | None,
-        failure: Failure | None = None,
-        first_output_at: float | None = None,
+        self, stop: semconv.StopReason | None, at: float, failure: Failure | None = None
     ) -> None:
+        """Record the outcome of the reply, which the caller knows since ``at``."""
         self._ended = True
-        at = self._loop.time() if first_output_at is None else first_output_at
         self._trace.end(stop, at - self._began, failure)
         if stop in ("superseded", "interrupted"):
             with contextlib.suppress(RuntimeError):  # A closed loop runs no callbacks.
@@ -716,7 +731,8 @@ class Reply(Driver, Generic[T]):
     def _finish_up(self, failure: Failure | None) -> None:
         """Stop the timer, and report the end of the reply to the hook."""
         self._ended = True
-        self._cancel_timer()
+        if self._timer is not None:
+            self._cancel_timer()
         if self._on_ended is not None:
             self._on_ended(self, None if failure is None else failure.error)
 

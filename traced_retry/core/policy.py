@@ -57,7 +57,7 @@ class PolicyError(UsageError):
     """An invalid retry setting. The message names the setting, its value and the allowed values."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """The limits of one reply. All times are in seconds.
 

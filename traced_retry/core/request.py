@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -167,27 +167,33 @@ class CallRequest(OneAtATime, Generic[T]):
 
     Args:
         call: returns a future, or a coroutine to run.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        on: the exceptions of the call that are retried.
         resend_after_timeout: whether a request without an answer may be sent again. Use False if
             the late answer to the first could still be heard.
-        on: the exceptions of the call that are retried.
     """
 
-    __slots__ = ("_call", "_on", "_resend_after_timeout")
+    __slots__ = ("_args", "_call", "_kwargs", "_on", "_resend_after_timeout")
 
     def __init__(
         self,
-        call: Callable[[], Awaitable[T]],
+        call: Callable[..., Awaitable[T]],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        on: tuple[type[Exception], ...] = (Exception,),
         *,
         resend_after_timeout: bool = True,
-        on: tuple[type[Exception], ...] = (Exception,),
     ) -> None:
         self._call = call
+        self._args = args
+        self._kwargs = kwargs or {}
         self._on = on
         self._resend_after_timeout = resend_after_timeout
 
     def attempt(self, action: semconv.Action) -> asyncio.Future[T]:
         """Call the function. A coroutine becomes a task, so that it can be cancelled alone."""
-        result: Any = self._call()
+        result: Any = self._call(*self._args, **self._kwargs)
         if inspect.iscoroutine(result):
             return _start(result)
         if asyncio.isfuture(result):

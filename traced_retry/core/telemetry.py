@@ -7,12 +7,13 @@ never reads the text of an exception.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from opentelemetry import context as otel_context
@@ -26,6 +27,7 @@ from traced_retry.core import budget
 from traced_retry.core.attempt import Attempt
 from traced_retry.core.failure import Failure
 from traced_retry.core.guard import log_suppressed, suppress_and_log
+from traced_retry.core.request import Request
 
 logger = logging.getLogger(semconv.SCOPE)
 
@@ -50,38 +52,26 @@ class Target:
     """Whether a given text is to be spoken, and not a reply to be made."""
     initiator: semconv.Initiator = "agent"
     """Who starts the reply."""
+    labels: Attributes = field(init=False, repr=False, compare=False)
+    """The labels that every metric has."""
+    attempt_labels: dict[tuple[semconv.Action, semconv.Result], Attributes] = field(
+        init=False, repr=False, compare=False
+    )
+    """The labels of one attempt on metrics, without the reason of its failure."""
+    reply_labels: dict[semconv.Outcome, Attributes] = field(init=False, repr=False, compare=False)
+    """The labels of one reply on metrics, without its stop reason."""
+    attributes: Attributes = field(init=False, repr=False, compare=False)
+    """The known parts of the target as span attributes."""
 
     @property
     def key(self) -> tuple[str, str | None, str | None, int | None]:
         """Return the parts that name the model on its server."""
         return self.provider, self.model, self.server_address, self.server_port
 
-    @functools.cached_property
-    def labels(self) -> Attributes:
-        """Return the labels that every metric has."""
-        labels: Attributes = {
-            semconv.PROVIDER: self.provider,
-            semconv.INITIATOR: self.initiator,
-        }
-        return {**labels, semconv.OPERATION: "say"} if self.say else labels
-
-    @functools.cached_property
-    def attempt_labels(self) -> dict[tuple[semconv.Action, semconv.Result], Attributes]:
-        """Return the labels of one attempt on metrics, without the reason of its failure."""
-        return {
-            (action, result): {**self.labels, semconv.ACTION: action, semconv.RESULT: result}
-            for action in semconv.ACTIONS
-            for result in semconv.RESULTS
-        }
-
-    @functools.cached_property
-    def reply_labels(self) -> dict[semconv.Outcome, Attributes]:
-        """Return the labels of one reply on metrics, without its stop reason."""
-        return {o: {**self.labels, semconv.OUTCOME: o} for o in semconv.OUTCOMES}
-
-    @functools.cached_property
-    def attributes(self) -> Attributes:
-        """Return the known parts of the target as span attributes."""
+    def __post_init__(self) -> None:
+        labels: Attributes = {semconv.PROVIDER: self.provider, semconv.INITIATOR: self.initiator}
+        if self.say:
+            labels[semconv.OPERATION] = "say"
         # LiveKit's own span counts as the generation, and ours as steps around it.
         kind: semconv.SpanKind = "CHAIN"
         known = {
@@ -93,7 +83,23 @@ class Target:
             semconv.SERVER_ADDRESS: self.server_address,
             semconv.SERVER_PORT: self.server_port,
         }
-        return {name: value for name, value in known.items() if value is not None}
+        # A frozen dataclass sets its further fields in this way.
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(
+            self,
+            "attempt_labels",
+            {
+                (action, result): {**labels, semconv.ACTION: action, semconv.RESULT: result}
+                for action in semconv.ACTIONS
+                for result in semconv.RESULTS
+            },
+        )
+        object.__setattr__(
+            self, "reply_labels", {o: {**labels, semconv.OUTCOME: o} for o in semconv.OUTCOMES}
+        )
+        object.__setattr__(
+            self, "attributes", {name: value for name, value in known.items() if value is not None}
+        )
 
 
 class Telemetry:
@@ -267,7 +273,6 @@ class ReplyTrace:
         "_attempts",
         "_began",
         "_context",
-        "_live",
         "_response_id",
         "_silent",
         "_span",
@@ -283,10 +288,10 @@ class ReplyTrace:
         self._telemetry = telemetry
         self.target = target
         # Retries go on if instrumentation is suppressed. They are only not recorded.
-        self._silent = bool(otel_context.get_value(_SUPPRESSED))
-        self._live = False
+        self._silent = otel_context.get_current().get(_SUPPRESSED)
         self._span: trace.Span = trace.INVALID_SPAN
         self._context: otel_context.Context | None = None
+        """The context of the reply's span. None if the reply is not traced."""
         self._attempts = 0
         self._waited = 0.0
         self._response_id: str | None = None
@@ -301,7 +306,6 @@ class ReplyTrace:
         context = self._span.get_span_context()
         return trace.format_trace_id(context.trace_id) if context.trace_flags.sampled else None
 
-    @_suppress_and_log
     def begin(self, began: float, ago: float) -> None:
         """Start the span of the reply, which began ``ago`` seconds ago.
 
@@ -309,64 +313,70 @@ class ReplyTrace:
         """
         if self._silent:
             return
-        # The system's clock is read once per reply. It may be set back during the reply, so all
-        # other times of its spans are this one plus seconds of the event loop's clock.
-        self._began, self._started = began, time.time_ns()
-        if ago:
-            self._started -= round(ago * 1e9)
-        self._start_span()
-        self._telemetry.in_flight.add(1, self.target.labels, self._context)
+        try:
+            # The system's clock is read once per reply. It may be set back during the reply, so all
+            # other times of its spans are this one plus seconds of the event loop's clock.
+            self._began, self._started = began, time.time_ns()
+            if ago:
+                self._started -= round(ago * 1e9)
+            self._start_span()
+            self._telemetry.in_flight.add(1, self.target.labels, self._context)
+        except Exception as error:  # noqa: BLE001 - as in _suppress_and_log
+            log_suppressed("telemetry (begin)", error)
 
     def _start_span(self) -> None:
         self._span = self._telemetry.tracer.start_span(
             semconv.SPAN_SAY if self.target.say else semconv.SPAN_REPLY,
-            kind=SpanKind.INTERNAL,
-            attributes=self.target.attributes,
-            start_time=self._started,
+            None,
+            SpanKind.INTERNAL,
+            self.target.attributes,
+            None,
+            self._started,
         )
         # Without an SDK the span has no context of its own, so there is no span to nest below.
-        self._live = self._span.get_span_context().is_valid
-        if self._live:
+        if self._span.get_span_context().is_valid:
             self._context = trace.set_span_in_context(self._span)
 
-    @_suppress_and_log
     def attempt_began(self, attempt: Attempt[Any]) -> None:
         """Start the span of ``attempt``."""
         self._attempts = attempt.number
-        if not self._live:
+        if self._context is None:
             return
-        attributes = {
-            **self.target.attributes,
-            semconv.ATTEMPT: attempt.number,
-            semconv.ACTION: attempt.action,
-            semconv.DELAY: attempt.delay,
-        }
-        if self._telemetry.in_livekit:
-            attributes[semconv.LK_RETRY_COUNT] = attempt.number - 1
-        attempt.span = self._telemetry.tracer.start_span(
-            semconv.SPAN_SAY_ATTEMPT if self.target.say else semconv.SPAN_ATTEMPT,
-            context=self._context,
-            kind=SpanKind.CLIENT,
-            attributes=attributes,
-            start_time=self._unix(attempt.began),
-        )
-        attempt.context = trace.set_span_in_context(attempt.span, self._context)
+        try:
+            attributes = {
+                **self.target.attributes,
+                semconv.ATTEMPT: attempt.number,
+                semconv.ACTION: attempt.action,
+                semconv.DELAY: attempt.delay,
+            }
+            if self._telemetry.in_livekit:
+                attributes[semconv.LK_RETRY_COUNT] = attempt.number - 1
+            attempt.span = self._telemetry.tracer.start_span(
+                semconv.SPAN_SAY_ATTEMPT if self.target.say else semconv.SPAN_ATTEMPT,
+                self._context,
+                SpanKind.CLIENT,
+                attributes,
+                None,
+                self._unix(attempt.began),
+            )
+            attempt.context = trace.set_span_in_context(attempt.span, self._context)
+        except Exception as error:  # noqa: BLE001 - as in _suppress_and_log
+            log_suppressed("telemetry (attempt_began)", error)
 
-    def call(self, attempt: Attempt[Any], function: Callable[[semconv.Action], T]) -> T:
-        """Call ``function`` with the action of ``attempt``, and its span as the current one.
+    def call(self, attempt: Attempt[T], request: Request[T]) -> asyncio.Future[T]:
+        """Send ``attempt`` with ``request``, and its span as the current one.
 
         Raises:
-            BaseException: if ``function`` raises, unchanged.
+            BaseException: if ``request`` raises, unchanged.
         """
         if attempt.context is None:
-            return function(attempt.action)
+            return request.attempt(attempt.action)
         token = otel_context.attach(attempt.context)
         try:
-            return function(attempt.action)
+            return request.attempt(attempt.action)
         finally:
             otel_context.detach(token)
 
-    @_suppress_and_log
     def attempt_ended(self, attempt: Attempt[Any], seconds: float) -> None:
         """End the span of ``attempt`` after ``seconds``, and count the attempt."""
         failure = attempt.failure
@@ -378,20 +388,23 @@ class ReplyTrace:
             self._response_id = attempt.delivery.response_id
         telemetry, context = self._telemetry, attempt.context
         labels = self.target.attempt_labels[attempt.action, attempt.result]
-        if failure is not None:
-            labels = {**labels, semconv.ERROR_TYPE: failure.error_type}
         try:
-            if self._live:
-                attempt.span.set_attributes(_attempt_end(attempt))
-                if failure is not None:
-                    attempt.span.set_status(StatusCode.ERROR)
-            telemetry.attempt_duration.record(seconds, labels, context)
             if failure is not None:
-                labels = {**labels, semconv.RECOVERABLE: failure.recoverable}
-            telemetry.attempts.add(1, labels, context)
-        finally:
-            if self._live:
-                attempt.span.end(self._unix(attempt.began + seconds))
+                labels = {**labels, semconv.ERROR_TYPE: failure.error_type}
+            try:
+                if self._context is not None:
+                    attempt.span.set_attributes(_attempt_end(attempt))
+                    if failure is not None:
+                        attempt.span.set_status(StatusCode.ERROR)
+                telemetry.attempt_duration.record(seconds, labels, context)
+                if failure is not None:
+                    labels = {**labels, semconv.RECOVERABLE: failure.recoverable}
+                telemetry.attempts.add(1, labels, context)
+            finally:
+                if self._context is not None:
+                    attempt.span.end(self._unix(attempt.began + seconds))
+        except Exception as error:  # noqa: BLE001 - as in _suppress_and_log
+            log_suppressed("telemetry (attempt_ended)", error)
 
     @_suppress_and_log
     def waited(self, seconds: float) -> None:
@@ -400,7 +413,6 @@ class ReplyTrace:
         if not self._silent:
             self._telemetry.delay.record(seconds, self.target.labels, self._context)
 
-    @_suppress_and_log
     def end(
         self,
         stop: semconv.StopReason | None,
@@ -422,18 +434,21 @@ class ReplyTrace:
         telemetry, context = self._telemetry, self._context
         labels = self.target.reply_labels[outcome]
         try:
-            if self._live:
-                self._span.set_attributes(self._end_attributes(outcome, stop, failure))
-                if failure is not None:
-                    self._span.set_status(StatusCode.ERROR)
-            telemetry.in_flight.add(-1, self.target.labels, context)
-            telemetry.reply_duration.record(seconds, labels, context)
-            if stop is not None:
-                labels = {**labels, semconv.STOP_REASON: stop}
-            telemetry.replies.add(1, labels, context)
-        finally:
-            if self._live:
-                self._span.end(self._unix(self._began + seconds))
+            try:
+                if context is not None:
+                    self._span.set_attributes(self._end_attributes(outcome, stop, failure))
+                    if failure is not None:
+                        self._span.set_status(StatusCode.ERROR)
+                telemetry.in_flight.add(-1, self.target.labels, context)
+                telemetry.reply_duration.record(seconds, labels, context)
+                if stop is not None:
+                    labels = {**labels, semconv.STOP_REASON: stop}
+                telemetry.replies.add(1, labels, context)
+            finally:
+                if context is not None:
+                    self._span.end(self._unix(self._began + seconds))
+        except Exception as error:  # noqa: BLE001 - as in _suppress_and_log
+            log_suppressed("telemetry (end)", error)
 
     def _unix(self, at: float) -> int:
         """Return the Unix time in ns of the event loop's time ``at``."""
