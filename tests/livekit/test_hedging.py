@@ -71,9 +71,7 @@ class TestHedge:
         assert 1 == recorder.attempts[1][semconv.ANSWERED_ATTEMPT]
         assert recorder.attempts[1][semconv.RESPONSE_ID] == recorder.replies[0][semconv.RESPONSE_ID]
 
-    async def test_late_answer_after_failed_response_is_adopted(
-        self, start_conversation, recorder
-    ):
+    async def test_late_answer_after_failed_response_is_adopted(self, start_conversation, recorder):
         """A response that failed before does not close the next request too early."""
         talk = await start_conversation("failed,late:4,silence")
 
