@@ -71,6 +71,17 @@ class TestHedge:
         assert 1 == recorder.attempts[1][semconv.ANSWERED_ATTEMPT]
         assert recorder.attempts[1][semconv.RESPONSE_ID] == recorder.replies[0][semconv.RESPONSE_ID]
 
+    async def test_late_answer_after_failed_response_is_adopted(self, start_conversation, recorder):
+        """A response that failed before does not close the next request too early."""
+        talk = await start_conversation("failed,late:4,silence")
+
+        assert None is await talk.reply()
+        await talk.settle()
+
+        assert "reply 2" in talk.heard
+        assert ["send", "send", "hedge"] == actions(recorder)
+        assert [("recovered", None)] == ended(recorder)
+
     async def test_answer_to_hedge_names_no_other_attempt(self, start_conversation, recorder):
         """Only an attempt that got the answer of another one says so."""
         talk = await start_conversation("silence,ok")
@@ -206,6 +217,8 @@ class TestServerWithoutIds:
         assert 2 == len(talk.server.requests)
         assert 1 == len(talk.heard)
         assert speech.done()
+        (cancelled,) = talk.server.cancels
+        assert cancelled not in (None, talk.generations[0].response_id)
 
 
 class TestFirstWord:

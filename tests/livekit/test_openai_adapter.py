@@ -8,7 +8,7 @@ import base64
 
 import pytest
 from livekit.agents import APIConnectionError, llm
-from support.conversation import codes, ended, now
+from support.conversation import actions, codes, ended, now
 from support.steered import SteeredServer
 
 from traced_retry import RetryPolicy
@@ -154,6 +154,7 @@ class TestRememberedIds:
         await asyncio.sleep(1)
 
         assert [None, response_id] == talk.server.cancels  # The agent's own cancel has no id.
+        assert [] == talk.realtime._traced_retry._adapter.open
         assert [] == talk.generations
         assert [("interrupted", "interrupted")] == ended(recorder)
 
@@ -200,6 +201,60 @@ class TestConnection:
         assert not adapter.ready()
         adapter._on_reconnected(None)
         assert (True, losses + 1) == (adapter.ready(), adapter.connection_losses)
+
+
+class TestAdoptedAnswer:
+    async def test_answer_that_fails_is_followed_by_request(self, talk, recorder):
+        """An answer that came in the wait after a rejected hedge is listened to only once."""
+        reply = talk.realtime.generate_reply()
+        connection = await waiting(talk)
+        await asyncio.sleep(3.0)  # The hedge follows after 2.5 s.
+        await connection.reject_one(1, "rate_limit_exceeded")
+        await asyncio.sleep(0.1)
+        await connection.begin_to_answer(0, message=False)
+        Listener(await reply)
+        await connection.fail("server_error")
+        await waiting(talk)
+        await connection.begin_to_answer(0, message=True)
+        await connection.complete()
+        await asyncio.sleep(0.1)
+
+        assert ["send", "hedge", "listen", "send"] == actions(recorder)
+        assert ["timeout", "rate_limit_exceeded", "server_error", None] == codes(recorder)
+        assert [("recovered", None)] == ended(recorder)
+
+
+class TestActiveResponse:
+    async def test_response_with_events_is_not_cancelled(self, talk):
+        """A long response of the server's own is no silent one, so the next reply waits for it."""
+        connection = await connected(talk)
+        await connection.begin_its_own()
+        talk.server.willing = 1
+        reply = talk.realtime.generate_reply()
+        for _ in range(3):
+            await asyncio.sleep(5.0)
+            await connection.say()
+        assert ([], False) == (talk.server.cancels, reply.done())
+        await connection.complete()
+        await Listener(await reply).done()
+
+        assert [] == talk.server.cancels
+
+    async def test_own_response_has_its_own_time(self, talk, recorder):
+        """A reply that waits does not cut off one that pauses after its first word."""
+        first = talk.realtime.generate_reply()
+        connection = await waiting(talk)
+        await connection.begin_to_answer(0, message=True)
+        await connection.say()
+        Listener(await first)
+        second = talk.realtime.generate_reply()
+        await asyncio.wait([second], timeout=30.0)
+
+        assert [("exhausted", "deadline")] == ended(recorder)
+        assert isinstance(second.exception(), llm.RealtimeError)
+        await connection.complete()
+        await asyncio.sleep(0.1)
+        assert [("succeeded", None), ("exhausted", "deadline")] == ended(recorder)
 
 
 class TestEcho:

@@ -62,6 +62,10 @@ PASSING = {
     ),
     "type is a number": ([error(type=7, code="server_error", event_id=OURS)], "server_error"),
     "message is null": ([error(type="server_error", message=None, event_id=OURS)], "server_error"),
+    "server error with a wait": (
+        [error(type="server_error", message="Please try again in 5s.", event_id=OURS)],
+        "server_error",
+    ),
     "failed with a number": ([BEGIN, failed({"error": {"code": 429}})], "429"),
     "failed with a word": ([BEGIN, failed("failed")], "_OTHER"),
     "failed with an error that is a word": ([BEGIN, failed({"error": "overloaded"})], "overloaded"),
@@ -219,6 +223,17 @@ class TestEmptyResponse:
         assert [("recovered", None)] == ended(recorder)
         assert ["empty_response", None] == codes(recorder)
 
+    @pytest.mark.parametrize("part", [{"text": "a"}, {"transcript": "a"}, {"audio": "a"}])
+    async def test_response_with_content_is_not_empty(self, part, start_conversation, recorder):
+        """The server reports output at the end, so a second request could be a second reply."""
+        answer = [BEGIN, completed([{"type": "message", "content": [part]}])]
+        talk = await start_conversation("ok", simulator=answered_by(answer))
+
+        assert None is await talk.reply()
+
+        assert 1 == len(talk.server.requests)
+        assert [("succeeded", None)] == ended(recorder)
+
     async def test_lasting_emptiness_is_reported(self, start_conversation, recorder):
         """The agent's code learns that its caller heard silence."""
         talk = await start_conversation("empty")
@@ -291,6 +306,25 @@ class TestRetryAfter:
         assert raised is None
         assert 0.0 == seconds
         assert ["reply 2"] == talk.heard
+
+
+class TestMissingId:
+    async def test_id_of_response_comes_with_its_end(self, start_conversation, recorder):
+        """The end belongs to the only response. The plugin alone: heard, and complete."""
+        place = {"item_id": "item_1", "output_index": 0, "content_index": 0}
+        item = {"id": "item_1", "type": "message", "role": "assistant", "content": []}
+        answer = [
+            {"type": "response.created", "response": {"id": "", "metadata": "<metadata>"}},
+            {"type": "response.output_item.added", "output_index": 0, "item": item},
+            {"type": "response.output_text.delta", **place, "delta": "a word"},
+            completed([]),
+        ]
+        talk = await start_conversation("ok", simulator=answered_by(answer))
+
+        raised, seconds = await talk.timed_reply()
+
+        assert (None, 0.0, ["a word"]) == (raised, seconds, talk.heard)
+        assert [("succeeded", None)] == ended(recorder)
 
 
 class TestMissingEcho:
@@ -419,7 +453,7 @@ class TestResponseThatNeverEnds:
         assert 10.0 <= took <= 10.1
 
     async def test_session_renewal_with_lost_connection_comes_back(
-        self, start_conversation, recorder
+        self, start_conversation, recorder, caplog
     ):
         """The plugin waits for the end of a response that a lost connection cannot bring.
 
@@ -439,3 +473,4 @@ class TestResponseThatNeverEnds:
         assert None is await asyncio.wait_for(talk.reply(), 30)
         assert 1 == len([text for text in talk.heard if text])
         assert 0 == recorder.open_spans
+        assert "the server did not answer a cancel" in caplog.text

@@ -273,11 +273,17 @@ class TestReport:
         self, start_conversation, recorder, failures
     ):
         """A new connection does not know the caller's words, so a request would be nonsense."""
-        talk = await start_conversation("turn:drop_before", on_exhausted=failures)
+        errors = []
+        talk = await start_conversation(
+            "turn:drop_before",
+            on_exhausted=failures,
+            classify=lambda why: errors.append(str(why.error)),
+        )
         await configured(talk)
         await speak(talk, transcript=None)
 
         assert ([], []) == (talk.heard, talk.server.requests)
+        assert ["the connection was lost before the reply (connection_lost)"] == errors
         assert ["connection_lost"] == codes(recorder, None)
         assert ["provider"] == [failed.initiator for failed in failures]
 
@@ -289,6 +295,19 @@ class TestReport:
 
         assert (["answer 1"], 1, 1) == (talk.heard, len(failures), late(recorder))
         assert [("exhausted", "unsafe_to_resend")] == ended(recorder, None)
+
+    async def test_only_one_answer_is_late(self, start_conversation, recorder, failures):
+        """A response of the server's own after the late answer is a reply of its own."""
+        talk = await start_conversation("turn:late:12,turn:ok", on_exhausted=failures)
+        await configured(talk)
+        await speak(talk)
+        (connection,) = talk.server._open
+        turn = talk.server.take_turn()
+        await connection.answer(turn, turn.fault)
+        await asyncio.sleep(1.0)
+
+        assert (["answer 1", "answer 2"], 1) == (talk.heard, late(recorder))
+        assert [("exhausted", "unsafe_to_resend"), ("succeeded", None)] == ended(recorder, None)
 
     async def test_session_closes_before_answer(self, start_conversation, recorder, failures):
         """A turn without an answer ends with its session."""

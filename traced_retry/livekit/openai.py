@@ -329,7 +329,6 @@ class OpenAIAdapter(Adapter):
         """End the turn before, if there is one, because another reply takes its place."""
         if self._turn is not None:
             self._turn.supersede()
-            self.replies.wake()
 
     def is_transcribed(self, item_id: str) -> bool:
         """Return whether a new connection gets the caller's words in that item."""

@@ -168,8 +168,7 @@ class OpenAIRequest(PassthroughRequest):
             return None
         if self._earlier and why.code == _ACTIVE and not self._adapter.active:
             return "listen"
-        sent = self.ids or self._number > 1  # A "listen" has no id of its own.
-        return "send" if sent and self._adapter.echoes is not False else None
+        return "send" if self.ids and self._adapter.echoes is not False else None
 
     def ready(self) -> bool:
         """Return whether a request can be answered: see :meth:`OpenAIAdapter.ready`."""
@@ -218,8 +217,6 @@ class OpenAIRequest(PassthroughRequest):
 
     def cancel(self, attempt: asyncio.Future[Generation]) -> None:
         """Cancel as the agent alone would, and keep the id discarded over a reconnect."""
-        self._close()
-        self._discard_earlier()
         if not attempt.done():
             self._adapter.discard(self.ids)
             attempt.cancel()
