@@ -39,6 +39,7 @@ logging.getLogger("asyncio").addFilter(
 
 LONGEST = [
     "test_fleet.py",
+    "test_incidents.py",
     "test_exactness.py",
     "test_collector.py",
     "test_end_to_end.py",
