@@ -73,6 +73,15 @@ class TestRule:
             in record.getMessage()
         )
 
+    def test_failures_before_the_window_do_not_open_it(self, processes):
+        """The next reply opens the circuit if the first failure is recent enough."""
+        outage(processes, seconds=SPAN - 0.1)
+
+        assert processes[0].admits(NOW + WINDOW + 0.01)
+        assert not processes[0].is_open(NOW + WINDOW + 0.01)
+        assert processes[0].admits(NOW + WINDOW)
+        assert processes[0].is_open(NOW + WINDOW)
+
     @pytest.mark.parametrize("less", [{"count": FAILURES - 1}, {"seconds": SPAN - 0.1}])
     def test_fewer_or_faster_failures_do_not_open_it(self, processes, less):
         """A short fault is left to the retries."""

@@ -52,6 +52,17 @@ async def test_next_reply_waits_for_retry_after(seconds, session, recorder):
     assert "succeeded" == recorder.replies[1]["traced_retry.outcome"]
 
 
+def test_shorter_wait_does_not_end_longer_one():
+    """A failure that asks for less, or for no wait, leaves the earlier time as it is."""
+    cooldown = SessionCooldown()
+    for seconds in (6.0, 1.0, None):
+        why = failure(limited(seconds), "rate_limit", retry_after=seconds)
+        cooldown.update(why, 100.0)
+
+    assert 106.0 == cooldown.until
+    assert 6.0 == cooldown.failure.retry_after
+
+
 @pytest.mark.parametrize("seconds", [20, 60, 411_480, 10**300])
 async def test_retry_after_beyond_deadline_does_not_hold_next_reply_back(
     seconds, session, recorder
