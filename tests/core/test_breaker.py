@@ -485,6 +485,13 @@ class TestReply:
         assert "SECRET" not in caplog.text
 
 
+def test_refusal_is_recoverable():
+    """The circuit closes again, so a later request can succeed."""
+    refused = CallRequest(Scripted("hello").future).refused()
+
+    assert ("circuit_open", True) == (refused.kind, refused.recoverable)
+
+
 def breaker_cooldown(until):
     """Return a session's cooldown until a time."""
     from traced_retry.core.cooldown import SessionCooldown
