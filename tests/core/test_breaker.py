@@ -412,13 +412,14 @@ class TestReply:
 
     async def test_circuit_that_opens_in_the_wait_ends_it(self, ask, path, recorder):
         """The next attempt of a reply that waits is not sent."""
-        reply = ask(Scripted(ProviderError("server_error")), base_delay=3.0)
+        script = Scripted(ProviderError("server_error"), "hello")
+        reply = ask(script, base_delay=3.0)
+        await asyncio.sleep(1.0)
         open_circuit(path, KEY, now())
-        script = Scripted("hello")
         with pytest.raises(ProviderError):
             await reply
 
-        assert 0 == script.calls
+        assert 1 == script.calls
         assert ["circuit_open"] == [r["traced_retry.stop_reason"] for r in recorder.replies]
 
     async def test_listen_is_not_refused(self, ask, path):
@@ -481,7 +482,8 @@ class TestReply:
             monkeypatch.setattr(breaker.Circuit, name, fail)
 
         assert "hello" == await ask(Scripted(ProviderError("server_error"), "hello"))
-        assert caplog.text
+        for part in ("asking", "reporting a failure to", "closing"):
+            assert f"{part} the circuit breaker raised RuntimeError" in caplog.text
         assert "SECRET" not in caplog.text
 
 
