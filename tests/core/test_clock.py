@@ -200,6 +200,22 @@ class TestClosedLoop:
         assert {"succeeded": 1} == recorder.counted(semconv.METRIC_REPLIES, semconv.OUTCOME)
 
 
+def test_fault_after_the_end_of_the_loop_is_logged(recorder, caplog):
+    """The garbage collector must not print it."""
+
+    async def start():
+        trace = Telemetry(**recorder.providers).reply(Target("openai"))
+        request = CallRequest(Scripted(HANG).future)
+        return Reply(request, RetryPolicy(), trace, on_ended=lambda *_: 1 / 0).start()
+
+    loop = VirtualClockLoop()
+    loop.run_until_complete(start())
+    loop.close()
+
+    place = "the end of a reply whose event loop was closed"
+    assert f"{place} raised ZeroDivisionError" in caplog.text
+
+
 def test_awaited_reply_ends_with_asyncio_run(recorder):
     """``asyncio.run`` cancels the task that waits for the reply, and no error is printed."""
     ask = retry(provider="openai", **recorder.providers)(Scripted(LIMITED).coroutine)

@@ -151,6 +151,13 @@ class TestFromEnv:
 
         assert 7 == RetryPolicy.from_env().max_retries
 
+    @pytest.mark.parametrize("name", ["HEDGE_AFTER", "FIRST_WORD_TIMEOUT"])
+    def test_variable_switches_limit_off(self, name):
+        """The word ``off`` means None."""
+        policy = RetryPolicy.from_env({f"TRACED_RETRY_{name}": "off"})
+
+        assert getattr(policy, name.lower()) is None
+
     def test_each_variable_sets_its_field(self):
         """Each variable reaches its field."""
         policy = RetryPolicy.from_env(

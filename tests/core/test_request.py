@@ -11,6 +11,7 @@ import pytest
 from support.scripted import HANG, ProviderError, Scripted
 
 from traced_retry import RetryPolicy
+from traced_retry.core.cooldown import SessionCooldown
 from traced_retry.core.failure import copy_error, failure
 from traced_retry.core.loop import Reply
 from traced_retry.core.request import CallRequest, Delivery
@@ -225,6 +226,31 @@ class TestActions:
 
         assert 0 == recorder.open_spans
         assert ["interrupted"] == [r["traced_retry.outcome"] for r in recorder.replies]
+
+    async def test_callback_that_fails_is_logged_by_name(self, reply, caplog):
+        """Its failure does not change the error of the reply."""
+        request = Request(Scripted(ProviderError("invalid_api_key")))
+        asked = reply(request, on_failed=lambda _: 1 / 0)
+        await asyncio.wait([asked.start()])
+
+        assert isinstance(asked.future.exception(), ProviderError)
+        assert "on_exhausted raised ZeroDivisionError" in caplog.text
+
+    async def test_hedge_follows_at_the_end_of_a_cooldown(self, recorder):
+        """A request may be sent at the very time until which the provider wanted none."""
+
+        class Hedging(CallRequest):
+            def can_hedge(self):
+                return True
+
+        script, cooldown = Scripted(HANG, "hello"), SessionCooldown()
+        policy = RetryPolicy(hedge_after=2.5)
+        trace = Telemetry(**recorder.providers).reply(Target("somebody"))
+        asked = Reply(Hedging(script.future), policy, trace, cooldown=cooldown).start()
+        cooldown.until = now() + 2.5
+
+        assert "hello" == await asked
+        assert [0.0, 2.5] == script.times
 
     async def test_failed_reply_has_code_or_type_of_each_attempt(self, reply):
         """An unknown code stays exact, and a failure without a code has its error type."""
