@@ -283,6 +283,9 @@ class Reach:
         lines = self._lines.get(mutant.module, {})
         numbers = lines if mutant.reached_by is None else map(str, mutant.reached_by)
         names = {name for number in numbers for name in lines.get(number, [])}
+        if mutant.reached_by is None:  # A test may read a constant without reaching a line.
+            own = f"/test_{Path(mutant.module).stem}.py"
+            names.update(name for name in self._seconds if name.partition("::")[0].endswith(own))
         names.update(self._elsewhere)
         return sorted(names, key=lambda name: (name in self._elsewhere, self._seconds[name], name))
 

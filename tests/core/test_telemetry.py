@@ -700,9 +700,18 @@ class Broken:
 
 
 class TestHarmless:
-    @pytest.mark.parametrize("part", ["tracer", "attempts", "replies", "reply_duration"])
-    async def test_failing_sdk_does_not_change_result(self, recorder, caplog, part):
-        """An error of the SDK is logged once and never changes the result."""
+    @pytest.mark.parametrize(
+        ("part", "place"),
+        [
+            ("tracer", "begin"),
+            ("attempts", "attempt_ended"),
+            ("delay", "waited"),
+            ("replies", "end"),
+            ("reply_duration", "end"),
+        ],
+    )
+    async def test_failing_sdk_does_not_change_result(self, recorder, caplog, part, place):
+        """An error of the SDK is logged once, with its place, and never changes the result."""
         telemetry = Telemetry(**recorder.providers)
         setattr(telemetry, part, Broken())
         for _ in range(2):
@@ -711,7 +720,7 @@ class TestHarmless:
             assert "hello" == await reply.start()
 
         records = [r for r in caplog.records if r.levelname == "ERROR"]
-        assert records
+        assert any(f"telemetry ({place}) raised" in r.getMessage() for r in records)
         assert len(records) == len({r.getMessage() for r in records})
         assert not any("SECRET" in r.getMessage() for r in records)
         assert 0 == recorder.open_spans
