@@ -211,8 +211,10 @@ class TestAdoptedAnswer:
         await asyncio.sleep(3.0)  # The hedge follows after 2.5 s.
         await connection.reject_one(1, "rate_limit_exceeded")
         await asyncio.sleep(0.1)
+        answered = now()
         await connection.begin_to_answer(0, message=False)
         Listener(await reply)
+        assert now() - answered < 0.1
         await connection.fail("server_error")
         await waiting(talk)
         await connection.begin_to_answer(0, message=True)
