@@ -223,6 +223,7 @@ class TestAdoptedAnswer:
 
         assert ["send", "hedge", "listen", "send"] == actions(recorder)
         assert ["timeout", "rate_limit_exceeded", "server_error", None] == codes(recorder)
+        assert [] == talk.realtime._traced_retry._adapter.open
         assert [("recovered", None)] == ended(recorder)
 
 
