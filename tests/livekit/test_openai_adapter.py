@@ -204,6 +204,23 @@ class TestConnection:
 
 
 class TestAdoptedAnswer:
+    @pytest.mark.parametrize("which", [0, 1])
+    async def test_answer_after_interruption_is_cancelled(self, which, talk, recorder):
+        """The caller hears neither the answer to the first request nor that to its hedge."""
+        reply = talk.realtime.generate_reply()
+        connection = await waiting(talk)
+        await asyncio.sleep(3.0)  # The hedge follows after 2.5 s.
+        reply.cancel()
+        await asyncio.sleep(0.1)
+        await connection.begin_to_answer(which, message=False)
+        response_id = connection.active.id
+        await asyncio.sleep(1.0)
+
+        assert response_id in talk.server.cancels
+        assert [] == talk.generations
+        assert {} == talk.realtime._traced_retry._adapter.earlier
+        assert [("interrupted", "interrupted")] == ended(recorder)
+
     async def test_answer_that_fails_is_followed_by_request(self, talk, recorder):
         """An answer that came in the wait after a rejected hedge is listened to only once."""
         reply = talk.realtime.generate_reply()
