@@ -16,7 +16,7 @@ from traced_retry.core import switch
 from traced_retry.core.loop import Reply
 from traced_retry.core.policy import RetryPolicy, check_policy
 from traced_retry.core.request import CallRequest
-from traced_retry.core.telemetry import ReplyTrace, Target, Telemetry
+from traced_retry.core.telemetry import Target, Telemetry
 from traced_retry.core.variables import warn_about_misspelt
 
 T = TypeVar("T")
@@ -63,15 +63,14 @@ def retry(
     policy = policy or RetryPolicy.from_env()
     telemetry = Telemetry(tracer_provider, meter_provider)
     target = Target(provider, model)
-    start_counters = functools.cache(telemetry.initialize_counters)
 
     def decorate(function: F) -> F:
         is_async = _check(function)
 
         def reply_to(args: Any, kwargs: Any) -> Reply[Any]:
-            start_counters(provider)
+            telemetry.initialize_counters(provider)
             request: CallRequest[Any] = CallRequest(function, args, kwargs, kinds)
-            return Reply(request, policy, ReplyTrace(telemetry, target))
+            return Reply(request, policy, telemetry.reply(target))
 
         if is_async:
 

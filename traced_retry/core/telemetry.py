@@ -566,7 +566,6 @@ class TurnTrace(ReplyTrace):
     def _start_span(self) -> None:
         """Wait for the end of the first attempt."""
 
-    @_suppress_and_log
     def attempt_began(self, attempt: Attempt[Any]) -> None:
         """Start the span of ``attempt``, unless it is the first one."""
         self._attempts = attempt.number

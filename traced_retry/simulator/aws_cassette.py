@@ -376,3 +376,7 @@ class _Replayed(Stream):
             self.send_exception(entry["event"]["type"], entry["event"]["message"])
         else:
             self.send_event(self.fill(entry["event"]))
+
+
+SERVERS: Final[dict[Any, Any]] = {Recorder: AWSRecorder, Replayer: AWSReplayer}
+"""The servers for AWS, by the class that other providers share."""

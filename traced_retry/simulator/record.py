@@ -53,17 +53,20 @@ def recorder(
     """
     if not URL(to).host:
         raise UsageError(f"{to!r} is not a URL: expected for example https://api.openai.com/v1")
-    found: Recorder
-    if provider == "aws":
-        from traced_retry.simulator.aws_cassette import AWSRecorder  # noqa: PLC0415 - needs h2
-
-        found = AWSRecorder(port=port)
-    else:
-        kind = simulator(provider)
-        found = type(f"Recorded{kind.__name__}", (Recorder, kind), {})(port=port)
+    found: Recorder = server_class(Recorder, provider)(port=port)
     found.provider, found.write, found.trust = provider, write, trust
     found.to = to.rstrip("/")
     return found
+
+
+def server_class(base: Any, provider: str) -> Any:
+    """Return ``base``, a recorder or a replayer, with the address of the provider's simulator."""
+    if provider == "aws":
+        from traced_retry.simulator.aws_cassette import SERVERS  # noqa: PLC0415 - needs h2
+
+        return SERVERS[base]
+    kind = simulator(provider)
+    return type(f"{base.__name__}{kind.__name__}", (base, kind), {})
 
 
 class Recorder(Simulator):

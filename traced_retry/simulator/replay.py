@@ -19,7 +19,6 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from traced_retry.simulator import simulator
 from traced_retry.simulator.cassette import (
     ABORTED,
     Entry,
@@ -28,7 +27,7 @@ from traced_retry.simulator.cassette import (
     is_sound,
     read_cassette,
 )
-from traced_retry.simulator.record import join_url
+from traced_retry.simulator.record import join_url, server_class
 from traced_retry.simulator.server import Connection, Simulator
 
 NO_FURTHER: Final = "The cassette has no further connection."
@@ -60,14 +59,7 @@ def replayer(provider: str, path: Path, *, port: int = 0) -> Replayer:
     Raises:
         UsageError: if the file is not a cassette of this provider.
     """
-    found: Replayer
-    if provider == "aws":
-        from traced_retry.simulator.aws_cassette import AWSReplayer  # noqa: PLC0415 - needs h2
-
-        found = AWSReplayer(port=port)
-    else:
-        kind = simulator(provider)
-        found = type(f"Replayed{kind.__name__}", (Replayer, kind), {})(port=port)
+    found: Replayer = server_class(Replayer, provider)(port=port)
     for call in _calls(read_cassette(path, provider)):
         found.calls[call.method].append(call)
         found.events += len(call.sent)
