@@ -77,6 +77,13 @@ SESSIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _aws_keys(monkeypatch):
+    """Set the credentials with which the recorder signs for AWS."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
+
+
 class Caller(Agent):
     """An agent with a tool, the result of which is a secret."""
 
@@ -138,8 +145,6 @@ async def talk(provider, server, *, turns=None):
 async def test_replay_ends_as_the_session_did(name, script, tmp_path, monkeypatch):
     """Outcomes are the same, times differ by at most 50 ms, and the cassette has no secret."""
     monkeypatch.setattr(random, "uniform", lambda _, high: high)  # the jitter
-    for name_of_key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name_of_key, KEY)
     case, cassette = PROVIDERS[name], tmp_path / "cassette.jsonl"
     with cassette.open("w") as file:
         async with case.simulator(script) as upstream:
@@ -170,10 +175,8 @@ class Expired:
 
 
 @pytest.mark.parametrize("expired", [False, True])
-async def test_aws_that_cannot_be_reached_is_counted(expired, monkeypatch):
+async def test_aws_that_cannot_be_reached_is_counted(expired):
     """The agent fails at once, and the recorder counts the connections without an answer."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
     case, entries = PROVIDERS["aws"], []
     async with case.simulator("ok") as upstream:
         url = upstream.url
@@ -187,14 +190,12 @@ async def test_aws_that_cannot_be_reached_is_counted(expired, monkeypatch):
     assert [502] == [entry["http"] for entry in entries[1:] if entry["from"] == "server"]
 
 
-async def test_aws_request_is_signed_for_the_provider(monkeypatch):
+async def test_aws_request_is_signed_for_the_provider():
     """The request that arrives at the provider has the signature that botocore computes for it."""
     auth = pytest.importorskip("botocore.auth", reason="livekit-plugins-aws[realtime]")
     from botocore.awsrequest import AWSRequest
     from botocore.credentials import Credentials
 
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
     case, received = PROVIDERS["aws"], []
     async with case.simulator("ok") as upstream:
         new_stream = upstream.new_stream
@@ -211,7 +212,7 @@ async def test_aws_request_is_signed_for_the_provider(monkeypatch):
     method, scope, signed, signature = re.split(r",? \w+=", headers["authorization"])
     for name in set(request.headers) - set(signed.split(";")):
         del request.headers[name]
-    signer = auth.SigV4Auth(Credentials("id", KEY), "bedrock", "us-east-1")
+    signer = auth.SigV4Auth(Credentials(KEY, KEY), "bedrock", "us-east-1")
     text = signer.string_to_sign(request, signer.canonical_request(request))
 
     assert ("AWS4-HMAC-SHA256", signer.scope(request)) == (method, scope)

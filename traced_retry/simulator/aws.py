@@ -289,7 +289,7 @@ def redirected(url: str, ca: bytes) -> Iterator[None]:
             setattr(plugin, name, value)
 
 
-def decode_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+def http_headers(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     """Return the headers of HTTP/2 as text."""
     return {name.decode(): value.decode() for name, value in headers}
 
@@ -389,7 +389,7 @@ class Client(HTTP2):
     def handle(self, event: h2.events.Event) -> None:
         """Pass an HTTP/2 event on to its stream."""
         if isinstance(event, h2.events.RequestReceived):
-            new = self.server.new_stream(self, event.stream_id, decode_headers(event.headers))
+            new = self.server.new_stream(self, event.stream_id, http_headers(event.headers))
             self.streams[event.stream_id] = new
             new.start()
         elif isinstance(event, h2.events.DataReceived):

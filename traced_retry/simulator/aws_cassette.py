@@ -29,8 +29,8 @@ from traced_retry.simulator.aws import (
     Event,
     Stream,
     decode_frame,
-    decode_headers,
     event_in,
+    http_headers,
 )
 from traced_retry.simulator.cassette import ABORTED, Entry
 from traced_retry.simulator.record import Recorder
@@ -209,7 +209,7 @@ class _Upstream(HTTP2):
         """Return the headers of the answer, or none if the stream is lost."""
         while event := await self._news.get():
             if isinstance(event, h2.events.ResponseReceived):
-                return decode_headers(event.headers)
+                return http_headers(event.headers)
             if isinstance(event, h2.events.StreamReset):
                 break
         return {}
