@@ -83,7 +83,11 @@ async def without_sdk():
 
 
 def by_hand(telemetry, target):
-    """Record the two spans and six metrics of one reply, without retries."""
+    """Record the two spans and six metrics of one reply, without retries.
+
+    Each count gets the context of its span, so it may have an exemplar. traced-retry's replies in
+    flight have none.
+    """
     labels = target.labels
     of_attempt = {**labels, semconv.ACTION: "send", semconv.RESULT: "succeeded"}
     of_reply = {**labels, semconv.OUTCOME: "succeeded"}
@@ -170,7 +174,7 @@ async def with_sdk():
     for name, value in figures.items():
         print(f"  {name:<58}{value:6.2f}")
     ratio = figures["traced_retry"] / figures["the same spans and metrics by hand"]
-    judge("traced_retry / by hand", ratio, 1.15)
+    judge("traced_retry / by hand", ratio, 1.1)
 
 
 async def waiting():

@@ -724,6 +724,7 @@ class TestHarmless:
         assert len(records) == len({r.getMessage() for r in records})
         assert not any("SECRET" in r.getMessage() for r in records)
         assert 0 == recorder.open_spans
+        assert {} == recorder.counted("traced_retry.in_flight")
 
     async def test_suppressed_instrumentation_still_retries(self, recorder):
         """Under suppress_instrumentation retries continue without telemetry."""
