@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,19 +14,16 @@ import pytest
 import yaml
 from backends.servers import command
 from dashboards.reading import DASHBOARDS, dashboards, panels
+from support.fresh import COMMAND, program
 
 from traced_retry.errors import UsageError
 from traced_retry.monitoring import alerts, config, formats
 from traced_retry.monitoring.files import files, root
 
-CLI = [sys.executable, "-m", "traced_retry.cli", "dashboards"]
-
 
 def run(*arguments):
     """Run the command as a process."""
-    return subprocess.run(
-        [*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
-    )
+    return program(COMMAND, "traced-retry", "dashboards", *arguments, environ=dict(os.environ))
 
 
 def test_rules_are_as_generated():
