@@ -15,6 +15,8 @@ WHEEL := dist/traced_retry-$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject
 # Two processes per core, because the tests wait half of their time. Tests that share a server stay on
 # one of them, and the longest start first: see tests/conftest.py.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
+# The compiled tests are kept, because each process of pytest would compile them again.
+export PYTHONDONTWRITEBYTECODE :=
 export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell echo $$(($(CORES) * 2)))
 PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
 

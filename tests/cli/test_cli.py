@@ -22,6 +22,7 @@ import aiohttp
 import pytest
 from livekit.plugins import openai
 from support.fresh import COMMAND, Program, program
+from support.fresh import SCRIPT as RUN_SCRIPT
 
 from traced_retry import semconv
 from traced_retry.simulator import PROVIDERS
@@ -431,15 +432,7 @@ def printed(process):
 
 def converse(lines):
     """Run an agent on the model that the lines create; return its output."""
-    agent = subprocess.run(
-        [sys.executable, "-P", AGENT],
-        input=lines,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment(),
-    )
+    agent = program(RUN_SCRIPT, AGENT, lines, environ=environment(), timeout=120)
     assert 0 == agent.returncode, agent.stderr[-3000:]
     return agent.stdout
 

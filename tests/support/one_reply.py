@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program that reads lines which create a ``model``, has one reply, and prints what was heard."""
+"""A program that runs lines which create a ``model``, has one reply, and prints what was heard."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ async def wait(handle):
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    asyncio.run(main(sys.stdin.read()))
+    asyncio.run(main(sys.argv[1]))

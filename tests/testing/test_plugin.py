@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.fresh import program
 
 PAGE = Path(__file__).parents[2] / "docs" / "testing.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -38,21 +39,28 @@ SESSION = """
 
 @pytest.fixture
 def user_tests(tmp_path):
-    """Run a test file in a process of its own; return its summary line and its output."""
+    """Run a test file in a forked process, or in a new interpreter, and return its output."""
 
-    def user_tests(code, *options):
+    def user_tests(code, *options, forked=True):
         (tmp_path / "pytest.ini").touch()
         (tmp_path / "test_user.py").write_text(code)
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "pytest", "-p", "no:randomly", *options, "test_user.py"],
+        environ = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+        arguments = ["-p", "no:randomly", *options, "test_user.py"]
+        if forked:
+            pytest_main = "import pytest; raise SystemExit(pytest.main())"
+            done = program(
+                pytest_main, "pytest", *arguments, environ=environ, cwd=tmp_path, timeout=120
+            )
+            return done.stdout
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "pytest", *arguments],
             cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
-            env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")},
-        )
-        return done.stdout
+            env=environ,
+        ).stdout
 
     return user_tests
 
@@ -180,7 +188,8 @@ import sys
 def test_modules():
     names = ("livekit", "opentelemetry.sdk", "aiohttp", "rich")
     assert [] == [name for name in names if name in sys.modules]
-"""
+""",
+        forked=False,
     )
 
     assert "1 passed" in output, output
