@@ -37,7 +37,7 @@ M = TypeVar("M", bound=Callable[..., object])
 
 _NOWHERE = trace.set_span_in_context(trace.INVALID_SPAN, otel_context.Context())
 """A context outside of any span, for counts without an exemplar. One of "exhausted", counted as 0,
-would lead to a call that was not exhausted. The exemplars of replies in flight would cost 6 % of
+would lead to a call that was not exhausted. The exemplars of replies in flight would cost 4 % of
 the whole telemetry. (An empty context would not do, because the SDK takes that for none.)"""
 
 _SUPPRESSED = "suppress_instrumentation"
