@@ -7,18 +7,17 @@ BIN := .venv/bin
 # Tools and tests are pinned, and so is setuptools, which builds the package: pip 25.3 took the
 # second variable for that.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
-INSTALL := -m pip --disable-pip-version-check --quiet install
-PIP := $(PINNED) $(BIN)/python $(INSTALL)
+PIP := $(PINNED) $(BIN)/python -m pip --disable-pip-version-check --quiet install
 SOURCES := pyproject.toml README.md $(shell find traced_retry exporters dashboards -type f -not -name '*.pyc')
 # The package is built once, and every environment installs this wheel.
 WHEEL := dist/traced_retry-$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)-py3-none-any.whl
 # Two processes per core, because the tests wait half of their time. Tests that share a server stay on
 # one of them, and the longest start first: see tests/conftest.py.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-# The compiled tests are kept, because each process of pytest would compile them again.
-export PYTHONDONTWRITEBYTECODE :=
 export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell echo $$(($(CORES) * 2)))
 PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
+# The compiled tests are kept, because each process of pytest would compile them again.
+export PYTHONDONTWRITEBYTECODE :=
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
